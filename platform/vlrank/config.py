@@ -1,0 +1,330 @@
+"""One pydantic model per stage. YAML files, ``key=value`` overrides and flags become these, or one clear error.
+
+Precedence, weakest first: the defaults below, the mode's file (``configs/modes/MODE.yaml``), ``--config FILE``,
+``key=value`` overrides, explicit flags.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vlrank.errors import UserError
+
+Mode = Literal["raw_image", "caption", "semantic_summary", "semantic_summary_small"]
+MODES: tuple[Mode, ...] = ("raw_image", "caption", "semantic_summary", "semantic_summary_small")
+What = Literal["caption", "semantic_summary"]
+Split = Literal["val", "test"]
+
+
+class Config(BaseModel):
+    """Base of all configs: unknown keys are errors, values are checked, instances cannot change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class RayConfig(Config):
+    """Where the work runs."""
+
+    address: str | None = Field(
+        None, description="Ray address; unset joins RAY_ADDRESS or the job's own cluster, else starts Ray on this machine"
+    )
+    num_cpus: int | None = Field(None, ge=1, description="logical CPUs of a Ray started here; default max(8, cores)")
+
+
+class EngineConfig(Config):
+    """A pool of inference engines for generation and reranking."""
+
+    name: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto takes vLLM where it is installed")
+    replicas: int = Field(1, ge=1, description="engines in the fixed pool")
+    gpus: float | None = Field(None, ge=0, description="GPUs per engine, fractions allowed; default 1 where there is one, else 0")
+    cpus: float = Field(1, gt=0, description="CPUs per engine")
+    batch_size: int = Field(64, ge=1, description="prompts handed to an engine at once")
+    max_model_len: int | None = Field(None, ge=16, description="longest prompt plus answer, tokens; default the model's own")
+    tensor_parallel_size: int = Field(1, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    enforce_eager: bool | None = Field(None, description="skip vLLM's compilation; default true on a CPU")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM as they are")
+
+
+class PrepareConfig(Config):
+    """``vlrank prepare``: raw reviews, metadata and pictures become a dataset folder."""
+
+    reviews: tuple[Path, ...] = Field(..., min_length=1)
+    meta: tuple[Path, ...] = ()
+    out: Path
+    min_rating: float = Field(0, ge=0, description="keep interactions rated at least this; 0 keeps all")
+    min_uc: int = Field(5, ge=1, description="fewest interactions of a user, to the fixpoint with min_sc")
+    min_sc: int = Field(5, ge=1, description="fewest interactions of an item, to the fixpoint with min_uc")
+    keep_duplicates: bool = Field(False, description="keep repeated (user, item) pairs instead of the first only")
+    split: Literal["leave_one_out", "temporal"] = "leave_one_out"
+    use_image: bool = Field(False, description="copy or download the items' pictures")
+    max_text_chars: int = Field(600, ge=16, description="item text is cut to this many characters")
+
+
+class GenerateConfig(Config):
+    """``vlrank generate``: captions or semantic summaries for every item."""
+
+    dataset: Path
+    what: What
+    model: str = Field("Qwen/Qwen3-VL-2B-Instruct", description="Hugging Face name or local folder")
+    prompt: str | None = Field(None, description="prompt id, e.g. caption/v1; default the newest of its kind")
+    max_tokens: int = Field(96, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    seed: int = 0
+    shard_rows: int = Field(512, ge=1, description="rows committed at once: what a crash can cost at most")
+    retry_failed: bool = Field(False, description="try quarantined items again")
+    limit: int | None = Field(None, ge=1, description="only the first items, for a trial")
+    gpu_hour_price: float | None = Field(None, ge=0, description="for the cost line of the summary")
+    engine: EngineConfig = EngineConfig()
+    ray: RayConfig = RayConfig()
+
+
+class RetrieveConfig(Config):
+    """``vlrank retrieve``: candidate lists from a first-stage retriever."""
+
+    dataset: Path
+    method: str = Field("popularity", description="popularity, item_knn, als, or a file to import")
+    name: str | None = Field(None, description="candidates/NAME; default the method")
+    top_k: int = Field(50, ge=1)
+    seed: int = 0
+
+
+class LoraConfig(Config):
+    """LoRA adapter shape (Hu et al. 2021)."""
+
+    r: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class RankingConfig(Config):
+    """What a prompt holds and how a ranking is read from it; the same in training, validation and reranking."""
+
+    top_k: int = Field(50, ge=1, description="candidates reranked per user")
+    max_history: int = Field(20, ge=1, description="most recent items shown")
+    max_item_chars: int = Field(400, ge=8, description="an item's line in the prompt is cut to this many characters")
+    max_prompt_tokens: int = Field(4096, ge=64, description="longer prompts lose their oldest history items")
+    window: int = Field(20, ge=2, description="candidates per prompt; more go through sliding windows")
+    stride: int = Field(10, ge=1)
+    permutations: int = Field(1, ge=1, description="average over this many seeded shuffles of the candidates")
+    missing: Literal["drop", "text"] = Field("drop", description="items without what the mode shows: left out, or shown by text")
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> RankingConfig:
+        if self.stride > self.window:
+            raise ValueError(f"stride {self.stride} is larger than window {self.window}: candidates would be skipped")
+        return self
+
+
+class TrainConfig(Config):
+    """``vlrank train``: one reranker in one mode."""
+
+    dataset: Path
+    out: Path
+    mode: Mode
+    model: str | None = Field(None, description="Hugging Face name or local folder; default the mode's base model")
+    method: Literal["lora", "full"] | None = Field(None, description="default the mode's")
+    train_vision: bool = Field(False, description="full fine-tuning only: train the vision tower too")
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(8, ge=1, description="global batch, whatever the number of workers")
+    micro_batch_size: int | None = Field(None, ge=1, description="samples per forward pass; default as many as a worker's share")
+    lr: float = Field(1e-4, gt=0)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    patience: int = Field(5, ge=1, description="evaluations without improvement before stopping")
+    loss: Literal["answer", "all"] = "answer"
+    negatives: int = Field(19, ge=1, description="sampled per target")
+    candidates: str = Field("ground_truth", description="ground_truth, or retrieval:NAME for negatives from candidates/NAME")
+    samples_per_user: int | Literal["every_prefix"] = Field(1, description="random split points per user and epoch")
+    val_users: int = Field(1000, ge=1, description="validation users, a fixed seeded sample")
+    metric: str | None = Field(None, description="e.g. recall@5 or ndcg@10; default recall@min(10, top_k)")
+    gradient_checkpointing: bool = False
+    lora: LoraConfig = LoraConfig()
+    ranking: RankingConfig = RankingConfig()
+    seed: int = 0
+    workers: int = Field(1, ge=1)
+    gpus_per_worker: float | None = Field(None, ge=0, description="default 1 where there is one, else 0")
+    cpus_per_worker: float = Field(1, gt=0)
+    max_failures: int = Field(2, ge=0, description="worker failures survived by resuming from the last checkpoint")
+    save_total_limit: int = Field(2, ge=1)
+    report_to: tuple[str, ...] = ()
+    ray: RayConfig = RayConfig()
+
+
+class TuneConfig(Config):
+    """``vlrank tune``: ASHA over learning rate, batch size and any other training key, per mode."""
+
+    dataset: Path
+    out: Path
+    modes: tuple[Mode, ...] = MODES
+    space: dict[str, Any] = Field(
+        default_factory=lambda: {"lr": {"loguniform": [5e-5, 2e-4]}, "batch_size": {"choice": [8, 16, 32]}},
+        description="training key -> {loguniform|uniform: [low, high]}, {choice: [...]}, {randint: [low, high]} or a fixed value",
+    )
+    trials: int = Field(8, ge=1, description="per mode, the default configuration first")
+    search: Literal["random", "grid", "optuna"] = "random"
+    grace_period: int = Field(1, ge=1, description="epochs before ASHA may stop a trial")
+    reduction_factor: int = Field(3, ge=2)
+    max_concurrent_trials: int | None = Field(None, ge=1, description="default what the resources allow")
+    train: dict[str, Any] = Field(default_factory=dict, description="training keys shared by all trials")
+    per_mode: dict[Mode, dict[str, Any]] = Field(default_factory=dict, description="training keys of one mode's trials")
+    seed: int = 0
+    ray: RayConfig = RayConfig()
+
+
+class RerankConfig(Config):
+    """``vlrank rerank``: candidates in, full rankings out."""
+
+    dataset: Path
+    model: str = Field(..., description="a run folder of vlrank train, or a checkpoint folder")
+    candidates: str = Field("ground_truth", description="candidates/NAME, or ground_truth: target + sampled negatives")
+    split: Split = "test"
+    out: Path
+    limit: int | None = Field(None, ge=1, description="only the first users")
+    negatives: int = Field(19, ge=1, description="for candidates: ground_truth")
+    ranking: dict[str, Any] = Field(default_factory=dict, description="overrides of the run's ranking settings")
+    fusion_weight: float | None = Field(None, ge=0, le=1, description="weight of the retriever's scores; unset: none")
+    shard_rows: int = Field(256, ge=1)
+    retry_failed: bool = False
+    seed: int = 0
+    engine: EngineConfig = EngineConfig()
+    ray: RayConfig = RayConfig()
+
+
+class EvaluateConfig(Config):
+    """``vlrank evaluate``: metrics with intervals and a report."""
+
+    dataset: Path
+    rankings: tuple[Path, ...] = Field(..., min_length=1)
+    out: Path
+    ks: tuple[int, ...] = (1, 5, 10, 20, 50)
+    bootstrap: int = Field(2000, ge=100)
+    sample_users: int = Field(60, ge=0, description="users to browse in the report")
+    seed: int = 0
+
+
+C = TypeVar("C", bound=Config)
+
+
+def config_dir() -> Path:
+    """Folder of the YAML files that ship with vlrank: inside an installed wheel, or the checkout's ``configs/``."""
+    packaged = Path(__file__).parent / "_configs"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "configs"
+
+
+def mode_defaults(mode: str) -> dict[str, Any]:
+    """Training keys of ``configs/modes/MODE.yaml``.
+
+    Raises:
+        UserError: unknown mode.
+    """
+    if mode not in MODES:
+        raise UserError(f"unknown mode {mode!r}", f"Choose one of: {', '.join(MODES)}.")
+    return read_yaml(config_dir() / "modes" / f"{mode}.yaml")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping.
+
+    Raises:
+        UserError: missing, unreadable, or not a mapping.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist", "Check the path given to --config.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"config file {path} holds a {type(loaded).__name__}, expected `key: value` lines")
+    return loaded
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``["ranking.top_k=20", "lr=1e-4"]`` -> ``{"ranking": {"top_k": 20}, "lr": "1e-4"}``; values are read as YAML.
+
+    Raises:
+        UserError: an override without ``=`` or with an unreadable value.
+    """
+    result: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r} is not of the form key=value", "Example: vlrank train ... lr=1e-4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"the value of override {override!r} cannot be read as YAML") from None
+        *parents, leaf = key.split(".")
+        nested: dict[str, Any] = reduce(lambda tree, name: {name: tree}, reversed([*parents, leaf]), value)  # type: ignore[assignment]
+        result = merge(result, nested)
+    return result
+
+
+def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries joined; ``high`` wins."""
+    joined = dict(low)
+    for key, value in high.items():
+        old = joined.get(key)
+        joined[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return joined
+
+
+def load_config(
+    kind: type[C], *, file: Path | None = None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None, **flags: Any
+) -> C:
+    """Build a stage's config from all its sources; flags that are None or empty count as not given.
+
+    Raises:
+        UserError: an unknown key, a wrong type or a missing value, each named with its source key.
+    """
+    given = {key: value for key, value in flags.items() if value is not None and value != () and value != []}
+    values = merge(defaults or {}, read_yaml(file) if file else {})
+    values = merge(merge(values, parse_overrides(overrides)), given)
+    if "mode" in kind.model_fields and defaults is None and isinstance(values.get("mode"), str):
+        values = merge(mode_defaults(values["mode"]), values)
+    return validate(kind, values)
+
+
+def validate(kind: type[C], values: Mapping[str, Any]) -> C:
+    """``kind(**values)`` with pydantic's errors turned into one `UserError` that names every wrong key."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(kind, item["loc"], item["type"], item["msg"], item.get("input")) for item in error.errors()]
+        raise UserError("\n".join(problems), f"`vlrank {_stage(kind)} --help` lists the options.") from None
+
+
+def _stage(kind: type[Config]) -> str:
+    return kind.__name__.removesuffix("Config").lower()
+
+
+def _explain(kind: type[Config], loc: tuple[int | str, ...], error_type: str, message: str, value: Any) -> str:
+    key = ".".join(str(part) for part in loc)
+    if error_type == "extra_forbidden":
+        near = difflib.get_close_matches(key, _keys(kind), n=1)
+        return f"unknown config key `{key}`" + (f", did you mean `{near[0]}`?" if near else "")
+    if error_type == "missing":
+        return f"config key `{key}` is required"
+    return f"config key `{key}`: {message[0].lower()}{message[1:]}, got {value!r}" if key else message
+
+
+def _keys(kind: type[Config], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in kind.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            keys += _keys(field.annotation, f"{prefix}{name}.")
+    return keys
