@@ -1,0 +1,106 @@
+"""Two remedies for mixed CPU stacks, each in one place; both do nothing where they are not needed.
+
+1. **torchvision without CUDA.** torchvision is published as a CUDA build only; beside a CPU torch its compiled operators
+   cannot load, and ``import torchvision`` fails because ``torchvision::nms`` is unknown. Declaring the two operators that
+   torchvision registers fake kernels for makes the import work; image processors need nothing else of it. The
+   declaration has to come before the import in *every* process (vLLM and Ray start their own), so set-up writes a
+   ``.pth`` file into the environment: ``python -m vlrank.compat``.
+2. **Unsloth beside vLLM.** Unsloth imports vLLM's compiled module where vLLM is installed, and that kills the process on
+   a CPU without AVX-512. Training never needs vLLM: `hide_vllm` makes it look absent before Unsloth is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+PTH_NAME = "vlrank-torchvision.pth"
+_OPERATORS = (
+    ("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
+    ("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"),
+)
+
+
+class _DeclareBeforeImport(importlib.abc.MetaPathFinder):
+    """Declares the operators when torchvision is about to be imported, so that a bare `python` does not load torch."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname == "torchvision":
+            sys.meta_path.remove(self)
+            _declare_operators()
+        return None
+
+
+def _declare_operators() -> None:
+    import torch
+
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        return
+    for name, schema in _OPERATORS:
+        try:
+            torch.library.define(name, schema)
+        except RuntimeError:  # already there
+            continue
+
+
+def patch_torchvision() -> None:
+    """Make ``import torchvision`` work beside a CPU torch in this process. Cheap, and safe to call twice."""
+    if "torchvision" in sys.modules or any(isinstance(finder, _DeclareBeforeImport) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _DeclareBeforeImport())
+
+
+def pth_file() -> Path:
+    """Where `install` puts its file: the environment's site-packages."""
+    return Path(sysconfig.get_paths()["purelib"]) / PTH_NAME
+
+
+def needs_pth() -> bool:
+    """Whether this environment pairs a CPU torch with torchvision."""
+    if importlib.util.find_spec("torchvision") is None or importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.version.cuda is None and torch.version.hip is None
+
+
+def install() -> Path | None:
+    """Write the ``.pth`` file where it is needed, remove it where it is not.
+
+    Returns:
+        The file, or None where the environment needs none.
+    """
+    path = pth_file()
+    if not needs_pth():
+        path.unlink(missing_ok=True)
+        return None
+    # Guarded, because site prints a traceback at every start of Python when a .pth line raises.
+    path.write_text(
+        "import importlib.util as _u; _u.find_spec('vlrank') and __import__('vlrank.compat', fromlist=['_']).patch_torchvision()\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def hide_vllm() -> None:
+    """Make vLLM look absent in this process; call before ``import unsloth``.
+
+    Raises:
+        RuntimeError: vLLM is already imported here: training and vLLM need separate processes.
+    """
+    if sys.modules.get("vllm") is not None:
+        raise RuntimeError("vLLM is already imported in this process; Unsloth needs a process of its own")
+    sys.modules["vllm"] = None  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    written = install()
+    print(f"wrote {written}" if written else "torchvision needs no remedy here")

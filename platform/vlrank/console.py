@@ -1,0 +1,83 @@
+"""What people see while a stage runs and when it ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(stderr=True, highlight=False)
+"""Progress and messages go to stderr, so that stdout stays fit for pipes: results and the jobs' JSON line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a stage did; every stage returns one.
+
+    Attributes:
+        title: The stage and what it worked on, e.g. ``"prepare: Gift_Cards_5.json.gz"``.
+        lines: Facts to show, in order: label -> value.
+        output: Where the result lies.
+        counts: Machine-readable counts, e.g. ``{"items": 148, "quarantined": 2}``.
+    """
+
+    title: str
+    lines: Mapping[str, object] = field(default_factory=dict)
+    output: Path | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def show(self) -> None:
+        """Print to stderr for people."""
+        grid = Table.grid(padding=(0, 2))
+        for label, value in self.lines.items():
+            grid.add_row(f"[dim]{label}[/dim]", _format(value))
+        if self.output is not None:
+            grid.add_row("[dim]output[/dim]", f"[bold]{self.output}[/bold]")
+        console.print(Panel(grid, title=self.title, title_align="left", expand=False, border_style="green"))
+
+    def as_json(self) -> str:
+        """One line for machines."""
+        return json.dumps(
+            {"status": "ok", "output": None if self.output is None else str(self.output), "counts": dict(self.counts)}
+        )
+
+
+def _format(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+class Steps:
+    """A running progress bar; see `progress`."""
+
+    def __init__(self, bar: Progress, task: Any) -> None:
+        self._bar = bar
+        self._task = task
+
+    def advance(self, n: int = 1, **extra: str) -> None:
+        """``n`` more are done; ``note=...`` replaces the text behind the bar (rates, metrics)."""
+        self._bar.update(self._task, advance=n, **extra)
+
+
+@contextmanager
+def progress(description: str, total: int | None) -> Iterator[Steps]:
+    """A progress bar with counts, elapsed and remaining time; in a log file it prints a line at the end only."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=False) as bar:
+        yield Steps(bar, bar.add_task(description, total=total, note=""))
