@@ -1,0 +1,137 @@
+"""The contract of every script in jobs/: flags in, one JSON last line and an exit code out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from vlrank.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig
+from vlrank.console import Summary
+from vlrank.errors import UserError
+from vlrank.jobs import main, parse
+
+Capture = pytest.CaptureFixture[str]
+
+
+def outcome(capsys: Capture, stage: object, argv: Sequence[str], **options: object) -> tuple[int, dict]:
+    with pytest.raises(SystemExit) as exit_:
+        main(stage, EvaluateConfig, argv, **options)  # type: ignore[arg-type]
+    return int(exit_.value.code or 0), json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+ARGV = ["data/shop", "--rankings", "a.parquet", "b.parquet", "--out", "report"]
+
+
+def test_a_finished_job_prints_where_its_output_lies(capsys: Capture) -> None:
+    seen: list[EvaluateConfig] = []
+
+    def stage(config: EvaluateConfig) -> Summary:
+        seen.append(config)
+        print("noise on stdout before the last line")
+        return Summary("Evaluated", {"users": 3}, Path("report/index.html"), {"users": 3})
+
+    code, line = outcome(capsys, stage, ARGV)
+    assert code == 0
+    assert line == {
+        "status": "ok",
+        "output": "report/index.html",
+        "counts": {"users": 3},
+        "message": "Evaluated; users: 3",
+    }
+    assert seen == [EvaluateConfig(dataset="data/shop", rankings=("a.parquet", "b.parquet"), out="report")]
+
+
+def test_a_wrong_config_exits_with_2_before_the_stage_starts(capsys: Capture) -> None:
+    def stage(config: EvaluateConfig) -> Summary:
+        raise AssertionError("must not run")
+
+    code, line = outcome(capsys, stage, [*ARGV, "--bootstraps", "500"])
+    assert code == 2
+    assert line["status"] == "error"
+    assert "unknown config key `bootstraps`, did you mean `bootstrap`?" in line["message"]
+
+
+def test_a_users_error_exits_with_2_and_a_crash_with_1(capsys: Capture) -> None:
+    def user_error(config: EvaluateConfig) -> Summary:
+        raise UserError("a.parquet is missing", "Run vlrank rerank first.")
+
+    def crash(config: EvaluateConfig) -> Summary:
+        raise ZeroDivisionError("division by zero")
+
+    def user_error_from_a_worker(config: EvaluateConfig) -> Summary:
+        raise RuntimeError("task failed") from UserError("item 7 has no text")
+
+    assert outcome(capsys, user_error, ARGV) == (
+        2,
+        {"status": "error", "output": None, "counts": {}, "message": "a.parquet is missing\nRun vlrank rerank first."},
+    )
+    code, line = outcome(capsys, crash, ARGV)
+    assert (code, line["message"]) == (1, "ZeroDivisionError: division by zero")
+    code, line = outcome(capsys, user_error_from_a_worker, ARGV)
+    assert (code, line["message"]) == (2, "item 7 has no text")
+
+
+def test_dry_run_calls_the_plan_and_not_the_stage(capsys: Capture) -> None:
+    def stage(config: EvaluateConfig) -> Summary:
+        raise AssertionError("must not run")
+
+    code, line = outcome(
+        capsys, stage, [*ARGV, "--dry_run"], plan=lambda config: Summary("Would evaluate", {}, None, {})
+    )
+    assert (code, line["message"]) == (0, "Would evaluate")
+    code, line = outcome(capsys, stage, [*ARGV, "--dry_run"])
+    assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "key", "value"),
+    [
+        (["--lr", "5e-5"], "lr", 5e-5),
+        (["--lr=5e-5"], "lr", 5e-5),
+        (["lr=5e-5"], "lr", 5e-5),
+        (["--batch-size", "4"], "batch_size", 4),
+        (["--gradient_checkpointing"], "gradient_checkpointing", True),
+        (["--gradient_checkpointing", "false"], "gradient_checkpointing", False),
+        (["--report_to", "wandb,mlflow"], "report_to", ("wandb", "mlflow")),
+    ],
+)
+def test_every_spelling_of_a_flag(argv: list[str], key: str, value: object) -> None:
+    config = parse(TrainConfig, ["data/shop", "--mode", "caption", "--out", "run", *argv])
+    assert getattr(config, key) == value
+
+
+def test_nested_keys_aliases_files_and_negative_words(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("lr: 0.5\nbatch_size: 4\n")
+    argv = [
+        "--config",
+        str(file),
+        "data/shop",
+        "--mode",
+        "caption",
+        "--out",
+        "run",
+        "--ranking.top_k",
+        "10",
+        "--rr",
+        "0.25",
+    ]
+    config = parse(TrainConfig, argv, aliases={"rr": "lr"})
+    assert (config.ranking.top_k, config.lr, config.batch_size) == (10, 0.25, 4)
+    generate = parse(
+        GenerateConfig, ["data/shop", "--what", "caption", "engine.name=vllm", "--engine.engine_kwargs", "{a: 1}"]
+    )
+    assert (generate.engine.name, generate.engine.engine_kwargs) == ("vllm", {"a": 1})
+    prepare = parse(PrepareConfig, ["--reviews", "a.json", "b.json", "--out", "data", "--use_image"])
+    assert (len(prepare.reviews), prepare.use_image) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "argv", [["--lr"], ["data/shop", "second", "--mode", "caption"], ["--lr", "--mode", "caption"]]
+)
+def test_unfinished_arguments_are_named(argv: list[str]) -> None:
+    with pytest.raises(UserError, match=r"needs a value|unexpected argument"):
+        parse(TrainConfig, argv)
