@@ -1,12 +1,12 @@
 """Two remedies for mixed CPU stacks, each in one place; both do nothing where they are not needed.
 
-1. **torchvision without CUDA.** torchvision is published as a CUDA build only; beside a CPU torch its compiled operators
-   cannot load, and ``import torchvision`` fails because ``torchvision::nms`` is unknown. Declaring the two operators that
-   torchvision registers fake kernels for makes the import work; image processors need nothing else of it. The
-   declaration has to come before the import in *every* process (vLLM and Ray start their own), so set-up writes a
-   ``.pth`` file into the environment: ``python -m vlrank.compat``.
-2. **Unsloth beside vLLM.** Unsloth imports vLLM's compiled module where vLLM is installed, and that kills the process on
-   a CPU without AVX-512. Training never needs vLLM: `hide_vllm` makes it look absent before Unsloth is imported.
+1. **torchvision without CUDA.** torchvision is published as a CUDA build only; beside a CPU torch its compiled
+   operators cannot load, and ``import torchvision`` fails because ``torchvision::nms`` is unknown. Declaring the two
+   operators that torchvision registers fake kernels for makes the import work; image processors need nothing else of
+   it. The declaration has to come before the import in *every* process (vLLM and Ray start their own), so set-up writes
+   a ``.pth`` file into the environment: ``python -m vlrank.compat``.
+2. **Unsloth beside vLLM.** Unsloth imports vLLM's compiled module where vLLM is installed, and that kills the process
+   on a CPU without AVX-512. Training never needs vLLM: `hide_vllm` makes it look absent before Unsloth is imported.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def install() -> Path | None:
         return None
     # Guarded, because site prints a traceback at every start of Python when a .pth line raises.
     path.write_text(
-        "import importlib.util as _u; _u.find_spec('vlrank') and __import__('vlrank.compat', fromlist=['_']).patch_torchvision()\n",
+        "import importlib.util as _u; "
+        "_u.find_spec('vlrank') and __import__('vlrank.compat', fromlist=['_']).patch_torchvision()\n",
         encoding="utf-8",
     )
     return path

@@ -33,7 +33,8 @@ class RayConfig(Config):
     """Where the work runs."""
 
     address: str | None = Field(
-        None, description="Ray address; unset joins RAY_ADDRESS or the job's own cluster, else starts Ray on this machine"
+        None,
+        description="Ray address; unset joins RAY_ADDRESS or the job's own cluster, else starts Ray on this machine",
     )
     num_cpus: int | None = Field(None, ge=1, description="logical CPUs of a Ray started here; default max(8, cores)")
 
@@ -43,10 +44,14 @@ class EngineConfig(Config):
 
     name: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto takes vLLM where it is installed")
     replicas: int = Field(1, ge=1, description="engines in the fixed pool")
-    gpus: float | None = Field(None, ge=0, description="GPUs per engine, fractions allowed; default 1 where there is one, else 0")
+    gpus: float | None = Field(
+        None, ge=0, description="GPUs per engine, fractions allowed; default 1 where there is one, else 0"
+    )
     cpus: float = Field(1, gt=0, description="CPUs per engine")
     batch_size: int = Field(64, ge=1, description="prompts handed to an engine at once")
-    max_model_len: int | None = Field(None, ge=16, description="longest prompt plus answer, tokens; default the model's own")
+    max_model_len: int | None = Field(
+        None, ge=16, description="longest prompt plus answer, tokens; default the model's own"
+    )
     tensor_parallel_size: int = Field(1, ge=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     enforce_eager: bool | None = Field(None, description="skip vLLM's compilation; default true on a CPU")
@@ -116,7 +121,9 @@ class RankingConfig(Config):
     window: int = Field(20, ge=2, description="candidates per prompt; more go through sliding windows")
     stride: int = Field(10, ge=1)
     permutations: int = Field(1, ge=1, description="average over this many seeded shuffles of the candidates")
-    missing: Literal["drop", "text"] = Field("drop", description="items without what the mode shows: left out, or shown by text")
+    missing: Literal["drop", "text"] = Field(
+        "drop", description="items without what the mode shows: left out, or shown by text"
+    )
 
     @model_validator(mode="after")
     def _stride_fits(self) -> RankingConfig:
@@ -136,7 +143,9 @@ class TrainConfig(Config):
     train_vision: bool = Field(False, description="full fine-tuning only: train the vision tower too")
     epochs: int = Field(10, ge=1)
     batch_size: int = Field(8, ge=1, description="global batch, whatever the number of workers")
-    micro_batch_size: int | None = Field(None, ge=1, description="samples per forward pass; default as many as a worker's share")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="samples per forward pass; default as many as a worker's share"
+    )
     lr: float = Field(1e-4, gt=0)
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
@@ -144,7 +153,9 @@ class TrainConfig(Config):
     patience: int = Field(5, ge=1, description="evaluations without improvement before stopping")
     loss: Literal["answer", "all"] = "answer"
     negatives: int = Field(19, ge=1, description="sampled per target")
-    candidates: str = Field("ground_truth", description="ground_truth, or retrieval:NAME for negatives from candidates/NAME")
+    candidates: str = Field(
+        "ground_truth", description="ground_truth, or retrieval:NAME for negatives from candidates/NAME"
+    )
     samples_per_user: int | Literal["every_prefix"] = Field(1, description="random split points per user and epoch")
     val_users: int = Field(1000, ge=1, description="validation users, a fixed seeded sample")
     metric: str | None = Field(None, description="e.g. recall@5 or ndcg@10; default recall@min(10, top_k)")
@@ -169,7 +180,7 @@ class TuneConfig(Config):
     modes: tuple[Mode, ...] = MODES
     space: dict[str, Any] = Field(
         default_factory=lambda: {"lr": {"loguniform": [5e-5, 2e-4]}, "batch_size": {"choice": [8, 16, 32]}},
-        description="training key -> {loguniform|uniform: [low, high]}, {choice: [...]}, {randint: [low, high]} or a fixed value",
+        description="training key -> {loguniform|uniform|randint: [low, high]}, {choice: [...]} or a fixed value",
     )
     trials: int = Field(8, ge=1, description="per mode, the default configuration first")
     search: Literal["random", "grid", "optuna"] = "random"
@@ -211,6 +222,17 @@ class EvaluateConfig(Config):
     bootstrap: int = Field(2000, ge=100)
     sample_users: int = Field(60, ge=0, description="users to browse in the report")
     seed: int = 0
+
+
+class DemoConfig(Config):
+    """``vlrank demo``: the whole platform on an embedded shop, without a GPU."""
+
+    out: Path = Field(Path("vlrank-demo"), description="folder for everything the demo makes")
+    modes: tuple[Mode, ...] = MODES
+    seed: int = 0
+    trials: int = Field(3, ge=0, description="trials of the sweep; 0 leaves it out")
+    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto takes vLLM where it is installed")
+    fresh: bool = Field(False, description="delete what an earlier demo left in the folder first")
 
 
 C = TypeVar("C", bound=Config)
@@ -268,7 +290,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"the value of override {override!r} cannot be read as YAML") from None
         *parents, leaf = key.split(".")
-        nested: dict[str, Any] = reduce(lambda tree, name: {name: tree}, reversed([*parents, leaf]), value)  # type: ignore[assignment]
+        nested: dict[str, Any] = reduce(lambda tree, name: {name: tree}, reversed([*parents, leaf]), value)
         result = merge(result, nested)
     return result
 
@@ -283,7 +305,12 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_config(
-    kind: type[C], *, file: Path | None = None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None, **flags: Any
+    kind: type[C],
+    *,
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+    **flags: Any,
 ) -> C:
     """Build a stage's config from all its sources; flags that are None or empty count as not given.
 
@@ -303,7 +330,9 @@ def validate(kind: type[C], values: Mapping[str, Any]) -> C:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(kind, item["loc"], item["type"], item["msg"], item.get("input")) for item in error.errors()]
+        problems = [
+            _explain(kind, item["loc"], item["type"], item["msg"], item.get("input")) for item in error.errors()
+        ]
         raise UserError("\n".join(problems), f"`vlrank {_stage(kind)} --help` lists the options.") from None
 
 

@@ -63,9 +63,10 @@ class Steps:
         self._bar = bar
         self._task = task
 
-    def advance(self, n: int = 1, **extra: str) -> None:
-        """``n`` more are done; ``note=...`` replaces the text behind the bar (rates, metrics)."""
-        self._bar.update(self._task, advance=n, **extra)
+    def advance(self, n: int = 1, note: str | None = None) -> None:
+        """``n`` more are done; ``note`` replaces the text behind the bar (rates, metrics)."""
+        fields: dict[str, Any] = {} if note is None else {"note": note}
+        self._bar.update(self._task, advance=n, **fields)
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""The embedded shop's way through every stage, with tiny models made on the spot."""

@@ -1,0 +1,1 @@
+"""Metrics with intervals, baselines, paired comparisons and the report; needs only the data room."""

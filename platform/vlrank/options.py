@@ -1,0 +1,193 @@
+"""Command-line options made from a stage's config model, for `vlrank STAGE` and for ``jobs/STAGE.py`` alike.
+
+Every scalar field becomes ``--field``, with the help text, choices and default of the model; nested keys are given as
+``engine.replicas=2``. So a key has one name in YAML, on the command line and in an override.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+
+from vlrank.config import Config, load_config
+from vlrank.console import Summary, console
+from vlrank.errors import UserError
+
+C = TypeVar("C", bound=Config)
+
+
+class StageCommand(click.Command):
+    """A click command whose repeatable options take several values at once: ``--meta A B`` = ``--meta A --meta B``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Spread such values before click sees them; a ``key=value`` word ends a list."""
+        several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        spread: list[str] = []
+        current: str | None = None
+        fresh = False
+        for arg in args:
+            if arg.startswith("-"):
+                current, fresh = (arg, True) if arg in several else (None, False)
+                spread.append(arg)
+            elif current is None or fresh:
+                spread.append(arg)
+                fresh = False
+            elif "=" in arg:
+                current = None
+                spread.append(arg)
+            else:
+                spread += [current, arg]
+        return super().parse_args(ctx, spread)
+
+
+def stage_command(
+    name: str,
+    config_type: type[C],
+    run: Callable[[C], Summary],
+    *,
+    plan: Callable[[C], Summary] | None = None,
+    positional: Sequence[str] = (),
+    aliases: Mapping[str, Sequence[str]] | None = None,
+    hidden: Sequence[str] = (),
+    adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    extra: Sequence[click.Parameter] = (),
+) -> StageCommand:
+    """A command that builds ``config_type`` from its options and calls ``run`` with it.
+
+    Args:
+        name: Command name.
+        config_type: The stage's config model.
+        run: The stage; gets a checked config, returns what it did.
+        plan: Says what ``run`` would do, without doing it.
+        positional: Fields given by position rather than by option.
+        aliases: Other option names of a field, e.g. ``{"lr": ["--rerank_lr"]}``.
+        hidden: Fields without an option of their own.
+        adapt: Rewrites the given values (options of ``extra`` included) before the config is built.
+        extra: Further click parameters, consumed by ``adapt``.
+    """
+    params: list[click.Parameter] = list(extra)
+    nested: list[str] = []
+    for field_name, field in config_type.model_fields.items():
+        if field_name in positional:
+            params.append(click.Argument([field_name], required=False, metavar=field_name.upper()))
+        elif _is_nested(field.annotation):
+            nested.append(field_name)
+        elif field_name not in hidden:
+            params.append(_option(field_name, field, (aliases or {}).get(field_name, ())))
+    params.append(
+        click.Option(["--config", "config_file"], type=click.Path(path_type=Path), help="YAML file of these keys.")
+    )
+    params.append(
+        click.Option(["--dry_run"], is_flag=True, help="Say what would run, on how much data, with an estimate.")
+    )
+    params.append(click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]..."))
+
+    def callback(config_file: Path | None, dry_run: bool, overrides: tuple[str, ...], **given: Any) -> Summary:
+        # An override given where a positional is expected (`vlrank train lr=1e-3 --config c.yaml`) is an override.
+        moved = [given.pop(key) for key in positional if isinstance(given.get(key), str) and _is_override(given[key])]
+        values = adapt(given) if adapt else given
+        config = load_config(config_type, file=config_file, overrides=[*moved, *overrides], **values)
+        if dry_run:
+            return plan(config) if plan else _generic_dry_run(name, config)
+        return run(config)
+
+    return StageCommand(
+        name,
+        params=params,
+        callback=callback,
+        help=(config_type.__doc__ or "").partition(": ")[2].capitalize(),
+        epilog=f"Nested keys are given as KEY=VALUE: {', '.join(f'{key}.*' for key in nested)}." if nested else None,
+    )
+
+
+def _is_override(word: str) -> bool:
+    key, equals, _ = word.partition("=")
+    return bool(equals) and key.replace(".", "_").isidentifier() and not Path(word).exists()
+
+
+def _generic_dry_run(name: str, config: Config) -> Summary:
+    keys = {key: value for key, value in config.model_dump(mode="json").items() if value is not None}
+    return Summary(f"{name}: dry run, nothing was done; the config is valid", lines=keys)
+
+
+def _is_nested(annotation: Any) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return True
+    return get_origin(annotation) is dict
+
+
+def _option(name: str, field: FieldInfo, aliases: Sequence[str]) -> click.Option:
+    annotation, multiple = field.annotation, False
+    members = [member for member in get_args(annotation) if member is not type(None)]
+    if get_origin(annotation) in (Union, types.UnionType) and len(members) == 1:
+        annotation = members[0]
+    if get_origin(annotation) is tuple:
+        multiple, annotation = True, get_args(annotation)[0]
+    default = None if field.is_required() or field.default in (None, ()) else field.default
+    text = (field.description or "").rstrip(".")
+    if default is not None and not isinstance(default, bool):
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text += f" [default: {shown}]"
+    elif field.is_required():
+        text += " [required]"
+    if annotation is bool:
+        return click.Option([f"--{name}/--no_{name}", *aliases], default=None, help=text)
+    kind: Any = click.STRING  # pydantic converts and reports in the config's own words
+    if get_origin(annotation) is Literal and all(isinstance(value, str) for value in get_args(annotation)):
+        kind = None
+        text = f"{'|'.join(get_args(annotation))}  {text}"
+    return click.Option(
+        [f"--{name}", *aliases], type=kind, multiple=multiple, default=None, help=text.strip(), metavar="VALUE"
+    )
+
+
+def main(command: click.Command, argv: Sequence[str] | None = None, *, machine_line: bool = False) -> NoReturn:
+    """Run a command and exit: 0 done, 2 the user can mend it (one message, no traceback), 130 interrupted.
+
+    Args:
+        command: What to run; a returned `Summary` is shown.
+        argv: Words after the program's name; default ``sys.argv[1:]``.
+        machine_line: End with one JSON line on stdout: status, output, counts or message. Used by jobs.
+    """
+    import json
+
+    def failed(message: str) -> None:
+        if machine_line:
+            print(json.dumps({"status": "error", "message": message}), flush=True)
+
+    try:
+        result = command.main(args=None if argv is None else list(argv), standalone_mode=False)
+    except UserError as error:
+        console.print(f"[bold red]error:[/bold red] {_escape(error.problem)}", soft_wrap=True)
+        if error.remedy:
+            console.print(_escape(error.remedy), soft_wrap=True)
+        failed(str(error))
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        failed(error.format_message())
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        console.print("interrupted; what was committed stays, and the same command goes on from there")
+        failed("interrupted")
+        sys.exit(130)
+    except Exception as error:
+        failed(f"{type(error).__name__}: {error}")
+        raise
+    if isinstance(result, Summary):
+        result.show()
+        if machine_line:
+            print(result.as_json(), flush=True)
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,1 @@
+"""Modes, prompts, label tries and windows (pure), the reranker, and bulk reranking."""

@@ -1,0 +1,1 @@
+"""Ray Tune with ASHA over the training core."""
