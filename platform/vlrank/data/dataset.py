@@ -1,0 +1,508 @@
+"""A dataset folder: its reader, and the writer that makes it appear whole or not at all.
+
+DATASET/
+  manifest.json            options, counts, split, schema version, content hashes
+  items.parquet            schemas.ITEMS
+  sequences.parquet        schemas.SEQUENCES
+  images/ab/<sha256>.jpg   pictures, named by their content
+  captions/*.parquet       schemas.GENERATED, as are semantic_summaries/*.parquet
+  candidates/NAME.parquet  schemas.CANDIDATES
+  quarantine/STAGE/*.parquet
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import polars as pl
+
+from vlrank.data import schemas
+from vlrank.data.tables import (
+    Table,
+    atomic_write_bytes,
+    atomic_write_json,
+    disk_errors,
+    empty_frame,
+    file_sha256,
+    read_json,
+    read_parquet,
+    write_parquet_atomic,
+)
+from vlrank.errors import UserError
+
+if TYPE_CHECKING:  # only the type: data does not need the rooms that are built on it
+    from vlrank.reranking.modes import ItemMeta
+
+Split = Literal["val", "test"]
+What = Literal["caption", "semantic_summary"]
+
+GENERATED_FOLDERS: dict[str, str] = {"caption": "captions", "semantic_summary": "semantic_summaries"}
+_TABLES = {"items.parquet": schemas.ITEMS, "sequences.parquet": schemas.SEQUENCES}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Dataset:
+    """A prepared dataset, read lazily: every method reads its table when it is called.
+
+    Attributes:
+        path: The dataset folder.
+        manifest: Content of ``manifest.json``.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Dataset:
+        """Open a dataset folder.
+
+        Raises:
+            UserError: not a dataset, incomplete, or of another schema version.
+        """
+        folder = Path(path)
+        if not (folder / "manifest.json").is_file():
+            what = "is not a dataset (it has no manifest.json)" if folder.exists() else "does not exist"
+            raise UserError(f"dataset {folder} {what}", f"Make it with `vlrank prepare ... --out {folder}`.")
+        manifest = read_json(folder / "manifest.json")
+        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        if version != schemas.SCHEMA_VERSION:
+            raise UserError(
+                f"dataset {folder} has schema version {version!r}, this vlrank reads {schemas.SCHEMA_VERSION}",
+                "Prepare it again, or use the vlrank that made it.",
+            )
+        for name in _TABLES:
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"dataset {folder} lacks {name}", f"Prepare it again: `vlrank prepare ... --out {folder}`."
+                )
+        return cls(folder, manifest)
+
+    def __repr__(self) -> str:
+        return f"Dataset({str(self.path)!r})"
+
+    # ---- tables -----------------------------------------------------------------------------------------------------
+
+    def items(self) -> pl.DataFrame:
+        """The items table (`schemas.ITEMS`), by ``item_id``."""
+        return read_parquet(self.path / "items.parquet", schemas.ITEMS)
+
+    def sequences(self) -> pl.DataFrame:
+        """The sequences table (`schemas.SEQUENCES`), by ``user_id``."""
+        return read_parquet(self.path / "sequences.parquet", schemas.SEQUENCES)
+
+    def generated(self, what: What) -> pl.DataFrame | None:
+        """Captions or summaries: one row per item, by ``item_id``; None when there are none.
+
+        Where an item was done more than once the row of the file whose name sorts last counts (`add_generated` names
+        files so that this is the newest).
+        """
+        files = sorted((self.path / GENERATED_FOLDERS[what]).glob("[!.]*.parquet"))
+        if not files:
+            return None
+        table = pl.concat([read_parquet(file, schemas.GENERATED) for file in files])
+        return table.unique("item_id", keep="last", maintain_order=True).sort("item_id")
+
+    def add_generated(self, what: What, table: Table) -> Path:
+        """Commit one shard of captions or summaries."""
+        path = _next_file(self.path / GENERATED_FOLDERS[what])
+        write_parquet_atomic(table, path, schemas.GENERATED)
+        return path
+
+    def candidate_names(self) -> list[str]:
+        """Names of the candidate tables that exist."""
+        return sorted(file.stem for file in (self.path / "candidates").glob("[!.]*.parquet"))
+
+    def candidates(self, name: str) -> pl.DataFrame:
+        """The candidate lists of that name (`schemas.CANDIDATES`).
+
+        Raises:
+            UserError: no such table.
+        """
+        if name not in self.candidate_names():
+            existing = ", ".join(self.candidate_names()) or "none"
+            raise UserError(
+                f"dataset {self.path} has no candidates {name!r} (existing: {existing})",
+                f"Make them with `vlrank retrieve {self.path} --name {name}`.",
+            )
+        return read_parquet(self.path / "candidates" / f"{name}.parquet", schemas.CANDIDATES)
+
+    def write_candidates(self, name: str, table: Table) -> Path:
+        """Store candidate lists as ``candidates/NAME.parquet``, replacing those of the same name.
+
+        Raises:
+            UserError: a name that is not a plain file name.
+        """
+        if not _NAME.fullmatch(name):
+            raise UserError(f"candidates name {name!r} is not a plain name", "Use letters, digits, '.', '_' and '-'.")
+        path = self.path / "candidates" / f"{name}.parquet"
+        write_parquet_atomic(table, path, schemas.CANDIDATES)
+        return path
+
+    def quarantine(self, stage: str) -> pl.DataFrame:
+        """Rows that a stage could not use (`schemas.QUARANTINE`), oldest first; empty when there are none."""
+        return _read_quarantine(self.path, stage)
+
+    def quarantine_stages(self) -> list[str]:
+        """Stages that have quarantined rows."""
+        return sorted({file.parent.name for file in (self.path / "quarantine").glob("*/[!.]*.parquet")})
+
+    def add_quarantine(self, stage: str, rows: Iterable[Mapping[str, Any]], *, replace: bool = False) -> None:
+        """Put rows aside with their reason; see `write_quarantine`."""
+        write_quarantine(self.path, stage, rows, replace=replace)
+
+    # ---- views ------------------------------------------------------------------------------------------------------
+
+    @property
+    def n_items(self) -> int:
+        """Number of items; ids are 1..n_items."""
+        return int(self.manifest["counts"]["items"])
+
+    @property
+    def n_users(self) -> int:
+        """Number of users; ids are 1..n_users."""
+        return int(self.manifest["counts"]["users"])
+
+    def train_sequences(self) -> dict[int, list[int]]:
+        """user_id -> training items, oldest first; users without any are left out.
+
+        ``leave_one_out``: the sequence without its last two. ``temporal``: what happened before ``val_from``.
+        """
+        table = self._with_lengths()
+        length = pl.col("n") - 2 if self._temporal is None else pl.col("n_train")
+        table = table.filter(length > 0).select("user_id", items=pl.col("item_ids").list.head(length))
+        return dict(zip(table["user_id"].to_list(), table["items"].to_list(), strict=True))
+
+    def histories(self, split: Split) -> dict[int, tuple[list[int], int]]:
+        """user_id -> (history, oldest first; target); users without history or target are left out.
+
+        ``leave_one_out``: val is ``([:-2], [-2])``, test is ``([:-1], [-1])`` (as in SASRec, Kang and McAuley 2018).
+        ``temporal``: the target is the user's first interaction of the validation or test period and the history is
+        everything before it, so no prompt sees what happened later anywhere (Meng et al. 2020, "global temporal").
+        """
+        if split not in ("val", "test"):
+            raise ValueError(f"split must be 'val' or 'test', got {split!r}")
+        table = self._with_lengths()
+        if self._temporal is None:
+            position = pl.col("n") - (2 if split == "val" else 1)
+            present = position > 0
+        else:
+            position = pl.col("n_train") if split == "val" else pl.col("n_before_test")
+            end = pl.col("n_before_test") if split == "val" else pl.col("n")
+            present = (position > 0) & (position < end)
+        table = table.filter(present).select(
+            "user_id",
+            history=pl.col("item_ids").list.head(position),
+            target=pl.col("item_ids").list.get(position, null_on_oob=True),
+        )
+        users, histories, targets = (table[name].to_list() for name in ("user_id", "history", "target"))
+        return {user: (history, target) for user, history, target in zip(users, histories, targets, strict=True)}
+
+    @property
+    def _temporal(self) -> tuple[int, int] | None:
+        split = self.manifest["split"]
+        return None if split["method"] == "leave_one_out" else (int(split["val_from"]), int(split["test_from"]))
+
+    def _with_lengths(self) -> pl.DataFrame:
+        """Sequences with ``n`` and, under a temporal split, the number of interactions before each cut (int64)."""
+        table = self.sequences().with_columns(n=pl.col("item_ids").list.len().cast(pl.Int64))
+        if self._temporal is None:
+            return table
+        val_from, test_from = self._temporal
+        before = {"n_train": val_from, "n_before_test": test_from}
+        times = pl.col("timestamps")
+        return table.with_columns(
+            [times.list.eval(pl.element() < cut).list.sum().cast(pl.Int64).alias(name) for name, cut in before.items()]
+        )
+
+    def item_meta(self) -> dict[int, ItemMeta]:
+        """item_id -> ``{"text", "image_path" (absolute), "caption", "semantic_summary"}``; None where there is none."""
+        items = self.items().select("item_id", "text", "image_path")
+        for what, column in (("caption", "caption"), ("semantic_summary", "semantic_summary")):
+            table = self.generated(what)  # type: ignore[arg-type]
+            texts = empty_frame(schemas.GENERATED) if table is None else table
+            items = items.join(
+                texts.select("item_id", pl.col("text").alias(column)), on="item_id", how="left", maintain_order="left"
+            )
+        root = self.path.resolve()
+        return {
+            item_id: {
+                "text": text or "",
+                "image_path": str(root / image) if image else None,
+                "caption": caption or None,
+                "semantic_summary": summary or None,
+            }
+            for item_id, text, image, caption, summary in items.iter_rows()
+        }
+
+    # ---- changes and checks -----------------------------------------------------------------------------------------
+
+    def update_items(self, items: Table, **changes: Any) -> None:
+        """Replace the items table (same ids) and merge ``changes`` into the manifest.
+
+        Used when pictures arrive after the dataset was made. Killed between the two files, the same call repairs it.
+        """
+        write_parquet_atomic(items, self.path / "items.parquet", schemas.ITEMS)
+        self.manifest = self.manifest | changes | {"files": _hashes(self.path)}
+        atomic_write_json(self.path / "manifest.json", self.manifest)
+
+    def verify(self) -> None:
+        """Compare the tables' content with the hashes of the manifest.
+
+        Raises:
+            UserError: a table was changed or damaged.
+        """
+        for name, entry in self.manifest["files"].items():
+            if file_sha256(self.path / name) != entry["sha256"]:
+                raise UserError(
+                    f"{self.path / name} differs from what manifest.json records",
+                    "It was changed or damaged: prepare the dataset again.",
+                )
+
+
+def load_item_meta(path: str | Path) -> dict[int, ItemMeta]:
+    """`Dataset.item_meta` of the dataset at ``path``.
+
+    Raises:
+        UserError: not a dataset.
+    """
+    return Dataset.open(path).item_meta()
+
+
+def write_quarantine(folder: Path, stage: str, rows: Iterable[Mapping[str, Any]], *, replace: bool = False) -> None:
+    """Put rows aside with their reason.
+
+    Args:
+        folder: The dataset folder.
+        stage: Name of the stage, a plain file name.
+        rows: Mappings with ``key``, ``error_type`` and ``message``.
+        replace: The rows are all that is wrong now; drop those of earlier runs.
+    """
+    table = [
+        {"key": str(r["key"]), "stage": stage, "error_type": str(r["error_type"]), "message": str(r["message"])}
+        for r in rows
+    ]
+    old = sorted((folder / "quarantine" / stage).glob("[!.]*.parquet")) if replace else []
+    if table:
+        write_parquet_atomic(table, _next_file(folder / "quarantine" / stage), schemas.QUARANTINE)
+    for file in old:
+        file.unlink()
+
+
+def _read_quarantine(folder: Path, stage: str) -> pl.DataFrame:
+    files = sorted((folder / "quarantine" / stage).glob("[!.]*.parquet"))
+    return pl.concat([empty_frame(schemas.QUARANTINE), *(read_parquet(file, schemas.QUARANTINE) for file in files)])
+
+
+def _next_file(folder: Path) -> Path:
+    """A new name that sorts after all existing ones, and that no other process chooses at the same time."""
+    numbers = [int(file.name[:8]) for file in folder.glob("*.parquet") if file.name[:8].isdigit()]
+    return folder / f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex[:8]}.parquet"
+
+
+def store_image(folder: Path, data: bytes, suffix: str) -> str:
+    """Store an encoded picture under its content hash; the same picture is stored once.
+
+    Args:
+        folder: The dataset folder.
+        data: The encoded picture.
+        suffix: ``jpg`` or ``png``.
+
+    Returns:
+        The path relative to the folder, ``images/ab/<sha256>.jpg``.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    relative = f"images/{digest[:2]}/{digest}.{suffix}"
+    if not (folder / relative).exists():
+        atomic_write_bytes(folder / relative, data)
+    return relative
+
+
+class DatasetWriter:
+    """Builds a dataset in a hidden sibling folder and renames it into place on `commit`.
+
+    Leaving the block without a commit (an error, Ctrl-C) removes the sibling. What a killed process left is removed by
+    the next writer of the same path; two writers at once are refused.
+
+        with DatasetWriter("data/toy") as writer:
+            picture = writer.add_image(png_bytes, "png")
+            dataset = writer.commit(items=..., sequences=..., options={...})
+
+    Args:
+        path: Where the dataset will be.
+        overwrite: Replace an existing dataset (at the moment of the commit).
+
+    Raises:
+        UserError: the path exists and ``overwrite`` is off, or another process is writing it.
+    """
+
+    def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self.folder = self.path.with_name(f".{self.path.name}.building")
+        self._replaced = self.path.with_name(f".{self.path.name}.replaced")
+        self._overwrite = overwrite
+        self._lock: int | None = None
+
+    def __enter__(self) -> DatasetWriter:
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._replaced.exists() and not self.path.exists():
+                os.rename(self._replaced, self.path)  # killed between the two renames of an overwrite
+            self._refuse_existing()
+            self._lock = self._take_folder()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._release()
+
+    def _refuse_existing(self) -> None:
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return
+        if not (self.path / "manifest.json").is_file():
+            raise UserError(f"{self.path} exists and is not a dataset", "Choose another folder.")
+        if not self._overwrite:
+            raise UserError(
+                f"dataset {self.path} exists already", "Choose another folder, or replace it with overwrite=true."
+            )
+
+    def _take_folder(self) -> int:
+        self.folder.mkdir(exist_ok=True)
+        lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(lock)
+                raise UserError(
+                    f"another process is writing {self.path}", "Wait for it, or choose another folder."
+                ) from None
+            # A file system without locks: go on without the protection.
+        for entry in self.folder.iterdir():  # left by a killed process
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        return lock
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def add_image(self, data: bytes, suffix: str = "jpg") -> str:
+        """Store an encoded picture; returns the value for ``items.image_path``."""
+        return store_image(self.folder, data, suffix)
+
+    def add_quarantine(self, stage: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Put rows aside with their reason; see `write_quarantine`."""
+        write_quarantine(self.folder, stage, rows)
+
+    def commit(
+        self,
+        *,
+        items: Table,
+        sequences: Table,
+        options: Mapping[str, Any],
+        counts: Mapping[str, int] | None = None,
+        split: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Dataset:
+        """Write the tables and the manifest, and make the dataset appear.
+
+        Args:
+            items: Rows of `schemas.ITEMS`, ids 1..I in order.
+            sequences: Rows of `schemas.SEQUENCES`, ids 1..U in order.
+            options: What the dataset was made with; equal options and inputs mean an equal dataset.
+            counts: More counts than those of users, items and interactions, which are added here.
+            split: ``{"method": "leave_one_out"}`` (default) or ``{"method": "temporal", "val_from", "test_from"}``, cuts
+                in the unit of the timestamps.
+            extra: Further entries of the manifest.
+
+        Raises:
+            UserError: no space left, no permission.
+            ValueError: ids that are not dense, unknown items, unordered times: a mistake of the caller.
+        """
+        write_parquet_atomic(items, self.folder / "items.parquet", schemas.ITEMS)
+        write_parquet_atomic(sequences, self.folder / "sequences.parquet", schemas.SEQUENCES)
+        sizes = _check_tables(self.folder)
+        manifest = {
+            "schema_version": schemas.SCHEMA_VERSION,
+            "options": dict(options),
+            "split": dict(split or {"method": "leave_one_out"}),
+            "counts": {**sizes, **(counts or {})},
+            **(extra or {}),
+            "files": _hashes(self.folder),
+        }
+        atomic_write_json(self.folder / "manifest.json", manifest)
+        with disk_errors(self.path):
+            self._appear()
+        self._release()
+        return Dataset(self.path, manifest)
+
+    def _appear(self) -> None:
+        if not self.path.exists() or not any(self.path.iterdir()):
+            os.rename(self.folder, self.path)  # an empty folder may be renamed over
+            return
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        os.rename(self.path, self._replaced)
+        try:
+            os.rename(self.folder, self.path)
+        except BaseException:
+            os.rename(self._replaced, self.path)
+            raise
+        shutil.rmtree(self._replaced, ignore_errors=True)
+
+
+def write_dataset(
+    path: str | Path,
+    *,
+    items: Table,
+    sequences: Table,
+    options: Mapping[str, Any],
+    counts: Mapping[str, int] | None = None,
+    split: Mapping[str, Any] | None = None,
+    quarantine: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Dataset:
+    """Write a dataset without pictures in one call; see `DatasetWriter` and its ``commit``."""
+    with DatasetWriter(path, overwrite=overwrite) as writer:
+        for stage, rows in (quarantine or {}).items():
+            writer.add_quarantine(stage, rows)
+        return writer.commit(items=items, sequences=sequences, options=options, counts=counts, split=split, extra=extra)
+
+
+def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    return {name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in _TABLES}
+
+
+def _check_tables(folder: Path) -> dict[str, int]:
+    """Counts of users, items and interactions, after checking what every reader relies on."""
+    item_ids = read_parquet(folder / "items.parquet", schemas.ITEMS)["item_id"]
+    sequences = read_parquet(folder / "sequences.parquet", schemas.SEQUENCES)
+    for name, ids in (("item_id", item_ids), ("user_id", sequences["user_id"])):
+        if not (ids == pl.int_range(1, len(ids) + 1, dtype=pl.Int32, eager=True)).all():
+            raise ValueError(f"{name} must run 1, 2, 3, ... without gaps")
+    lengths = sequences.select(items=pl.col("item_ids").list.len(), times=pl.col("timestamps").list.len())
+    if not (lengths["items"] == lengths["times"]).all() or (lengths["items"] == 0).any():
+        raise ValueError("every sequence needs at least one item and as many timestamps as items")
+    used = sequences["item_ids"].explode(empty_as_null=False)
+    if len(used) and not used.is_between(1, len(item_ids)).all():
+        raise ValueError(f"sequences hold item ids outside 1..{len(item_ids)}")
+    times = sequences.select("user_id", "timestamps").explode("timestamps")
+    later = times["timestamps"].diff() >= 0
+    same_user = times["user_id"].diff() == 0
+    if not (later | ~same_user).fill_null(True).all():
+        raise ValueError("timestamps of a sequence must not decrease")
+    return {"users": len(sequences), "items": len(item_ids), "interactions": len(used)}

@@ -1,0 +1,173 @@
+"""Files that are either whole or absent: Parquet tables with an enforced schema, text and JSON.
+
+Everything is written to a temporary sibling, flushed to the disk and renamed into place (POSIX rename is atomic), so a
+crash, a full disk or Ctrl-C leaves the old file or none, never half of one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias, Union
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlrank.errors import UserError
+
+Table: TypeAlias = Union[pa.Table, pl.DataFrame, Sequence[Mapping[str, Any]]]  # noqa: UP007 (Arrow is untyped)
+"""What can be written as a table: Arrow, Polars, or a list of rows."""
+
+_ROWS_PER_GROUP = 65_536
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn "the disk is full" and "not allowed" into messages that name the file."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}", "Choose a folder you may write to.") from error
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise UserError(
+            f"cannot write {path}: {os.strerror(error.errno)}",
+            "Free some space (or raise the quota) and run the same command again; what was committed before is intact.",
+        ) from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write to; renamed to ``path`` when the block ends well, removed otherwise.
+
+    Raises:
+        UserError: no space left, or no permission.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a whole UTF-8 file or nothing."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Write indented JSON, keys in the order given, ending in a newline."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def write_parquet_atomic(table: Table, path: Path, schema: pa.Schema) -> None:
+    """Write a Parquet file with exactly the columns, types and order of ``schema``.
+
+    Rows are cast and written in groups, so the copy in the target's types never holds the whole table.
+
+    Raises:
+        UserError: no space left, or no permission.
+        ValueError: a column is missing, unknown, or cannot be cast without loss.
+    """
+    source = _as_arrow(table, schema)
+    if set(source.column_names) != set(schema.names):
+        missing = [name for name in schema.names if name not in source.column_names]
+        unknown = [name for name in source.column_names if name not in schema.names]
+        raise ValueError(f"{path.name}: missing columns {missing}, unknown columns {unknown}")
+    source = source.select(schema.names)
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for start in range(0, source.num_rows, _ROWS_PER_GROUP):
+            try:
+                group = source.slice(start, _ROWS_PER_GROUP).cast(schema)
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{path.name}: {error}") from error
+            writer.write_table(group)
+
+
+def _as_arrow(table: Table, schema: pa.Schema) -> pa.Table:
+    if isinstance(table, pa.Table):
+        return table
+    if isinstance(table, pl.DataFrame):
+        return table.to_arrow(compat_level=pl.CompatLevel.oldest())
+    return pa.Table.from_pylist([dict(row) for row in table], schema=schema)
+
+
+def read_parquet(path: Path, schema: pa.Schema) -> pl.DataFrame:
+    """A Parquet file as a Polars frame with the columns and types of ``schema``.
+
+    Raises:
+        UserError: missing, unreadable, or with other columns or types.
+    """
+    try:
+        table = pq.ParquetFile(path, memory_map=True).read()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
+    try:
+        frame = pl.from_arrow(table.select(schema.names).cast(schema))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"{path} does not have the types of its schema: {error}") from None
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def empty_frame(schema: pa.Schema) -> pl.DataFrame:
+    """A frame without rows and with the columns and types of ``schema``."""
+    frame = pl.from_arrow(schema.empty_table())
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
