@@ -1,0 +1,141 @@
+"""The command line as a newcomer meets it: help, refusals with exit code 2, and no tracebacks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from vlrank.config import EvaluateConfig, TrainConfig
+from vlrank.console import Summary
+from vlrank.errors import UserError
+from vlrank.options import main, stage_command
+
+
+def vlrank(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vlrank.cli", *arguments], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+def test_help_names_every_stage_without_loading_torch_or_ray() -> None:
+    code = (
+        "import sys, vlrank.cli as c; c.cli(['--help'], standalone_mode=False); "
+        "print([m for m in ('torch', 'ray', 'vllm') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for stage in (
+        "demo",
+        "doctor",
+        "prepare",
+        "generate",
+        "retrieve",
+        "train",
+        "tune",
+        "rerank",
+        "evaluate",
+        "inspect",
+    ):
+        assert stage in done.stdout
+    assert done.stdout.rstrip().endswith("[]")
+
+
+@pytest.mark.parametrize("stage", ["prepare", "generate", "retrieve", "train", "tune", "rerank", "evaluate"])
+def test_every_stage_explains_its_options(stage: str) -> None:
+    done = vlrank(stage, "--help")
+    assert done.returncode == 0
+    assert "--config" in done.stdout
+    assert "--dry_run" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "data", "--mode", "captions", "--out", "run"], "captions"),
+        (["train", "data", "--mode", "caption", "--out", "run", "lrr=1"], "did you mean `lr`"),
+        (["train", "data", "--mode", "caption"], "`out` is required"),
+        (["train", "data", "--nonsense"], "--nonsense"),
+        (["generate", "data", "--what", "poem"], "poem"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_bad_usage_is_one_message_and_exit_code_2(arguments: list[str], named: str, tmp_path: Path) -> None:
+    done = vlrank(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_dataset_is_named_with_the_command_that_makes_one(tmp_path: Path) -> None:
+    for stage in (
+        ["generate", "nowhere", "--what", "caption"],
+        ["retrieve", "nowhere"],
+        ["train", "nowhere", "--mode", "caption", "--out", "run"],
+        ["tune", "nowhere", "--out", "sweep"],
+        ["rerank", "nowhere", "--model", "run", "--out", "r.parquet"],
+        ["evaluate", "nowhere", "--rankings", "r.parquet", "--out", "report"],
+        ["inspect", "nowhere"],
+    ):
+        done = vlrank(*stage, cwd=tmp_path)
+        assert done.returncode == 2, stage
+        assert "nowhere" in done.stderr, stage
+        assert "vlrank prepare" in done.stderr, stage
+        assert "Traceback" not in done.stderr, stage
+        assert list(tmp_path.iterdir()) == [], stage
+
+
+def _run(command: click.Command, *arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(command, arguments, machine_line=True)
+    return int(stop.value.code or 0)
+
+
+def test_options_become_the_config(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[TrainConfig] = []
+
+    def run(config: TrainConfig) -> Summary:
+        seen.append(config)
+        return Summary("train", counts={"samples": 3}, output=Path("run"))
+
+    command = stage_command("train", TrainConfig, run, positional=["dataset"], aliases={"lr": ["--rerank_lr"]})
+    code = _run(command, "data", "--mode", "caption", "--out", "run", "--rerank_lr", "2e-4", "ranking.window=30")
+    assert code == 0
+    assert (seen[0].dataset, seen[0].lr, seen[0].ranking.window) == (Path("data"), 2e-4, 30)
+    assert json.loads(capsys.readouterr().out) == {"status": "ok", "output": "run", "counts": {"samples": 3}}
+
+
+def test_a_repeatable_option_takes_several_values_up_to_the_next_option_or_override() -> None:
+    seen: list[EvaluateConfig] = []
+
+    def run(config: EvaluateConfig) -> Summary:
+        seen.append(config)
+        return Summary("evaluate")
+
+    command = stage_command("evaluate", EvaluateConfig, run, positional=["dataset"])
+    assert _run(command, "data", "--rankings", "a", "b", "--out", "x", "--rankings", "c", "seed=3") == 0
+    assert seen[0].rankings == (Path("a"), Path("b"), Path("c"))
+    assert (seen[0].out, seen[0].seed) == (Path("x"), 3)
+
+
+def test_failures_end_in_one_machine_readable_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(config: EvaluateConfig) -> Summary:
+        raise UserError("rankings file a is empty [0 rows]", "Run `vlrank rerank` again.")
+
+    command = stage_command("evaluate", EvaluateConfig, refuse, positional=["dataset"])
+    assert _run(command, "data", "--rankings", "a", "--out", "x") == 2
+    captured = capsys.readouterr()
+    last = json.loads(captured.out.strip().splitlines()[-1])
+    assert last["status"] == "error"
+    assert "a is empty [0 rows]" in last["message"]
+    assert "a is empty [0 rows]" in captured.err
+
+
+def test_dry_run_does_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(config: EvaluateConfig) -> Summary:
+        raise AssertionError("a dry run must not run the stage")
+
+    command = stage_command("evaluate", EvaluateConfig, run, positional=["dataset"])
+    assert _run(command, "data", "--rankings", "a", "--out", "x", "--dry_run") == 0

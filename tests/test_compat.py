@@ -1,0 +1,67 @@
+"""The two remedies for mixed CPU stacks: each works where it is needed and does nothing where it is not."""
+
+import subprocess
+import sys
+
+import pytest
+
+from vlrank import compat
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_torchvision_imports_in_a_fresh_process() -> None:
+    done = python("import torchvision; from torchvision.transforms import v2; print(torchvision.__version__)")
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_the_remedy_torchvision_fails_here() -> None:
+    # -S leaves the .pth files out. When this starts to pass, the remedy can go.
+    if not compat.needs_pth():
+        pytest.skip("torch and torchvision match in this environment")
+    site = compat.pth_file().parent
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path.append({str(site)!r}); import torchvision"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "nms" in done.stderr
+
+
+def test_the_pth_file_does_not_load_torch() -> None:
+    assert python("import sys; print('torch' in sys.modules)").stdout.strip() == "False"
+
+
+def test_patching_twice_adds_one_hook_and_importing_removes_it() -> None:
+    done = python(
+        "import sys; from vlrank import compat; compat.patch_torchvision(); compat.patch_torchvision()\n"
+        "hooks = lambda: [f for f in sys.meta_path if type(f).__name__ == '_DeclareBeforeImport']\n"
+        "assert len(hooks()) == 1, hooks()\n"
+        "import torchvision; assert not hooks(); compat.patch_torchvision(); assert not hooks()"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cuda_torch_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    defined: list[str] = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.library, "define", lambda name, schema: defined.append(name))
+    compat._declare_operators()
+    assert defined == []
+    assert not compat.needs_pth()
+
+
+def test_hidden_vllm_looks_absent_and_a_loaded_one_is_refused() -> None:
+    done = python("from vlrank.compat import hide_vllm; hide_vllm(); hide_vllm(); import vllm")
+    assert "ModuleNotFoundError" in done.stderr
+    refused = python(
+        "import sys, types; sys.modules['vllm'] = types.ModuleType('vllm')\n"
+        "from vlrank.compat import hide_vllm; hide_vllm()"
+    )
+    assert "process of its own" in refused.stderr

@@ -1,0 +1,88 @@
+"""A wrong key or value must stop before any model is loaded, with a message that names it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlrank.config import MODES, RankingConfig, TrainConfig, load_config, merge, mode_defaults, parse_overrides
+from vlrank.errors import UserError
+
+NEEDED = {"dataset": "data", "out": "run", "mode": "caption"}
+
+
+def test_every_mode_file_is_a_valid_training_config_with_the_documented_defaults() -> None:
+    batch = {"raw_image": 8, "caption": 16, "semantic_summary": 16, "semantic_summary_small": 32}
+    for mode in MODES:
+        config = load_config(TrainConfig, dataset="data", out="run", mode=mode)
+        assert (config.epochs, config.lr, config.patience, config.negatives) == (10, 1e-4, 5, 19)
+        assert (config.ranking.top_k, config.lora.r, config.lora.alpha) == (50, 8, 16)
+        assert config.batch_size == batch[mode]
+        assert config.model == mode_defaults(mode)["model"]
+
+
+def test_later_sources_win_over_earlier_ones(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"lr": 2e-4, "epochs": 3, "batch_size": 4, "ranking": {"top_k": 30}}))
+    config = load_config(TrainConfig, file=file, overrides=["epochs=4", "batch_size=5"], batch_size=6, **NEEDED)
+    assert (config.lr, config.epochs, config.batch_size) == (2e-4, 4, 6)
+    assert config.ranking.top_k == 30
+    assert config.ranking.stride == 10  # a partial nested mapping keeps the other keys
+
+
+def test_flags_that_were_not_given_do_not_hide_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("epochs: 3\nreport_to: [tensorboard]\n")
+    config = load_config(TrainConfig, file=file, epochs=None, report_to=(), **NEEDED)
+    assert (config.epochs, config.report_to) == (3, ("tensorboard",))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["ranking.topk=20"], ["ranking.topk", "did you mean `ranking.top_k`"]),
+        (["lr=fast"], ["`lr`", "'fast'"]),
+        (["lr=-1", "epochs=0"], ["`lr`", "`epochs`"]),
+        (["ranking.window=5"], ["stride 10", "window 5"]),
+        (["lr"], ["key=value"]),
+        (["lr=[1"], ["lr=[1"]),
+    ],
+)
+def test_a_wrong_override_is_named(overrides: list[str], expected: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(TrainConfig, overrides=overrides, **NEEDED)
+    for part in expected:
+        assert part in str(error.value)
+
+
+def test_an_unknown_mode_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match="semantic_summary_small"):
+        load_config(TrainConfig, dataset="data", out="run", mode="captions")
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n", b"\xff\xfe"])
+def test_an_unreadable_config_file_is_named(tmp_path: Path, content: str | bytes) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        load_config(TrainConfig, file=file, **NEEDED)
+
+
+def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere.yaml does not exist"):
+        load_config(TrainConfig, file=tmp_path / "nowhere.yaml", **NEEDED)
+
+
+def test_overrides_nest_and_later_ones_win() -> None:
+    assert parse_overrides(["a.b=1", "a.c=[1, 2]", "a.b=2", "d=x=y"]) == {"a": {"b": 2, "c": [1, 2]}, "d": "x=y"}
+
+
+def test_merge_leaves_its_arguments_alone() -> None:
+    low, high = {"a": {"b": 1}}, {"a": {"c": 2}}
+    assert merge(low, high) == {"a": {"b": 1, "c": 2}}
+    assert (low, high) == ({"a": {"b": 1}}, {"a": {"c": 2}})
+
+
+def test_configs_cannot_change_after_they_were_checked() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        RankingConfig().top_k = 3  # type: ignore[misc]
