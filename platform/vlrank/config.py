@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlrank.errors import UserError
 
@@ -118,6 +118,7 @@ class RankingConfig(Config):
     max_history: int = Field(20, ge=1, description="most recent items shown")
     max_item_chars: int = Field(400, ge=8, description="an item's line in the prompt is cut to this many characters")
     max_prompt_tokens: int = Field(4096, ge=64, description="longer prompts lose their oldest history items")
+    max_image_pixels: int = Field(224 * 224, ge=32 * 32, description="larger pictures are scaled down to this many pixels")
     window: int = Field(20, ge=2, description="candidates per prompt; more go through sliding windows")
     stride: int = Field(10, ge=1)
     permutations: int = Field(1, ge=1, description="average over this many seeded shuffles of the candidates")
@@ -177,20 +178,36 @@ class TuneConfig(Config):
 
     dataset: Path
     out: Path
-    modes: tuple[Mode, ...] = MODES
+    modes: tuple[Mode, ...] = Field(MODES, description="all, or some of them")
     space: dict[str, Any] = Field(
-        default_factory=lambda: {"lr": {"loguniform": [5e-5, 2e-4]}, "batch_size": {"choice": [8, 16, 32]}},
-        description="training key -> {loguniform|uniform|randint: [low, high]}, {choice: [...]} or a fixed value",
+        default_factory=dict,
+        description="training key -> {loguniform|uniform|randint: [low, high]}, {choice: [...]} or a fixed value; "
+        "over configs/tune/MODE.yaml, key by key",
     )
+    spaces: dict[Mode, dict[str, Any]] = Field(default_factory=dict, description="the same for one mode, over space")
     trials: int = Field(8, ge=1, description="per mode, the default configuration first")
     search: Literal["random", "grid", "optuna"] = "random"
+    scheduler: Literal["asha", "none"] = Field("asha", description="none trains every trial to its end")
     grace_period: int = Field(1, ge=1, description="epochs before ASHA may stop a trial")
-    reduction_factor: int = Field(3, ge=2)
+    reduction_factor: int = Field(3, ge=2, description="ASHA lets the best 1/N of a rung go on")
     max_concurrent_trials: int | None = Field(None, ge=1, description="default what the resources allow")
+    trial_retries: int = Field(1, ge=0, description="a failed trial is tried again this often, then reported")
+    confirm_seeds: int = Field(0, ge=0, description="train each mode's best and default again on so many fresh seeds")
+    keep_checkpoints: Literal["best", "all"] = Field("best", description="of finished trials; per mode")
     train: dict[str, Any] = Field(default_factory=dict, description="training keys shared by all trials")
     per_mode: dict[Mode, dict[str, Any]] = Field(default_factory=dict, description="training keys of one mode's trials")
     seed: int = 0
     ray: RayConfig = RayConfig()
+
+    @field_validator("modes", mode="before")
+    @classmethod
+    def _modes_from_words(cls, value: Any) -> Any:
+        """``all``, ``a,b`` or ``[a, b]``, each mode once."""
+        words = [value] if isinstance(value, str) else value
+        if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+            return value
+        split = [name.strip() for word in words for name in word.split(",") if name.strip()]
+        return tuple(dict.fromkeys(mode for name in split for mode in (MODES if name == "all" else (name,))))
 
 
 class RerankConfig(Config):
