@@ -1,1 +1,4 @@
-"""Metrics with intervals, baselines, paired comparisons and the report; needs only the data room."""
+"""Evaluation: metrics with intervals, rivals on the same lists, paired tests, data checks and the report.
+
+Needs only the dataset folder: importing this room loads neither torch nor Ray.
+"""
