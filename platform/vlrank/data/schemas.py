@@ -70,3 +70,6 @@ QUARANTINE = pa.schema(
         ("message", pa.string()),
     ]
 )
+
+BULK_QUARANTINE = pa.schema([*QUARANTINE, pa.field("input_hash", pa.string())])
+"""Quarantine of resumable stages (`vlrank.bulk`): a row whose input changed since is tried again."""

@@ -1,0 +1,408 @@
+"""Shard-level commit, resume and quarantine on Ray Data: what generation and bulk reranking have in common.
+
+**How it works.** Every row has a key and an ``input_hash`` (of everything its result depends on). A run
+
+1. subtracts from the wanted rows those that are already committed *with the wanted hash* (and those in quarantine),
+2. writes the rest as a plan, one row group per shard, from which Ray Data tasks read (the driver's memory and the
+   object store do not grow with the input, and a lost node's shards can be read again),
+3. runs the caller's stages on a `ray.data.Dataset` whose blocks are the shards,
+4. commits every block that comes out: the good rows as one Parquet file, the bad rows as one quarantine file, each
+   written to a temporary name, synced and renamed. The file name is ``RUN-HASH OF THE ROWS' KEYS.parquet``,
+5. when all is done, removes rows that a newer one, or a changed input, has made obsolete.
+
+**Why each row comes out exactly once.** Readers and the next run see whole files or nothing. A task that Ray repeats
+(worker or node lost) writes the same keys to the same name. A killed driver leaves committed shards alone: the next run
+does not plan them. The good rows of a block are renamed before the bad ones, so a crash between the two costs a
+repetition of the bad rows, and nothing is lost. Two runs on one folder at a time are refused.
+
+**Why not Ray Data's CheckpointConfig**, which does part of this: it knows ids but no input hashes, so a changed prompt
+would be skipped as done; failed rows count as done for ever; its ids live beside the output, so the two can disagree;
+and it appends every row again when its folder is cleaned. The price of our way is the anti-join on the driver: two
+columns of the committed shards in memory, some 100 bytes per row.
+
+**Where.** ``folder`` and ``quarantine`` are folders that the driver and all workers share: a local disk on one machine,
+NFS or Lustre on a cluster. Renames have to be atomic, which rules out most object-store mounts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlrank.console import progress
+from vlrank.data.schemas import BULK_QUARANTINE
+from vlrank.data.tables import atomic_path, disk_errors, empty_frame, write_parquet_atomic
+from vlrank.errors import UserError
+
+if TYPE_CHECKING:
+    import ray.data
+
+ERROR_TYPE, ERROR, RETRY, TOKENS_IN, TOKENS_OUT = "error_type", "error", "retry", "tokens_in", "tokens_out"
+"""Columns that stages may add to their rows, see `run_bulk`."""
+
+_PLAN = ".plan-"
+
+Stages = Callable[["ray.data.Dataset"], "ray.data.Dataset"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """A table that grows by shards, and its quarantine.
+
+    Attributes:
+        folder: Where the shards lie, ``*.parquet``; in the order of their names the newest row of a key is last.
+        schema: Columns of a shard; holds ``key`` and ``input_hash`` (string).
+        key: The column that identifies a row, an integer or a string.
+        quarantine: Folder of the quarantine files.
+        stage: The ``stage`` column of quarantined rows, e.g. ``"caption"``.
+    """
+
+    folder: Path
+    schema: pa.Schema
+    key: str
+    quarantine: Path
+    stage: str
+
+    def committed(self) -> pl.DataFrame:
+        """The newest row of every key, in the order of the keys."""
+        return self._newest(self.folder, self.schema).sort(self.key)
+
+    def quarantined(self) -> pl.DataFrame:
+        """The newest quarantine row of every key: `schemas.BULK_QUARANTINE`, ``key`` as a string."""
+        return self._newest(self.quarantine, BULK_QUARANTINE, "key").sort("key")
+
+    def pending(self, wanted: pl.DataFrame, *, retry_failed: bool = False) -> pl.DataFrame:
+        """The rows of ``wanted`` that are neither committed nor (without ``retry_failed``) in quarantine.
+
+        Args:
+            wanted: Columns ``key``, ``input_hash`` and whatever the stages need.
+            retry_failed: Count quarantined rows as not done.
+        """
+        done = self._newest(self.folder, self.schema, columns=[self.key, "input_hash"])
+        rows = wanted.join(done, on=[self.key, "input_hash"], how="anti", maintain_order="left")
+        if retry_failed:
+            return rows
+        failed = self.quarantined().select(pl.col("key").cast(wanted.schema[self.key]).alias(self.key), "input_hash")
+        return rows.join(failed, on=[self.key, "input_hash"], how="anti", maintain_order="left")
+
+    def prune(self, wanted: pl.DataFrame) -> None:
+        """Remove rows of wanted keys that are not current any more; files without such rows are not touched.
+
+        Obsolete is a committed row that has a newer one or whose hash is not the wanted one, and a quarantine row that
+        has a newer one, whose hash is not the wanted one, or whose key has been committed since. Keys that are not in
+        ``wanted`` (a run with a limit) are left alone.
+        """
+        current = wanted.select(self.key, "input_hash")
+        self._prune(self.folder, self.key, current)
+        done = self._newest(self.folder, self.schema, columns=[self.key, "input_hash"])
+        failed = current.join(done, on=[self.key, "input_hash"], how="anti")
+        as_text = [pl.col(self.key).cast(pl.String).alias("key"), "input_hash"]
+        self._prune(self.quarantine, "key", failed.select(as_text), known=current.select(as_text)["key"])
+
+    def _prune(self, folder: Path, key: str, current: pl.DataFrame, known: pl.Series | None = None) -> None:
+        known = current[key] if known is None else known
+        seen: set[Any] = set()
+        for path in reversed(_files(folder)):
+            table = pl.read_parquet(path)
+            rows = table.select(key, "input_hash").join(
+                current.select(key, "input_hash").with_columns(current=True),
+                on=[key, "input_hash"],
+                how="left",
+                maintain_order="left",
+            )
+            is_known = table[key].is_in(known.implode())
+            keep = (rows["current"].fill_null(False) | ~is_known) & ~table[key].is_in(list(seen))
+            seen.update(table[key].filter(keep))
+            if keep.all():
+                continue
+            kept = table.filter(keep)
+            if kept.is_empty():
+                path.unlink()
+            else:
+                write_parquet_atomic(kept, path, pq.read_schema(path))
+
+    def _newest(
+        self, folder: Path, schema: pa.Schema, key: str | None = None, columns: Sequence[str] | None = None
+    ) -> pl.DataFrame:
+        columns = list(columns or schema.names)
+        empty = empty_frame(schema).select(columns)
+        # Rows that other code put into quarantine have no hash: diagonal.
+        parts = [
+            pl.read_parquet(path).select(pl.col(n) for n in columns if n in pq.read_schema(path).names)
+            for path in _files(folder)
+        ]
+        return pl.concat([empty, *parts], how="diagonal").unique(key or self.key, keep="last", maintain_order=True)
+
+
+@dataclass(frozen=True, slots=True)
+class BulkResult:
+    """What a run did.
+
+    Attributes:
+        done: Rows committed by this run.
+        reused: Wanted rows that were there already.
+        failed_before: Wanted rows left in quarantine by earlier runs and not tried again.
+        quarantined: Rows that this run put into quarantine.
+        retry: Keys of rows that the stages want to see again (column ``retry``); neither committed nor in quarantine.
+        tokens_in, tokens_out: Sums of the columns of that name over all rows that came out.
+        seconds: Wall-clock time of the run.
+    """
+
+    done: int = 0
+    reused: int = 0
+    failed_before: int = 0
+    quarantined: int = 0
+    retry: tuple[Any, ...] = ()
+    tokens_in: int = 0
+    tokens_out: int = 0
+    seconds: float = 0.0
+
+
+def run_bulk(
+    wanted: pl.DataFrame,
+    stages: Stages,
+    shards: Shards,
+    *,
+    shard_rows: int,
+    description: str,
+    retry_failed: bool = False,
+    prune: bool = True,
+) -> BulkResult:
+    """Run ``stages`` on the wanted rows that are not there yet and commit what comes out, shard by shard.
+
+    Ray has to be connected (`vlrank.runtime.ray_session`). The stages get a dataset with the columns of ``wanted`` and
+    return one row per row, with the columns of ``shards.schema`` and any of these:
+
+    - ``error_type`` and ``error`` (strings; null or "" on good rows): the row goes to the quarantine instead,
+    - ``retry`` (bool): a bad row goes nowhere, its key is returned in `BulkResult.retry`,
+    - ``tokens_in``, ``tokens_out`` (integers): counted in the progress and the result.
+
+    Rows must never be filtered out: one that does not come out is neither done nor failed, and is planned again.
+
+    Args:
+        wanted: One row per key: ``shards.key``, ``input_hash`` and the stages' inputs.
+        stages: From dataset to dataset; called on the driver, once, and only when something is pending.
+        shards: Where the rows go.
+        shard_rows: Rows committed at once: what a crash can cost, at most, per running task.
+        description: Of the progress bar.
+        retry_failed: Try quarantined rows again.
+        prune: Remove obsolete rows at the end; False for all but the last of several passes.
+
+    Raises:
+        UserError: duplicate keys in ``wanted``; another run is writing to the folder; an engine that ran out of memory.
+    """
+    if wanted[shards.key].n_unique() != wanted.height:
+        twice = wanted.filter(pl.col(shards.key).is_duplicated())[shards.key][0]
+        raise ValueError(f"wanted rows repeat the key {shards.key}={twice}")
+    start = time.monotonic()
+    # Workers have another working directory.
+    shards = replace(shards, folder=shards.folder.absolute(), quarantine=shards.quarantine.absolute())
+    for folder in (shards.folder, shards.quarantine):
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    with _exclusive(shards.folder):
+        _sweep(shards)
+        pending = shards.pending(wanted, retry_failed=retry_failed)
+        with_failed = pending if retry_failed else shards.pending(wanted, retry_failed=True)
+        result = BulkResult(
+            reused=wanted.height - with_failed.height, failed_before=with_failed.height - pending.height
+        )
+        if not pending.is_empty():
+            counts = _run(pending, stages, shards, shard_rows, description)
+            result = replace(result, **counts)
+        if prune:
+            shards.prune(wanted)
+    return replace(result, seconds=time.monotonic() - start)
+
+
+def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int, description: str) -> dict[str, Any]:
+    import ray.data
+
+    if os.environ.get("VLRANK_VERBOSE") != "1":
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # ours shows items, tokens and time left
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+
+    run = _next_run(shards)
+    plan = shards.folder / f"{_PLAN}{run}"
+    n_shards = _write_plan(pending, plan, shard_rows)
+    counts: dict[str, int] = dict.fromkeys(("done", "quarantined", TOKENS_IN, TOKENS_OUT), 0)
+    retry: list[Any] = []
+    # A quarter of a CPU keeps the first and the last step apart from the stages (Ray Data fuses steps of equal
+    # resources, and a fused commit would see the stages' batches, not the shards) and leaves the CPUs to the stages.
+    light: dict[str, Any] = {"num_cpus": 0.25, "batch_size": None}
+    try:
+        dataset = ray.data.range(n_shards, override_num_blocks=n_shards)
+        dataset = dataset.map_batches(partial(_read_shards, plan=plan), batch_format="pyarrow", **light)
+        dataset = stages(dataset)
+        commit = partial(_commit, shards=shards, run=run)
+        dataset = dataset.map_batches(commit, batch_format="pyarrow", zero_copy_batch=True, **light)
+        start = time.monotonic()
+        with progress(description, pending.height) as bar:
+            for row in dataset.iter_rows():
+                for name in counts:
+                    counts[name] += int(row[name])
+                retry.extend(pa.ipc.open_stream(row["retry"]).read_all()["key"].to_pylist())
+                seconds = time.monotonic() - start
+                items, tokens = counts["done"] + counts["quarantined"] + len(retry), counts[TOKENS_OUT]
+                rates = f"{items / seconds:,.1f} items/s" + (f", {tokens / seconds:,.0f} tokens/s" if tokens else "")
+                bar.advance(int(row["rows"]), note=rates)
+    except Exception as error:
+        raise _explained(error) from error
+    finally:
+        plan.unlink(missing_ok=True)
+    return {**counts, "retry": tuple(retry)}
+
+
+def _read_shards(batch: pa.Table, plan: Path) -> Iterator[pa.Table]:
+    with pq.ParquetFile(plan) as file:
+        for number in batch["id"].to_pylist():
+            yield file.read_row_group(number)
+
+
+def _commit(block: pa.Table, shards: Shards, run: str) -> pa.Table:
+    """Write one block; returns one row of counts. Runs in a worker."""
+    table = pl.from_arrow(block)
+    assert isinstance(table, pl.DataFrame)
+    if table.is_empty():
+        return pa.table({"rows": pa.array([], pa.int64())})
+    for name, dtype in (
+        (ERROR_TYPE, pl.String),
+        (ERROR, pl.String),
+        (RETRY, pl.Boolean),
+        (TOKENS_IN, pl.Int64),
+        (TOKENS_OUT, pl.Int64),
+    ):
+        column = pl.col(name).cast(dtype) if name in table.columns else pl.lit(None, dtype).alias(name)
+        table = table.with_columns(column)
+    failed = (table[ERROR_TYPE].fill_null("") != "") | (table[ERROR].fill_null("") != "")
+    again = failed & table[RETRY].fill_null(False)
+    good, bad, retry = table.filter(~failed), table.filter(failed & ~again), table.filter(again)
+
+    names = sorted(f"{key}\t{input_hash}" for key, input_hash in table.select(shards.key, "input_hash").iter_rows())
+    name = f"{run}-{hashlib.sha256(chr(10).join(names).encode()).hexdigest()[:16]}.parquet"
+    # The last attempt at a block wins, whole: where it has no good (bad) rows, an earlier attempt's file goes.
+    _write_or_remove(good.select(shards.schema.names), shards.folder / name, shards.schema)
+    rows = bad.select(
+        pl.col(shards.key).cast(pl.String).alias("key"),
+        pl.lit(shards.stage).alias("stage"),
+        pl.col(ERROR_TYPE).fill_null("Error").alias("error_type"),
+        pl.col(ERROR).fill_null("").alias("message"),
+        "input_hash",
+    )
+    _write_or_remove(rows.select(BULK_QUARANTINE.names), shards.quarantine / name, BULK_QUARANTINE)
+
+    buffer = pa.BufferOutputStream()
+    keys = _arrow(retry.select(pl.col(shards.key).alias("key")))
+    with pa.ipc.new_stream(buffer, keys.schema) as stream:
+        stream.write_table(keys)
+    return pa.table(
+        {
+            "rows": [table.height],
+            "done": [good.height],
+            "quarantined": [bad.height],
+            TOKENS_IN: [table[TOKENS_IN].fill_null(0).sum()],
+            TOKENS_OUT: [table[TOKENS_OUT].fill_null(0).sum()],
+            "retry": pa.array([buffer.getvalue().to_pybytes()], pa.binary()),
+        }
+    )
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+
+
+def _next_run(shards: Shards) -> str:
+    """Eight digits, larger than in any file name: what is newest can be told from names, whatever the clocks say."""
+    runs = [path.name.split("-")[0] for folder in (shards.folder, shards.quarantine) for path in _files(folder)]
+    return f"{max((int(run) for run in runs if run.isdigit()), default=0) + 1:08d}"
+
+
+def _write_or_remove(table: pl.DataFrame, path: Path, schema: pa.Schema) -> None:
+    if table.is_empty():
+        path.unlink(missing_ok=True)
+    else:
+        write_parquet_atomic(table, path, schema)
+
+
+def _write_plan(rows: pl.DataFrame, path: Path, shard_rows: int) -> int:
+    """Write the pending rows, one row group per shard; returns the number of shards."""
+    with atomic_path(path) as temporary:
+        pq.write_table(_arrow(rows), temporary, row_group_size=shard_rows, compression="zstd")
+    with pq.ParquetFile(path) as file:
+        return int(file.num_row_groups)
+
+
+def _arrow(table: pl.DataFrame) -> pa.Table:
+    return table.to_arrow(compat_level=pl.CompatLevel.oldest())
+
+
+def _sweep(shards: Shards) -> None:
+    """Remove what a killed run left half-written; only called while no other run is active."""
+    for folder in (shards.folder, shards.quarantine):
+        for path in folder.iterdir():
+            if path.name.startswith(_PLAN) or (path.name.startswith(".") and path.name.endswith(".tmp")):
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system releases it when the process ends, however it ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {folder}", "Wait until it has finished, or stop it.") from None
+        yield
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "OutOfMemoryError",
+    "No available memory for the cache blocks",
+    "is larger than the maximum number of tokens that can be stored in KV cache",
+    "KV cache is needed, which is larger than the available KV cache memory",
+    "less than desired GPU memory utilization",
+    "Not enough memory",
+)
+
+
+def _explained(error: BaseException) -> BaseException:
+    """A `UserError` for what the user can mend, found anywhere in the chain; else the error itself."""
+    text, link, seen = "", error, set[int]()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if isinstance(link, UserError):
+            return link
+        text += f"\n{link}"
+        inner = getattr(link, "cause", None)  # of ray.exceptions.RayTaskError
+        link = (inner if isinstance(inner, BaseException) else None) or link.__cause__ or link.__context__  # type: ignore[assignment]
+    line = next((line.strip() for line in text.splitlines() if any(sign in line for sign in _OUT_OF_MEMORY)), None)
+    if line is None:
+        return error
+    return UserError(
+        f"the engine ran out of memory: {line[:300]}",
+        "Lower engine.max_model_len or engine.batch_size, give each engine more of a GPU (engine.gpus), share the "
+        "model between GPUs (engine.tensor_parallel_size), or change engine.gpu_memory_utilization; on a CPU, "
+        "VLLM_CPU_KVCACHE_SPACE is the cache's size in GiB. What is committed so far is kept.",
+    )
