@@ -54,7 +54,11 @@ _SPECS: dict[str, ModeSpec] = {
         "semantic_summary", "semantic_summary", "Summary", "vision", "vlrank generate DATASET --what semantic_summary"
     ),
     "semantic_summary_small": ModeSpec(
-        "semantic_summary_small", "semantic_summary", "Summary", "text", "vlrank generate DATASET --what semantic_summary"
+        "semantic_summary_small",
+        "semantic_summary",
+        "Summary",
+        "text",
+        "vlrank generate DATASET --what semantic_summary",
     ),
 }
 

@@ -17,6 +17,10 @@ INSTRUCTIONS = (
 )
 
 
+END_PROBE = "42"
+"""A stand-in answer: rendering it shows what the chat template writes after one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One question to a reranker: which of N numbered candidates comes next?
@@ -38,16 +42,23 @@ def item_line(spec: ModeSpec, item: ItemMeta, max_chars: int, *, with_shown: boo
     Line breaks are folded, because a line is what separates candidates. The text gives way before the shown part when
     the line is longer than ``max_chars``.
     """
-    text = " ".join(item["text"].split())
+    text = _plain(item["text"])
     shown = item.get(spec.shows) if with_shown and spec.label else None
     if not shown:
         return text[:max_chars].rstrip()
-    suffix = f" ({spec.label}: {' '.join(str(shown).split())})"
+    suffix = f" ({spec.label}: {_plain(str(shown))})"
     room = max(0, max_chars - len(suffix))
     return (text[:room].rstrip() + suffix)[:max_chars]
 
 
-def build_prompt(spec: ModeSpec, history: Sequence[ItemMeta], candidates: Sequence[ItemMeta], max_item_chars: int = 400) -> Prompt:
+def _plain(text: str) -> str:
+    # An item's text is data: it must not be able to end the message or to pose as a picture.
+    return " ".join(text.replace("<|", "< |").split())
+
+
+def build_prompt(
+    spec: ModeSpec, history: Sequence[ItemMeta], candidates: Sequence[ItemMeta], max_item_chars: int = 400
+) -> Prompt:
     """The prompt for one user.
 
     Args:
@@ -73,13 +84,27 @@ def build_prompt(spec: ModeSpec, history: Sequence[ItemMeta], candidates: Sequen
             text = ""
         text += line + "\n"
     content.append({"type": "text", "text": text.rstrip("\n") + tail})
-    return Prompt([{"role": "user", "content": [part for part in content if part.get("text") != ""]}], tuple(images), len(candidates))
+    return Prompt(
+        [{"role": "user", "content": [part for part in content if part.get("text") != ""]}],
+        tuple(images),
+        len(candidates),
+    )
 
 
 def render(tokenizer: Any, prompt: Prompt) -> str:
     """The prompt's text up to where the answer begins, through the model's own chat template.
 
     Args:
-        tokenizer: A tokenizer or processor with a chat template; image parts become its single image placeholders.
+        tokenizer: A tokenizer or processor; image parts become the template's single image placeholders.
     """
-    return tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return render_messages(tokenizer, prompt.messages)
+
+
+def render_messages(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    """Chat messages as text, ending where the answer begins. Base models without a chat template get the plain text."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n\n".join(message["content"] for message in messages) + "\n\nAnswer:\n"
+    text: str = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    return text
