@@ -118,7 +118,9 @@ class RankingConfig(Config):
     max_history: int = Field(20, ge=1, description="most recent items shown")
     max_item_chars: int = Field(400, ge=8, description="an item's line in the prompt is cut to this many characters")
     max_prompt_tokens: int = Field(4096, ge=64, description="longer prompts lose their oldest history items")
-    max_image_pixels: int = Field(224 * 224, ge=32 * 32, description="larger pictures are scaled down to this many pixels")
+    max_image_pixels: int = Field(
+        224 * 224, ge=32 * 32, description="larger pictures are scaled down to this many pixels"
+    )
     window: int = Field(20, ge=2, description="candidates per prompt; more go through sliding windows")
     stride: int = Field(10, ge=1)
     permutations: int = Field(1, ge=1, description="average over this many seeded shuffles of the candidates")
@@ -142,35 +144,79 @@ class TrainConfig(Config):
     model: str | None = Field(None, description="Hugging Face name or local folder; default the mode's base model")
     method: Literal["lora", "full"] | None = Field(None, description="default the mode's")
     train_vision: bool = Field(False, description="full fine-tuning only: train the vision tower too")
+    train_inputs: Literal["mode", "caption"] = Field(
+        "mode", description="raw_image only: caption trains on captions and ranks with pictures"
+    )
     epochs: int = Field(10, ge=1)
     batch_size: int = Field(8, ge=1, description="global batch, whatever the number of workers")
     micro_batch_size: int | None = Field(
         None, ge=1, description="samples per forward pass; default as many as a worker's share"
     )
+    auto_batch: bool = Field(False, description="GPU: find the largest micro-batch that fits; the global batch stays")
     lr: float = Field(1e-4, gt=0)
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    optim: Literal["auto", "adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "auto", description="auto is adamw: float32 moments and weights; adamw_bf16 keeps both in bfloat16"
+    )
     patience: int = Field(5, ge=1, description="evaluations without improvement before stopping")
     loss: Literal["answer", "all"] = "answer"
     negatives: int = Field(19, ge=1, description="sampled per target")
     candidates: str = Field(
         "ground_truth", description="ground_truth, or retrieval:NAME for negatives from candidates/NAME"
     )
+    random_share: tuple[float, float] = Field(
+        (0.0, 0.0), description="retrieval: share of random negatives in the first and in the last epoch"
+    )
     samples_per_user: int | Literal["every_prefix"] = Field(1, description="random split points per user and epoch")
     val_users: int = Field(1000, ge=1, description="validation users, a fixed seeded sample")
-    metric: str | None = Field(None, description="e.g. recall@5 or ndcg@10; default recall@min(10, top_k)")
+    eval_steps: int | None = Field(None, ge=1, description="validate every so many steps; default after each epoch")
+    metric: str | None = Field(
+        None,
+        pattern=r"^(recall|ndcg|mrr)@[1-9][0-9]*$",
+        description="e.g. recall@5 or ndcg@10; default recall@min(10, top_k)",
+    )
+    max_missing: float = Field(0.2, ge=0, le=1, description="largest share of items without what the mode shows")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    backend: Literal["auto", "unsloth", "transformers"] = Field(
+        "auto", description="text models; auto takes Unsloth for LoRA where it is installed"
+    )
+    load_in_4bit: bool | None = Field(None, description="text LoRA: NF4 base weights; default true")
+    packing: bool | None = Field(None, description="prompts back to back in rows of pack_tokens; default true on a GPU")
+    pack_tokens: int = Field(16384, ge=64, description="tokens of a packed row")
+    compile: bool | None = Field(None, description="compile each decoder layer; default true on a GPU with packing")
+    cache_vision: bool = Field(True, description="features of a frozen vision tower are computed once per picture")
     gradient_checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp2"] = Field("ddp", description="several workers: whole copies, or sharded weights")
     lora: LoraConfig = LoraConfig()
     ranking: RankingConfig = RankingConfig()
     seed: int = 0
     workers: int = Field(1, ge=1)
     gpus_per_worker: float | None = Field(None, ge=0, description="default 1 where there is one, else 0")
     cpus_per_worker: float = Field(1, gt=0)
+    loader_workers: int | None = Field(
+        None, ge=0, description="processes that prepare batches ahead; default 4 on a GPU, else 0"
+    )
     max_failures: int = Field(2, ge=0, description="worker failures survived by resuming from the last checkpoint")
     save_total_limit: int = Field(2, ge=1)
+    resume: Literal["auto", "never"] = Field("auto", description="auto goes on from the last checkpoint in out")
     report_to: tuple[str, ...] = ()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainConfig:
+        if self.train_vision and self.method != "full":
+            raise ValueError("train_vision needs method: full (LoRA adapts the language model)")
+        if self.train_inputs == "caption" and self.mode != "raw_image":
+            raise ValueError(f"train_inputs: caption belongs to mode raw_image, not {self.mode}")
+        if self.candidates != "ground_truth" and not self.candidates.removeprefix("retrieval:").strip():
+            raise ValueError("candidates: retrieval needs a name, e.g. retrieval:popularity")
+        if self.candidates != "ground_truth" and not self.candidates.startswith("retrieval:"):
+            raise ValueError(f"candidates is ground_truth or retrieval:NAME, got {self.candidates!r}")
+        return self
 
 
 class TuneConfig(Config):

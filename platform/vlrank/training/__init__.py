@@ -1,1 +1,1 @@
-"""One training core for all four modes: Ray Train around the transformers Trainer."""
+"""One training core for all four modes: samples, exact losses, a transformers Trainer under Ray Train."""
