@@ -59,19 +59,105 @@ class EngineConfig(Config):
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM as they are")
 
 
+class ColumnsConfig(Config):
+    """What the columns of raw files are called; unset ones are found by the names that public data sets use."""
+
+    user: str | None = None
+    item: str | None = None
+    timestamp: str | None = None
+    rating: str | None = None
+    title: str | None = None
+    brand: str | None = None
+    categories: str | None = None
+    description: str | None = None
+    image: str | None = Field(None, description="path relative to the metadata file, or URL")
+    names: tuple[str, ...] = Field((), description="column names of a delimited reviews file without a header line")
+    delimiter: str | None = Field(
+        None, min_length=1, max_length=1, description="default comma, or tab in .tsv, .inter, .item"
+    )
+
+
+class PicturesConfig(Config):
+    """How pictures are fetched and what is refused."""
+
+    workers: int = Field(2, ge=0, description="Ray actors; 0 works in this process without Ray")
+    concurrency_per_host: int = Field(8, ge=1, description="simultaneous requests to one host, all workers together")
+    requests_per_second: float = Field(20, gt=0, description="to one host, all workers together")
+    attempts: int = Field(
+        4, ge=1, description="tries per picture; only what may pass (429, 5xx, time-outs) is tried again"
+    )
+    backoff_s: float = Field(1.0, ge=0, description="first pause before a retry, doubled each time")
+    timeout_s: float = Field(30, gt=0, description="for one try, redirects included")
+    max_bytes: int = Field(20_000_000, ge=1, description="larger files are refused")
+    max_pixels: int = Field(50_000_000, ge=1, description="larger pictures are refused before they are decoded")
+    max_redirects: int = Field(5, ge=0)
+    allow_private: bool = Field(False, description="allow addresses that are not public (localhost, 10.x, ...)")
+    shard_rows: int = Field(256, ge=1, description="pictures committed at once: what a crash can cost at most")
+
+
 class PrepareConfig(Config):
     """``vlrank prepare``: raw reviews, metadata and pictures become a dataset folder."""
 
-    reviews: tuple[Path, ...] = Field(..., min_length=1)
-    meta: tuple[Path, ...] = ()
-    out: Path
+    reviews: tuple[Path, ...] = Field(
+        (), description="interactions: .json(l), .csv, .tsv, .inter or .parquet, also compressed"
+    )
+    meta: tuple[Path, ...] = Field((), description="items: .json(l), .csv, .tsv, .item or .parquet, also compressed")
+    dataset_code: str | None = Field(
+        None,
+        description="an Amazon data set instead of --reviews and --meta: beauty, games, sports, ... or its full name",
+    )
+    release: Literal["2014", "2018", "2023"] = Field("2014", description="Amazon release of dataset_code")
+    raw_dir: Path = Field(
+        Path("data/raw"), description="where raw files of dataset_code are looked for and downloaded to"
+    )
+    download: bool = Field(True, description="download missing raw files of dataset_code")
+    out: Path | None = Field(None, description="dataset folder; default data/DATASET_CODE")
     min_rating: float = Field(0, ge=0, description="keep interactions rated at least this; 0 keeps all")
     min_uc: int = Field(5, ge=1, description="fewest interactions of a user, to the fixpoint with min_sc")
     min_sc: int = Field(5, ge=1, description="fewest interactions of an item, to the fixpoint with min_uc")
     keep_duplicates: bool = Field(False, description="keep repeated (user, item) pairs instead of the first only")
+    keep_untitled: bool = Field(False, description="keep items without a title, shown by their id")
     split: Literal["leave_one_out", "temporal"] = "leave_one_out"
+    val_fraction: float = Field(
+        0.1, gt=0, lt=1, description="temporal: share of the interactions in the validation period"
+    )
+    test_fraction: float = Field(0.1, gt=0, lt=1, description="temporal: share of the interactions in the test period")
+    val_from: int | None = Field(
+        None, description="temporal: start of validation, seconds since 1970, instead of a share"
+    )
+    test_from: int | None = Field(None, description="temporal: start of the test period, seconds since 1970")
+    timestamp_unit: Literal["auto", "s", "ms", "us", "ns"] = Field(
+        "auto", description="auto tells by the size of the number"
+    )
     use_image: bool = Field(False, description="copy or download the items' pictures")
+    retry_failed: bool = Field(False, description="try only the pictures that failed before")
+    image_root: Path | None = Field(None, description="folder of relative picture paths; default the metadata file's")
     max_text_chars: int = Field(600, ge=16, description="item text is cut to this many characters")
+    max_line_mb: int = Field(64, ge=1, description="longer lines of JSON files go to quarantine")
+    allow_truncated: bool = Field(False, description="use what can be read of a compressed file that was cut off")
+    overwrite: bool = Field(False, description="replace an existing dataset made with other options")
+    columns: ColumnsConfig = ColumnsConfig()
+    pictures: PicturesConfig = PicturesConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _has_input(self) -> PrepareConfig:
+        if bool(self.reviews) == bool(self.dataset_code):
+            raise ValueError("give either reviews (and meta) or dataset_code")
+        if self.out is None and not self.dataset_code:
+            raise ValueError("config key `out` is required")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction + test_fraction must leave something to train on")
+        if (self.val_from is None) != (self.test_from is None):
+            raise ValueError("val_from and test_from are given together")
+        if self.val_from is not None and self.test_from is not None and self.val_from > self.test_from:
+            raise ValueError(f"val_from {self.val_from} is later than test_from {self.test_from}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the dataset will be."""
+        return self.out if self.out is not None else Path("data") / str(self.dataset_code)
 
 
 class GenerateConfig(Config):
