@@ -167,12 +167,19 @@ class GenerateConfig(Config):
     what: What
     model: str = Field("Qwen/Qwen3-VL-2B-Instruct", description="Hugging Face name or local folder")
     prompt: str | None = Field(None, description="prompt id, e.g. caption/v1; default the newest of its kind")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face model")
+    adapter: Path | None = Field(None, description="LoRA adapter folder, used with the model")
     max_tokens: int = Field(96, ge=1)
     temperature: float = Field(0.0, ge=0)
     seed: int = 0
+    image_side: int = Field(448, ge=32, description="pictures are scaled down to this many pixels on the longer side")
+    quality: Literal["on", "off"] = Field("on", description="reject empty, cut off, repetitive, ... texts")
+    language: Literal["en", "any"] = Field("en", description="what the quality gate takes for the right language")
+    attempts: int = Field(2, ge=1, description="tries, each with another seed, before a rejected text is quarantined")
     shard_rows: int = Field(512, ge=1, description="rows committed at once: what a crash can cost at most")
     retry_failed: bool = Field(False, description="try quarantined items again")
     limit: int | None = Field(None, ge=1, description="only the first items, for a trial")
+    sample: int | None = Field(None, ge=1, description="only this many random items, and a contact sheet of them (HTML)")
     gpu_hour_price: float | None = Field(None, ge=0, description="for the cost line of the summary")
     engine: EngineConfig = EngineConfig()
     ray: RayConfig = RayConfig()
@@ -183,8 +190,13 @@ class RetrieveConfig(Config):
 
     dataset: Path
     method: str = Field("popularity", description="popularity, item_knn, als, or a file to import")
-    name: str | None = Field(None, description="candidates/NAME; default the method")
-    top_k: int = Field(50, ge=1)
+    name: str | None = Field(None, description="candidates/NAME; default the method, or the file's name")
+    top_k: int = Field(50, ge=1, description="candidates per user")
+    split: Split = Field("test", description="the split of an imported file that does not say it")
+    ids: Literal["auto", "source", "vlrank"] = Field(
+        "auto", description="whose ids an imported file holds: those of the raw data, or user_id and item_id"
+    )
+    exclude_history: bool = Field(True, description="remove what the user already had from imported lists")
     seed: int = 0
 
 
@@ -366,11 +378,31 @@ class EvaluateConfig(Config):
 
     dataset: Path
     rankings: tuple[Path, ...] = Field(..., min_length=1)
-    out: Path
-    ks: tuple[int, ...] = (1, 5, 10, 20, 50)
-    bootstrap: int = Field(2000, ge=100)
+    out: Path = Field(..., description="folder for report.html and metrics.json")
+    ks: tuple[int, ...] = Field((1, 5, 10, 20, 50), min_length=1, description="cut-offs of the metrics")
+    baselines: tuple[str, ...] = Field(
+        ("identity", "random", "popularity", "item_knn", "als", "bm25"),
+        description="rivals on the same lists; also embedding, with embedding_model",
+    )
+    embedding_model: str | None = Field(None, description="text embedding model for the embedding baseline")
+    max_history: int = Field(20, ge=1, description="recent items that make the query of bm25 and embedding")
+    candidates: str | None = Field(None, description="candidates/NAME that were reranked; default found by content")
+    protocol: Literal["auto", "ground_truth", "retrieval"] = Field("auto", description="default found by content")
+    compare: tuple[str, ...] = Field((), description="two methods (names or files): their paired difference")
+    bootstrap: int = Field(2000, ge=100, description="resamples for the intervals")
+    runs: tuple[Path, ...] = Field((), description="training runs whose curves the report shows")
+    sweep: Path | None = Field(None, description="a sweep of vlrank tune to show")
+    stage_times: dict[str, float] = Field(default_factory=dict, description="stage -> seconds, shown in the report")
     sample_users: int = Field(60, ge=0, description="users to browse in the report")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _two_to_compare(self) -> EvaluateConfig:
+        if self.compare and len(self.compare) != 2:
+            raise ValueError(f"compare takes two methods, got {len(self.compare)}: {', '.join(self.compare)}")
+        if min(self.ks) < 1:
+            raise ValueError(f"ks must be at least 1, got {min(self.ks)}")
+        return self
 
 
 class DemoConfig(Config):

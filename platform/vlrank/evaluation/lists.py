@@ -120,7 +120,7 @@ class Lists:
         return Lists(self.users, self.offsets, self.items[order], scores[order])
 
     def rank_of(self, targets: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
-        """int32 [U]: 1-based rank of each user's target (int [U]), 0 where the list lacks it; the first of duplicates counts."""
+        """int32 [U]: 1-based rank of each user's target (int [U]), 0 if not listed; of duplicates the first counts."""
         found = np.flatnonzero(self.items == np.repeat(targets.astype(self.items.dtype), self.lengths))
         rows = np.searchsorted(self.offsets, found, side="right") - 1
         ranks = np.zeros(len(self.users), np.int32)

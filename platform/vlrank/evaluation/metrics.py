@@ -39,7 +39,8 @@ def metric_values(hits: NDArray[np.bool_], relevant: NDArray[np.integer[Any]], k
     Returns:
         ``{"recall@K": float64 [U], ...}`` in [0, 1]. Recall: hits in the first K / relevant. NDCG: sum of
         ``1 / log2(place + 1)`` over hits, divided by what min(relevant, K) hits at the top would give (Järvelin and
-        Kekäläinen 2002). MRR: 1 / place of the first hit. MAP: sum of precisions at hits / relevant (trec_eval's map_cut).
+        Kekäläinen 2002). MRR: 1 / place of the first hit.
+        MAP: sum of precisions at hits / relevant (trec_eval's map_cut).
     """
     depth = hits.shape[1]
     places = np.arange(1, depth + 1)
@@ -64,7 +65,7 @@ def metric_values(hits: NDArray[np.bool_], relevant: NDArray[np.integer[Any]], k
 
 
 def rank_values(ks: Sequence[int]) -> dict[str, Floats]:
-    """Metrics as a function of one target's rank: float64 [max(ks) + 2], at 0 (not listed), 1, 2, ..., beyond max(ks)."""
+    """Metrics by one target's rank: float64 [max(ks) + 2], at 0 (not listed), 1, 2, ..., beyond max(ks)."""
     depth = max(ks)
     hits = np.vstack([np.zeros((1, depth), bool), np.eye(depth, dtype=bool), np.zeros((1, depth), bool)])
     return metric_values(hits, np.ones(depth + 2, np.int64), ks)
@@ -85,8 +86,8 @@ def ranking_metrics(
         ks: Cut-offs.
 
     Returns:
-        ``{"recall@1": ..., "hit_rate@1": ..., "ndcg@1": ..., "mrr@1": ..., "map@1": ..., "recall@5": ...}``. A user whose
-        target is not listed, or who has no list at all, counts as a miss.
+        ``{"recall@1": ..., "hit_rate@1": ..., "ndcg@1": ..., "mrr@1": ..., "map@1": ..., "recall@5": ...}``. A user
+        whose target is not listed, or who has no list at all, counts as a miss.
 
     Raises:
         ValueError: no users, a list without a target, or sequences of different length.

@@ -1,0 +1,146 @@
+"""``vlrank retrieve``: candidate lists for validation and test, from a built-in retriever or a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+import numpy as np
+import polars as pl
+
+from vlrank.config import RetrieveConfig, Split
+from vlrank.console import Summary, console
+from vlrank.data.dataset import Dataset
+from vlrank.errors import UserError
+from vlrank.evaluation import baselines
+from vlrank.evaluation.importing import read_candidates
+from vlrank.evaluation.lists import Lists
+from vlrank.evaluation.metrics import Metrics, evaluate_rankings
+
+RETRIEVERS = ("popularity", "item_knn", "als")
+SPLITS: tuple[Split, ...] = ("val", "test")
+Tables = dict[Split, Lists]
+
+
+def plan(config: RetrieveConfig) -> Summary:
+    """What `run` would do."""
+    dataset = Dataset.open(config.dataset)
+    name = _name(config)
+    users = {split: len(dataset.histories(split)) for split in SPLITS}
+    lines: dict[str, object] = {
+        "method": config.method,
+        "users": ", ".join(f"{split} {count:,}" for split, count in users.items()),
+        "items": dataset.n_items,
+        "candidates per user": config.top_k,
+        "replaces": f"candidates/{name}" if name in dataset.candidate_names() else "nothing",
+    }
+    return Summary(f"retrieve (dry run): {name}", lines, dataset.path / "candidates" / f"{name}.parquet")
+
+
+def run(config: RetrieveConfig) -> Summary:
+    """Write ``candidates/NAME`` and measure how many targets they hold.
+
+    Retrievers learn from the training part only. What the user already had before the target is excluded: for val the
+    training part, for test the training part and the validation item.
+
+    Raises:
+        UserError: unknown method, unreadable file, or no user to retrieve for.
+    """
+    dataset = Dataset.open(config.dataset)
+    name = _name(config)
+    if config.method in RETRIEVERS:
+        tables, rejected, lines = _retrieve(dataset, config)
+    else:
+        tables, rejected, lines = _import(dataset, config)
+    if not any(len(table.users) for table in tables.values()):
+        raise UserError(f"{dataset.path} has no user to retrieve for", "Users need at least three interactions.")
+    frame = pl.concat([lists.to_frame(split=split) for split, lists in tables.items()])
+    path = dataset.write_candidates(name, frame.select("split", "user_id", "item_ids", "scores"))
+    if rejected:
+        dataset.add_quarantine(f"retrieve-{name}", rejected, replace=True)
+    for split, lists in tables.items():
+        metrics = _measure(dataset, split, lists, config.seed)
+        if metrics is not None:
+            lines |= _facts(split, lists, metrics, config.top_k)
+    counts = {"users": len(frame), "candidates": int(frame["item_ids"].list.len().sum()), "quarantined": len(rejected)}
+    return Summary(f"retrieve: {name}", lines, path, counts)
+
+
+def _name(config: RetrieveConfig) -> str:
+    if config.name:
+        return config.name
+    return config.method if config.method in RETRIEVERS else Path(config.method).stem
+
+
+def _retrieve(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[dict[str, str]], dict[str, object]]:
+    tables: Tables = {}
+    for split in SPLITS:
+        evidence = baselines.Evidence.of(dataset, split, seed=config.seed)
+        users = np.fromiter(evidence.histories, np.int64, len(evidence.histories))
+        if len(users):
+            console.print(f"{config.method}: {len(users):,} {split} users, {dataset.n_items:,} items")
+            tables[split] = baselines.retrieve(config.method, evidence, users, config.top_k)
+    return tables, [], {"method": config.method}
+
+
+def _import(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[dict[str, str]], dict[str, object]]:
+    path = Path(config.method)
+    if not path.is_file():
+        raise UserError(
+            f"retrieval method {config.method!r} is neither {', '.join(RETRIEVERS)} nor a file",
+            f"Example: vlrank retrieve {dataset.path} --method item_knn",
+        )
+    imported = read_candidates(path, dataset, split=config.split, ids=config.ids)
+    tables: Tables = {}
+    strangers: list[dict[str, str]] = []
+    duplicates = seen = 0
+    for split in SPLITS:
+        table = imported.table.filter(pl.col("split") == split)
+        if table.is_empty():
+            continue
+        histories = dataset.histories(split)
+        strangers += [
+            {"key": str(user), "error_type": "NoTarget", "message": f"user_id {user} has no {split} target"}
+            for user in table["user_id"].to_list()
+            if user not in histories
+        ]
+        lists = Lists.from_frame(table.filter(pl.col("user_id").is_in(list(histories))))
+        again = lists.duplicates()
+        duplicates += int(again.sum())
+        lists = lists.keep(~again)
+        if config.exclude_history:
+            past = Lists.from_dict({user: history for user, (history, _) in histories.items()})
+            known = past.contains(np.repeat(lists.users, lists.lengths), lists.items)
+            seen += int(known.sum())
+            lists = lists.keep(~known)
+        tables[split] = lists.head(config.top_k)
+    lines: dict[str, object] = {
+        "imported": str(path),
+        "duplicates removed": duplicates,
+        "history items removed": seen if config.exclude_history else "kept (exclude_history=false)",
+    }
+    rejected = [*imported.rejected, *strangers]
+    if rejected:
+        lines["not used (see quarantine)"] = len(rejected)
+    return tables, rejected, lines
+
+
+def _measure(dataset: Dataset, split: Split, lists: Lists, seed: int) -> Metrics | None:
+    histories = dataset.histories(split)
+    targets = {user: target for user, (_, target) in histories.items()}
+    return evaluate_rankings(lists, targets, seed=seed) if targets else None
+
+
+def _facts(split: str, lists: Lists, metrics: Metrics, top_k: int) -> dict[str, object]:
+    """Recall of the candidates over all users of the split; users without a list are misses."""
+    shown = [k for k in metrics.ks if k <= top_k]
+    recall = "  ".join(f"@{k} {metrics.means[f'recall@{k}']:.4f}" for k in shown)
+    k = shown[-1]
+    low, high = metrics.intervals[f"recall@{k}"]
+    facts: dict[str, object] = {
+        f"{split} users": f"{len(metrics.users):,} ({len(lists.users):,} with candidates)",
+        f"{split} Recall": recall,
+        f"{split} Recall@{k} 95% interval": f"{low:.4f} to {high:.4f}",
+    }
+    short = int((lists.lengths < top_k).sum())
+    if short:
+        facts[f"{split} lists shorter than {top_k}"] = short
+    return facts
