@@ -29,9 +29,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     import ray.data
 
 ERROR_TYPE, ERROR, RETRY, TOKENS_IN, TOKENS_OUT = "error_type", "error", "retry", "tokens_in", "tokens_out"
+ENGINE_SECONDS = "engine_seconds"
 """Columns that stages may add to their rows, see `run_bulk`."""
 
 _PLAN = ".plan-"
@@ -159,6 +161,7 @@ class BulkResult:
         retry: Keys of rows that the stages want to see again (column ``retry``); neither committed nor in quarantine.
         tokens_in, tokens_out: Sums of the columns of that name over all rows that came out.
         seconds: Wall-clock time of the run.
+        working_seconds: The part after the engines had started, 0 where the stages do not report ``engine_seconds``.
     """
 
     done: int = 0
@@ -169,6 +172,7 @@ class BulkResult:
     tokens_in: int = 0
     tokens_out: int = 0
     seconds: float = 0.0
+    working_seconds: float = 0.0
 
 
 def run_bulk(
@@ -179,6 +183,7 @@ def run_bulk(
     shard_rows: int,
     description: str,
     retry_failed: bool = False,
+    only: Collection[Any] | None = None,
     prune: bool = True,
 ) -> BulkResult:
     """Run ``stages`` on the wanted rows that are not there yet and commit what comes out, shard by shard.
@@ -188,7 +193,8 @@ def run_bulk(
 
     - ``error_type`` and ``error`` (strings; null or "" on good rows): the row goes to the quarantine instead,
     - ``retry`` (bool): a bad row goes nowhere, its key is returned in `BulkResult.retry`,
-    - ``tokens_in``, ``tokens_out`` (integers): counted in the progress and the result.
+    - ``tokens_in``, ``tokens_out`` (integers): counted in the progress and the result,
+    - ``engine_seconds`` (float): from handing the row to an engine to its answer; tells work from starting up.
 
     Rows must never be filtered out: one that does not come out is neither done nor failed, and is planned again.
 
@@ -199,6 +205,7 @@ def run_bulk(
         shard_rows: Rows committed at once: what a crash can cost, at most, per running task.
         description: Of the progress bar.
         retry_failed: Try quarantined rows again.
+        only: Run just these keys, whether quarantined or not; for second passes over `BulkResult.retry`.
         prune: Remove obsolete rows at the end; False for all but the last of several passes.
 
     Raises:
@@ -215,8 +222,10 @@ def run_bulk(
             folder.mkdir(parents=True, exist_ok=True)
     with _exclusive(shards.folder):
         _sweep(shards)
-        pending = shards.pending(wanted, retry_failed=retry_failed)
+        pending = shards.pending(wanted, retry_failed=retry_failed or only is not None)
         with_failed = pending if retry_failed else shards.pending(wanted, retry_failed=True)
+        if only is not None:
+            pending = pending.filter(pl.col(shards.key).is_in(list(only)))
         result = BulkResult(
             reused=wanted.height - with_failed.height, failed_before=with_failed.height - pending.height
         )
@@ -252,11 +261,13 @@ def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int,
         dataset = stages(dataset)
         commit = partial(_commit, shards=shards, run=run)
         dataset = dataset.map_batches(commit, batch_format="pyarrow", zero_copy_batch=True, **light)
-        start = time.monotonic()
+        start, working_since = time.monotonic(), math.inf
         with progress(description, pending.height) as bar:
             for row in dataset.iter_rows():
                 for name in counts:
                     counts[name] += int(row[name])
+                if row[ENGINE_SECONDS] > 0:
+                    working_since = min(working_since, time.monotonic() - row[ENGINE_SECONDS])
                 retry.extend(pa.ipc.open_stream(row["retry"]).read_all()["key"].to_pylist())
                 seconds = time.monotonic() - start
                 items, tokens = counts["done"] + counts["quarantined"] + len(retry), counts[TOKENS_OUT]
@@ -266,7 +277,8 @@ def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int,
         raise _explained(error) from error
     finally:
         plan.unlink(missing_ok=True)
-    return {**counts, "retry": tuple(retry)}
+    working = time.monotonic() - working_since if working_since < math.inf else 0.0
+    return {**counts, "retry": tuple(retry), "working_seconds": working}
 
 
 def _read_shards(batch: pa.Table, plan: Path) -> Iterator[pa.Table]:
@@ -287,6 +299,7 @@ def _commit(block: pa.Table, shards: Shards, run: str) -> pa.Table:
         (RETRY, pl.Boolean),
         (TOKENS_IN, pl.Int64),
         (TOKENS_OUT, pl.Int64),
+        (ENGINE_SECONDS, pl.Float64),
     ):
         column = pl.col(name).cast(dtype) if name in table.columns else pl.lit(None, dtype).alias(name)
         table = table.with_columns(column)
@@ -318,6 +331,7 @@ def _commit(block: pa.Table, shards: Shards, run: str) -> pa.Table:
             "quarantined": [bad.height],
             TOKENS_IN: [table[TOKENS_IN].fill_null(0).sum()],
             TOKENS_OUT: [table[TOKENS_OUT].fill_null(0).sum()],
+            ENGINE_SECONDS: [float(table[ENGINE_SECONDS].fill_null(0).max())],  # type: ignore[arg-type]
             "retry": pa.array([buffer.getvalue().to_pybytes()], pa.binary()),
         }
     )

@@ -1,0 +1,366 @@
+"""``vlrank generate``: captions and semantic summaries for a dataset's items, resumable and in bulk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from vlrank.bulk import BulkResult, Shards, run_bulk
+from vlrank.config import GenerateConfig
+from vlrank.console import Summary, console
+from vlrank.data import schemas
+from vlrank.data.dataset import GENERATED_FOLDERS, Dataset
+from vlrank.data.tables import file_sha256
+from vlrank.errors import UserError
+from vlrank.generation.prompts import Prompt, load_prompt
+from vlrank.generation.stages import Job, build, engine_gpus, engine_name
+from vlrank.runtime import ray_session
+
+ESTIMATE_ROWS = 32
+"""Items that ``--dry_run`` generates, to extrapolate from."""
+
+_CONTENT_NAME = re.compile(r"[0-9a-f]{64}")
+
+
+def run(config: GenerateConfig) -> Summary:
+    """Generate what is missing.
+
+    Raises:
+        UserError: an unusable dataset, prompt or model; an engine that ran out of memory.
+    """
+    work = _plan(config)
+    with ray_session(config.ray):
+        gpus = engine_gpus(config.engine) * config.engine.tensor_parallel_size * config.engine.replicas
+        result, retried = _passes(config, work)
+    output = work.shards.folder
+    if config.sample is not None:
+        output = _contact_sheet(config, work)
+    lines: dict[str, object] = {
+        "engine": engine_name(config.engine),
+        "model": config.model,
+        "prompt": work.job.prompt.prompt_id,
+    }
+    lines |= {"done": result.done, "reused": result.reused, "retried": retried, "quarantined": result.quarantined}
+    if result.failed_before:
+        lines["in quarantine already"] = f"{result.failed_before} (try again with --retry_failed)"
+    if work.without_picture:
+        lines["items without a picture"] = work.without_picture
+    lines |= _cost(config, result.done + result.quarantined, result.seconds, gpus)
+    if result.working_seconds:
+        lines["items/s while generating"] = (result.done + result.quarantined) / result.working_seconds
+        lines["tokens in, out"] = f"{result.tokens_in:,}, {result.tokens_out:,}"
+    counts = {
+        "wanted": work.wanted.height,
+        "done": result.done,
+        "reused": result.reused,
+        "retried": retried,
+        "quarantined": result.quarantined,
+        "failed_before": result.failed_before,
+        "without_picture": work.without_picture,
+        "tokens_in": result.tokens_in,
+        "tokens_out": result.tokens_out,
+    }
+    return Summary(f"generate: {config.what} for {config.dataset}", lines, output, counts)
+
+
+def plan(config: GenerateConfig) -> Summary:
+    """``--dry_run``: what `run` would do, with an estimate from a few real items; commits nothing.
+
+    Raises:
+        UserError: as `run`.
+    """
+    work = _plan(config)
+    pending = work.shards.pending(work.wanted, retry_failed=config.retry_failed)
+    lines: dict[str, object] = {
+        "engine": engine_name(config.engine),
+        "model": config.model,
+        "prompt": work.job.prompt.prompt_id,
+        "wanted": work.wanted.height,
+        "reused": work.wanted.height - pending.height,
+        "to do": pending.height,
+    }
+    counts = {"wanted": work.wanted.height, "pending": pending.height}
+    if work.without_picture:
+        lines["items without a picture"] = work.without_picture
+    if pending.is_empty():
+        return Summary(f"generate (dry run): {config.what} for {config.dataset}", lines, None, counts)
+    sample = _sample(pending, ESTIMATE_ROWS, config.seed)
+    with tempfile.TemporaryDirectory(prefix="vlrank-") as folder, ray_session(config.ray):
+        gpus = engine_gpus(config.engine) * config.engine.tensor_parallel_size * config.engine.replicas
+        trial = replace(work.shards, folder=Path(folder) / "shards", quarantine=Path(folder) / "quarantine")
+        result = run_bulk(
+            sample,
+            partial(build, job=replace(work.job, last=True), engine=config.engine),
+            trial,
+            shard_rows=max(1, ESTIMATE_ROWS // 4),
+            description=f"estimate from {sample.height} items",
+        )
+    rows = max(1, sample.height)
+    working = result.working_seconds or result.seconds
+    starting = result.seconds - working
+    seconds = starting + working * pending.height / rows
+    lines |= {"engine start": f"{starting:,.0f} s", "items/s in the sample": rows / working}
+    lines["sample rejected"] = f"{result.quarantined} of {sample.height}"
+    lines["tokens out, estimated"] = round(result.tokens_out * pending.height / rows)
+    lines |= {"time, estimated": _duration(seconds)} | _cost(config, pending.height, seconds, gpus)
+    counts |= {"sampled": sample.height, "sample_quarantined": result.quarantined, "estimated_seconds": round(seconds)}
+    return Summary(f"generate (dry run): {config.what} for {config.dataset}", lines, None, counts)
+
+
+# ---- what is wanted --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    job: Job
+    shards: Shards
+    wanted: pl.DataFrame  # item_id, input_hash, text, picture, picture_hash
+    without_picture: int
+
+
+def generated_shards(dataset: Dataset, what: str) -> Shards:
+    """Where captions or summaries of a dataset lie, for `vlrank.bulk`."""
+    folder = dataset.path / GENERATED_FOLDERS[what]
+    return Shards(folder, schemas.GENERATED, "item_id", dataset.path / "quarantine" / what, what)
+
+
+def _plan(config: GenerateConfig) -> _Work:
+    prompt = load_prompt(config.prompt, config.what)
+    dataset = Dataset.open(config.dataset)
+    model, sees = _check_model(config.model)
+    if prompt.image == "required" and not sees:
+        raise UserError(
+            f"model {config.model} cannot see pictures, and prompt {prompt.prompt_id} shows one",
+            "Choose a Qwen3-VL model, e.g. --model Qwen/Qwen3-VL-2B-Instruct.",
+        )
+    if prompt.json_schema is not None and engine_name(config.engine) != "vllm":
+        raise UserError(
+            f"prompt {prompt.prompt_id} wants structured output, which only engine vllm can give",
+            "Install vLLM (pip install 'vlrank[gpu]'), or choose another prompt.",
+        )
+    if config.adapter is not None and not (config.adapter / "adapter_config.json").is_file():
+        raise UserError(f"adapter {config.adapter} is not a LoRA adapter folder (it has no adapter_config.json)")
+    job = Job(
+        prompt=prompt,
+        model=model,
+        model_name=config.model,
+        revision=config.revision,
+        adapter=None if config.adapter is None else str(config.adapter.absolute()),
+        sees=sees,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+        image_side=config.image_side,
+        language=config.language,
+        gate=config.quality == "on",
+    )
+    items = dataset.items().select("item_id", "text", "image_path")
+    without = 0
+    if prompt.image == "required":
+        without = items["image_path"].null_count()
+        items = items.filter(pl.col("image_path").is_not_null())
+        if items.is_empty():
+            raise UserError(
+                f"no item of dataset {dataset.path} has a picture",
+                "Prepare it with pictures: `vlrank prepare ... --use_image`.",
+            )
+    if config.limit is not None:
+        items = items.head(config.limit)
+    if config.sample is not None:
+        items = _sample(items, config.sample, config.seed)
+    return _Work(job, generated_shards(dataset, config.what), _wanted(items, job, dataset.path), without)
+
+
+def _sample(table: pl.DataFrame, n: int, seed: int) -> pl.DataFrame:
+    """``n`` random rows, in the table's order."""
+    if n >= table.height:
+        return table
+    rows = np.random.default_rng([seed, 5]).choice(table.height, size=n, replace=False)
+    return table[sorted(rows.tolist())]
+
+
+def _check_model(model: str) -> tuple[str, bool]:
+    """(name or absolute folder, whether it takes pictures); a name on the Hugging Face hub is judged by its config.
+
+    Raises:
+        UserError: a folder that lacks what every engine needs, or an unknown model.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        for needed, what in (("config.json", "model"), ("tokenizer_config.json", "tokenizer")):
+            if not (folder / needed).is_file():
+                raise UserError(
+                    f"model folder {folder} has no {what} ({needed} is missing)",
+                    "Save model and tokenizer (and, for pictures, the processor) into one folder with save_pretrained.",
+                )
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(folder.absolute()), "vision_config" in config
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise UserError(
+            f"model folder {model} does not exist",
+            "Give a folder, or a Hugging Face name like Qwen/Qwen3-VL-2B-Instruct.",
+        )
+    from transformers import AutoConfig
+
+    try:
+        return model, hasattr(AutoConfig.from_pretrained(model), "vision_config")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"model {model} cannot be had: {reason}",
+            "Check the name and the network, or give a local folder with --model.",
+        ) from None
+
+
+def _wanted(items: pl.DataFrame, job: Job, root: Path) -> pl.DataFrame:
+    """The rows with the hash of all that their result depends on; the engine is not part of it."""
+    absolute = root.resolve()
+    common = hashlib.sha256(json.dumps(_identity(job), sort_keys=True).encode()).digest()
+    uses_text = "{text}" in job.prompt.template
+    hashes, pictures, picture_hashes = [], [], []
+    for _, text, image_path in items.iter_rows():
+        picture = str(absolute / image_path) if job.shows_picture(image_path) else None
+        digest = _picture_hash(absolute / image_path) if picture else ""
+        parts = json.dumps([text if uses_text else "", digest]).encode()
+        hashes.append(hashlib.sha256(common + parts).hexdigest()[:32])
+        pictures.append(picture)
+        picture_hashes.append(digest)
+    return items.select(
+        "item_id",
+        pl.Series("input_hash", hashes, dtype=pl.String),
+        "text",
+        pl.Series("picture", pictures, dtype=pl.String),
+        pl.Series("picture_hash", picture_hashes, dtype=pl.String),
+    )
+
+
+def _identity(job: Job) -> dict[str, object]:
+    prompt: Prompt = job.prompt
+    return {
+        "model": _model_hash(job.model, job.revision),
+        "adapter": None if job.adapter is None else _model_hash(job.adapter, None),
+        "prompt": [prompt.prompt_id, prompt.image, prompt.template, prompt.json_schema, prompt.json_field],
+        "sampling": [job.max_tokens, job.temperature, job.seed if job.temperature else None],
+        "image_side": job.image_side,
+    }
+
+
+def _model_hash(model: str, revision: str | None) -> str:
+    """A folder's content (weights, configs, tokenizer), or name and revision of a model on the hub."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"{model}@{revision or 'main'}"
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in {".json", ".safetensors", ".jinja", ".txt", ".model"} and file.name != "vlrank.json":
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _picture_hash(path: Path) -> str:
+    """Of a picture's content. Prepared datasets name pictures by it; others are read."""
+    if _CONTENT_NAME.fullmatch(path.stem):
+        return path.stem
+    try:
+        return file_sha256(path)
+    except OSError:
+        return "missing"
+
+
+# ---- passes ----------------------------------------------------------------------------------------------------------
+
+
+def _passes(config: GenerateConfig, work: _Work) -> tuple[BulkResult, int]:
+    """The first pass over all rows, then one over the rejected rows per further attempt.
+
+    A pass of its own costs an engine start, and only when something was rejected; a second try inside the first pass
+    would need two engines side by side, or an engine written for it.
+    """
+    attempts = config.attempts if work.job.gate else 1
+    total, only, retried = BulkResult(), None, 0
+    for attempt in range(attempts):
+        job = replace(work.job, attempt=attempt, last=attempt == attempts - 1)
+        result = run_bulk(
+            work.wanted,
+            partial(build, job=job, engine=config.engine),
+            work.shards,
+            shard_rows=config.shard_rows,
+            description=f"{config.what}" + (f", try {attempt + 1}" if attempt else ""),
+            retry_failed=config.retry_failed,
+            only=only,
+        )
+        first = result if attempt == 0 else total
+        total = BulkResult(
+            done=total.done + result.done,
+            reused=first.reused,
+            failed_before=first.failed_before,
+            quarantined=total.quarantined + result.quarantined,
+            tokens_in=total.tokens_in + result.tokens_in,
+            tokens_out=total.tokens_out + result.tokens_out,
+            seconds=total.seconds + result.seconds,
+            working_seconds=total.working_seconds + result.working_seconds,
+        )
+        only = result.retry
+        if not only:
+            break
+        retried += len(only)
+        console.print(f"{len(only):,} rejected by the quality gate: trying again with another seed")
+    return total, retried
+
+
+def _cost(config: GenerateConfig, items: int, seconds: float, gpus: float) -> dict[str, object]:
+    lines: dict[str, object] = {"time": _duration(seconds)}
+    if gpus:
+        hours = seconds / 3600 * gpus
+        lines["GPU-hours"] = hours
+        if config.gpu_hour_price is not None and items:
+            lines["cost"] = f"{hours * config.gpu_hour_price:,.2f}"
+            lines["cost per 1,000 items"] = f"{hours * config.gpu_hour_price / items * 1000:,.4f}"
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _contact_sheet(config: GenerateConfig, work: _Work) -> Path:
+    from vlrank.generation.contact_sheet import Card, write_contact_sheet
+
+    dataset = Dataset.open(config.dataset)
+    titles = {"caption": "caption", "semantic_summary": "semantic summary"}
+    tables = {titles[what]: dataset.generated(what) for what in titles}  # type: ignore[arg-type]
+    made = {
+        title: dict(zip(table["item_id"], table["text"], strict=True))
+        for title, table in tables.items()
+        if table is not None
+    }
+    failed = work.shards.quarantined()
+    problems = {
+        int(key): f"{kind}: {message}"
+        for key, kind, message in failed.select("key", "error_type", "message").iter_rows()
+    }
+    meta = dataset.item_meta()
+    cards = [
+        Card(
+            item_id,
+            meta[item_id]["text"],
+            meta[item_id]["image_path"],
+            {title: texts[item_id] for title, texts in made.items() if item_id in texts},
+            problems.get(item_id),
+        )
+        for item_id in work.wanted["item_id"].to_list()
+    ]
+    path = dataset.path / "samples" / f"{config.what}.html"
+    facts = f"{len(cards)} random items, model {config.model}, prompt {work.job.prompt.prompt_id}"
+    write_contact_sheet(path, f"{titles[config.what]}: {dataset.path.name}", facts, cards)
+    return path
