@@ -101,7 +101,7 @@ class Evidence:
     def als(self) -> Any:
         """Weighted matrix factorisation by alternating least squares (Hu et al. 2008), from `implicit`."""
         from implicit.cpu.als import AlternatingLeastSquares
-        from threadpoolctl import threadpool_limits
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         with threadpool_limits(1, "blas"):  # implicit runs its own threads; BLAS threads below them slow it down
             model = AlternatingLeastSquares(factors=64, regularization=0.05, iterations=15, random_state=self.seed)

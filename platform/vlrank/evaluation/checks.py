@@ -22,7 +22,7 @@ class Finding:
 
     Attributes:
         check: Name of the check.
-        level: ``error``: the numbers do not mean what they seem to; ``warning``: they may be off; ``note``: good to know.
+        level: ``error``: the numbers do not mean what they seem to; ``warning``: they may be off; ``note``: to know.
         message: In words, with the count.
         count, total: How many of how many.
     """
@@ -123,7 +123,7 @@ def check_times(sequences: pl.DataFrame, split: str, lengths: Mapping[int, int])
         if leaking > 0.01 * len(times):
             message = (
                 f"time leakage: for {leaking / len(times):.0%} of the {split} users the training part of more than 5% of "
-                f"the users goes on after the target (median: {np.median(later):.0%} of the users). Leave-one-out lets "
+                f"all users goes on after the target (median: {np.median(later):.0%} of the users). Leave-one-out lets "
                 "models see the future of others; `vlrank prepare --split temporal` does not"
             )
             findings.append(Finding("time_leakage", "warning", message, leaking, len(times)))
@@ -189,7 +189,7 @@ def _injected(lists: Lists, targets: Ints, name: str, n_items: int) -> list[Find
 
 
 def _near_duplicates(lists: Lists, targets: Ints, titles: Sequence[str], name: str) -> list[Finding]:
-    """Candidates whose title has nearly the target's words: no ranker can tell them apart, and one of them is "wrong"."""
+    """Candidates titled almost as the target: no ranker can tell them apart, and one of them counts as wrong."""
     if not len(titles) or not len(lists.items):
         return []
     words = [sorted(set(re.findall(r"\w+", title.casefold()))) for title in titles]

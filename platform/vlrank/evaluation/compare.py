@@ -24,7 +24,7 @@ class Difference:
         difference: ``mean_a - mean_b``.
         low, high: 95% percentile bootstrap interval of the difference; users are resampled, pairs stay together.
         p: Two-sided sign-flip permutation test: the smallest value it can take is 1 / (flips + 1).
-        p_wilcoxon: Two-sided Wilcoxon signed-rank test (zeros left out, normal approximation); 1 without any difference.
+        p_wilcoxon: Two-sided Wilcoxon signed-rank test (zeros left out, normal approximation); 1 if nothing differs.
         p_holm: ``p`` corrected for all comparisons of the same metric (Holm 1979); equal to ``p`` for a single one.
         wins, losses, users: Users for whom ``a`` is better, worse, and all.
     """

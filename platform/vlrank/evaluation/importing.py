@@ -167,7 +167,7 @@ def _map_ids(raw: pl.DataFrame, dataset: Dataset, ours: bool | None, path: Path)
         # Without scores the order alone counts: falling numbers keep it for whoever sorts by score.
         .otherwise(pl.int_ranges(0, -pl.col("items").list.len().cast(pl.Int64), -1).cast(pl.List(pl.Float32)))
     )
-    integer_items = isinstance(inner := raw.schema["items"], pl.List) and inner.inner.is_integer()  # type: ignore[union-attr]
+    integer_items = isinstance(inner := raw.schema["items"], pl.List) and inner.inner.is_integer()
     if ours is None:
         ours = bool(raw["our_names"].all()) and raw.schema["user"].is_integer() and integer_items
         if not ours:

@@ -1,0 +1,202 @@
+"""``vlrank evaluate``: metrics with intervals and rivals on stdout, in ``metrics.json`` and in ``report.html``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import vlrank
+from vlrank.config import EvaluateConfig
+from vlrank.console import Summary, console
+from vlrank.data.dataset import Dataset
+from vlrank.data.tables import atomic_write_json, atomic_write_text
+from vlrank.errors import UserError
+from vlrank.evaluation.compare import Difference
+from vlrank.evaluation.evaluate import Group, Method, compare_methods, evaluate, main_metrics, read_rankings
+from vlrank.evaluation.metrics import label
+
+
+def plan(config: EvaluateConfig) -> Summary:
+    """What `run` would do."""
+    dataset = Dataset.open(config.dataset)
+    runs = read_rankings(config.rankings, dataset)
+    lines = {run.name: f"{run.split}, {len(run.lists.users):,} users, {run.file}" for run in runs}
+    lines["baselines"] = ", ".join(config.baselines) or "none"
+    lines["candidates tables"] = ", ".join(dataset.candidate_names()) or "none"
+    return Summary("evaluate (dry run)", lines, config.out)
+
+
+def run(config: EvaluateConfig) -> Summary:
+    """Evaluate rankings and write ``metrics.json`` and ``report.html`` to ``config.out``.
+
+    Raises:
+        UserError: unreadable rankings, rankings of another dataset, an unknown baseline or method to compare.
+    """
+    from vlrank.evaluation.report import render
+
+    dataset = Dataset.open(config.dataset)
+    groups = evaluate(config, dataset)
+    compared = _compared(config, groups)
+    atomic_write_json(config.out / "metrics.json", as_json(config, dataset, groups, compared))
+    atomic_write_text(config.out / "report.html", render(config, dataset, groups))
+    _print(groups, compared)
+    first = groups[0]
+    metric = main_metrics(config.ks, first.length)[0]
+    lines: dict[str, object] = {"report": config.out / "report.html", "metrics": config.out / "metrics.json"}
+    for method in first.methods:
+        lines[method.name] = f"{label(metric)} {_interval(method, metric)}"
+    warnings = [f for group in groups for f in group.findings if f.level != "note"]
+    counts = {
+        "groups": len(groups),
+        "rankings": sum(len(group.models) for group in groups),
+        "users": len(first.users),
+        "warnings": len(warnings),
+    }
+    return Summary(f"evaluate: {first.title}", lines, config.out / "report.html", counts)
+
+
+def as_json(
+    config: EvaluateConfig, dataset: Dataset, groups: Sequence[Group], compared: Sequence[Difference] = ()
+) -> dict[str, Any]:
+    """What ``metrics.json`` holds: every number of the report, each under its protocol."""
+    return {
+        "vlrank": vlrank.__version__,
+        "dataset": {
+            "name": dataset.path.resolve().name,
+            "counts": dataset.manifest.get("counts", {}),
+            "split": dataset.manifest.get("split", {}),
+            "files": dataset.manifest.get("files", {}),
+        },
+        "settings": {"ks": list(config.ks), "bootstrap": config.bootstrap, "seed": config.seed},
+        "groups": [_group_json(group) for group in groups],
+        "compare": [dataclasses.asdict(difference) for difference in compared],
+        "stage_seconds": dict(config.stage_times),
+    }
+
+
+def _group_json(group: Group) -> dict[str, Any]:
+    covered = group.base.rank_of(group.targets) > 0
+    return {
+        "protocol": {
+            "name": group.protocol,
+            "split": group.split,
+            "users": len(group.users),
+            "candidates": group.candidates,
+            "candidates_per_user": group.length,
+            "coverage": float(covered.mean()),
+            "retriever_order_known": group.ordered,
+        },
+        "methods": [
+            {
+                "name": method.name,
+                "kind": method.kind,
+                "file": None if method.file is None else method.file.name,
+                "coverage": method.metrics.coverage,
+                "metrics": {
+                    name: {
+                        "mean": mean,
+                        "low": method.metrics.intervals[name][0],
+                        "high": method.metrics.intervals[name][1],
+                        "retrieved_only": _number(method.metrics.retrieved[name]),
+                        **({"expected": method.expected[name]} if method.expected else {}),
+                    }
+                    for name, mean in method.metrics.means.items()
+                },
+            }
+            for method in group.methods
+        ],
+        "differences": [dataclasses.asdict(difference) for difference in group.differences],
+        "slices": [
+            {
+                "by": part.by,
+                "value": part.value,
+                "users": part.users,
+                "metrics": {name: metrics.means for name, metrics in part.metrics.items()},
+                "intervals": {name: metrics.intervals for name, metrics in part.metrics.items()},
+            }
+            for part in group.slices
+        ],
+        "findings": [dataclasses.asdict(finding) for finding in group.findings],
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _compared(config: EvaluateConfig, groups: Sequence[Group]) -> list[Difference]:
+    """The differences that ``--compare A B`` asks for, in every metric of the first group that has both."""
+    if not config.compare:
+        return []
+    for group in groups:
+        try:
+            a, b = (group.method(name) for name in config.compare)
+        except KeyError:
+            continue
+        metrics = [name for name in a.metrics.means if not name.startswith("hit_rate")]
+        return compare_methods(config, a, b, metrics)
+    names = "; ".join(f"{group.title}: {', '.join(method.name for method in group.methods)}" for group in groups)
+    raise UserError(
+        f"no table holds both {config.compare[0]!r} and {config.compare[1]!r}",
+        f"Methods that can be compared: {names}.",
+    )
+
+
+def _print(groups: Sequence[Group], compared: Sequence[Difference]) -> None:
+    """The tables on stdout; warnings on stderr."""
+    out = Console(highlight=False)
+    for group in groups:
+        metrics = _columns(group)
+        table = Table("method", *(label(name) for name in metrics), "coverage", title=group.title, title_justify="left")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        best = {name: max(method.metrics.means[name] for method in group.methods) for name in metrics}
+        for method in group.methods:
+            cells = [
+                f"[bold]{_interval(method, name)}[/bold]"
+                if method.metrics.means[name] == best[name]
+                else _interval(method, name)
+                for name in metrics
+            ]
+            style = None if method.kind == "model" else "dim"
+            table.add_row(method.name, *cells, f"{method.metrics.coverage:.1%}", style=style)
+        out.print(table)
+        _print_differences(out, group.differences)
+        for finding in group.findings:
+            if finding.level != "note":
+                colour = "red" if finding.level == "error" else "yellow"
+                console.print(f"[{colour}]{finding.level}:[/{colour}] {finding.message}", soft_wrap=True)
+    if compared:
+        _print_differences(out, compared)
+
+
+def _print_differences(out: Console, differences: Sequence[Difference]) -> None:
+    if not differences:
+        return
+    table = Table("A", "B", "metric", "A - B", "95% interval", "p", "p (Holm)", "better / worse", title="paired")
+    table.title_justify = "left"
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for d in differences:
+        sure = "bold" if d.low > 0 or d.high < 0 else "dim"
+        interval = f"{d.low:+.4f} to {d.high:+.4f}"
+        numbers = (f"{d.difference:+.4f}", interval, f"{d.p:.4f}", f"{d.p_holm:.4f}", f"{d.wins:,} / {d.losses:,}")
+        table.add_row(d.a, d.b, label(d.metric), *numbers, style=sure)
+    out.print(table)
+
+
+def _columns(group: Group) -> list[str]:
+    """Recall at the cut-offs up to 10, and the main NDCG and MRR."""
+    ndcg, recall, mrr = main_metrics(group.methods[0].metrics.ks, group.length)
+    last = int(recall.partition("@")[2])
+    return [*(f"recall@{k}" for k in sorted(group.methods[0].metrics.ks) if k <= last), ndcg, mrr]
+
+
+def _interval(method: Method, name: str) -> str:
+    low, high = method.metrics.intervals[name]
+    return f"{method.metrics.means[name]:.4f} [dim]±{(high - low) / 2:.4f}[/dim]"
