@@ -173,7 +173,7 @@ class GenerateConfig(Config):
     temperature: float = Field(0.0, ge=0)
     seed: int = 0
     image_side: int = Field(448, ge=32, description="pictures are scaled down to this many pixels on the longer side")
-    quality: Literal["on", "off"] = Field("on", description="reject empty, cut off, repetitive, ... texts")
+    quality: bool = Field(True, description="reject empty, cut off, repetitive, ... texts")
     language: Literal["en", "any"] = Field("en", description="what the quality gate takes for the right language")
     attempts: int = Field(2, ge=1, description="tries, each with another seed, before a rejected text is quarantined")
     shard_rows: int = Field(512, ge=1, description="rows committed at once: what a crash can cost at most")

@@ -96,11 +96,12 @@ def plan(config: GenerateConfig) -> Summary:
     with tempfile.TemporaryDirectory(prefix="vlrank-") as folder, ray_session(config.ray):
         gpus = engine_gpus(config.engine) * config.engine.tensor_parallel_size * config.engine.replicas
         trial = replace(work.shards, folder=Path(folder) / "shards", quarantine=Path(folder) / "quarantine")
+        shard_rows = max(1, ESTIMATE_ROWS // 4)
         result = run_bulk(
             sample,
-            partial(build, job=replace(work.job, last=True), engine=config.engine),
+            partial(build, job=replace(work.job, last=True), engine=config.engine, shard_rows=shard_rows),
             trial,
-            shard_rows=max(1, ESTIMATE_ROWS // 4),
+            shard_rows=shard_rows,
             description=f"estimate from {sample.height} items",
         )
     rows = max(1, sample.height)
@@ -160,7 +161,7 @@ def _plan(config: GenerateConfig) -> _Work:
         seed=config.seed,
         image_side=config.image_side,
         language=config.language,
-        gate=config.quality == "on",
+        gate=config.quality,
     )
     items = dataset.items().select("item_id", "text", "image_path")
     without = 0
@@ -290,7 +291,7 @@ def _passes(config: GenerateConfig, work: _Work) -> tuple[BulkResult, int]:
         job = replace(work.job, attempt=attempt, last=attempt == attempts - 1)
         result = run_bulk(
             work.wanted,
-            partial(build, job=job, engine=config.engine),
+            partial(build, job=job, engine=config.engine, shard_rows=config.shard_rows),
             work.shards,
             shard_rows=config.shard_rows,
             description=f"{config.what}" + (f", try {attempt + 1}" if attempt else ""),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 DATA = "__data"
 FAILED = "__inference_error__"  # ray.data.llm skips rows in which this is not ""
+_PREPARE_CPUS = 0.9  # not 1, or Ray Data runs the step inside the engine's actor, one picture after the other
 _RETRY_TEMPERATURE = 0.7  # another seed changes nothing in greedy decoding
 
 
@@ -249,8 +250,10 @@ def engine_gpus(config: EngineConfig) -> float:
     return gpus
 
 
-def build(dataset: ray.data.Dataset, job: Job, engine: EngineConfig) -> ray.data.Dataset:
+def build(dataset: ray.data.Dataset, job: Job, engine: EngineConfig, shard_rows: int) -> ray.data.Dataset:
     """All stages: from rows ``item_id, input_hash, text, picture, picture_hash`` to what `vlrank.bulk` commits."""
+    # A batch larger than a shard would join shards, and commit fewer and larger ones than asked for.
+    engine = engine.model_copy(update={"batch_size": min(engine.batch_size, shard_rows)})
     stages = _vllm if engine_name(engine) == "vllm" else _transformers
     dataset = stages(dataset, job, engine)
     return dataset.map_batches(functools.partial(judge, job=job), batch_size=None, num_cpus=0.5)
@@ -300,7 +303,9 @@ def _vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig) -> ray.data
         tokenize_stage=False,
         detokenize_stage=False,
     )
-    processor = build_processor(config, preprocess=functools.partial(prepare, job=job))
+    processor = build_processor(
+        config, preprocess=functools.partial(prepare, job=job), preprocess_map_kwargs={"num_cpus": _PREPARE_CPUS}
+    )
     # Without its own last step the processor returns good and failed rows alike, in the column DATA; that step would
     # give the two kinds different columns.
     processor.postprocess = None
@@ -351,7 +356,7 @@ def _transformers(dataset: ray.data.Dataset, job: Job, engine: EngineConfig) -> 
     from ray.data import ActorPoolStrategy
 
     gpus = engine_gpus(engine)
-    dataset = dataset.map(functools.partial(_with_inputs, job=job))
+    dataset = dataset.map(functools.partial(_with_inputs, job=job), num_cpus=_PREPARE_CPUS)
     return dataset.map_batches(
         TransformersGenerator,
         fn_constructor_kwargs={"job": job, "dtype": engine.dtype},
