@@ -115,7 +115,7 @@ class Dataset:
 
     def add_generated(self, what: What, table: Table) -> Path:
         """Commit one shard of captions or summaries."""
-        path = _next_file(self.path / GENERATED_FOLDERS[what])
+        path = next_file(self.path / GENERATED_FOLDERS[what])
         write_parquet_atomic(table, path, schemas.GENERATED)
         return path
 
@@ -294,7 +294,7 @@ def write_quarantine(folder: Path, stage: str, rows: Iterable[Mapping[str, Any]]
     ]
     old = sorted((folder / "quarantine" / stage).glob("[!.]*.parquet")) if replace else []
     if table:
-        write_parquet_atomic(table, _next_file(folder / "quarantine" / stage), schemas.QUARANTINE)
+        write_parquet_atomic(table, next_file(folder / "quarantine" / stage), schemas.QUARANTINE)
     for file in old:
         file.unlink()
 
@@ -304,19 +304,20 @@ def _read_quarantine(folder: Path, stage: str) -> pl.DataFrame:
     return pl.concat([empty_frame(schemas.QUARANTINE), *(read_parquet(file, schemas.QUARANTINE) for file in files)])
 
 
-def _next_file(folder: Path) -> Path:
+def next_file(folder: Path) -> Path:
     """A new name that sorts after all existing ones, and that no other process chooses at the same time."""
     numbers = [int(file.name[:8]) for file in folder.glob("*.parquet") if file.name[:8].isdigit()]
     return folder / f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex[:8]}.parquet"
 
 
-def store_image(folder: Path, data: bytes, suffix: str) -> str:
+def store_image(folder: Path, data: bytes, suffix: str, *, sync: bool = True) -> str:
     """Store an encoded picture under its content hash; the same picture is stored once.
 
     Args:
         folder: The dataset folder.
         data: The encoded picture.
         suffix: ``jpg`` or ``png``.
+        sync: Wait until it is on the disk; a caller that stores many may sync once itself.
 
     Returns:
         The path relative to the folder, ``images/ab/<sha256>.jpg``.
@@ -324,7 +325,7 @@ def store_image(folder: Path, data: bytes, suffix: str) -> str:
     digest = hashlib.sha256(data).hexdigest()
     relative = f"images/{digest[:2]}/{digest}.{suffix}"
     if not (folder / relative).exists():
-        atomic_write_bytes(folder / relative, data)
+        atomic_write_bytes(folder / relative, data, sync=sync)
     return relative
 
 
@@ -425,7 +426,8 @@ class DatasetWriter:
             sequences: Rows of `schemas.SEQUENCES`, ids 1..U in order.
             options: What the dataset was made with; equal options and inputs mean an equal dataset.
             counts: More counts than those of users, items and interactions, which are added here.
-            split: ``{"method": "leave_one_out"}`` (default) or ``{"method": "temporal", "val_from", "test_from"}``, cuts
+            split: ``{"method": "leave_one_out"}`` (default) or ``{"method": "temporal", "val_from", "test_from"}``,
+            cuts
                 in the unit of the timestamps.
             extra: Further entries of the manifest.
 

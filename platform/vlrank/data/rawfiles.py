@@ -149,7 +149,8 @@ def line_blocks(stream: IO[bytes], max_line_bytes: int) -> Iterator[tuple[int, l
 
     Yields:
         (number of the first line, from 1; lines without their end). A line longer than ``max_line_bytes`` stands as its
-        length in bytes instead of its content, which is never held in memory.
+        length in bytes instead of its content, which is never held in memory. The unfinished last line of a file that
+        was cut off is left out: "12" may have been "1234".
     """
     number, carry, skipped = 1, bytearray(), 0
     while block := stream.read(_BLOCK_BYTES):
@@ -167,7 +168,7 @@ def line_blocks(stream: IO[bytes], max_line_bytes: int) -> Iterator[tuple[int, l
         carry, skipped = _carry(bytearray(), 0, rest, max_line_bytes)
         yield number, lines
         number += len(lines)
-    if carry or skipped:
+    if (carry or skipped) and not getattr(getattr(stream, "raw", None), "cut_off", False):
         yield number, [skipped if skipped else bytes(carry)]
 
 

@@ -1,7 +1,7 @@
 """Schemas of every table vlrank reads or writes. They live here and nowhere else.
 
-Ids are 1-based and dense: ``item_id`` 1..I and ``user_id`` 1..U, assigned as a pure function of the input. A reader that
-wants zero-padding can therefore use 0 as "no item".
+Ids are 1-based and dense: ``item_id`` 1..I and ``user_id`` 1..U, assigned as a pure function of the input. A reader
+that wants zero-padding can therefore use 0 as "no item".
 """
 
 import pyarrow as pa
@@ -31,6 +31,19 @@ SEQUENCES = pa.schema(
         ("timestamps", pa.list_(pa.int64())),  # seconds since 1970, aligned with item_ids
     ]
 )
+
+FETCHED = pa.schema(
+    [
+        ("source", pa.string()),  # URL, or absolute path of a local picture
+        ("image_path", pa.string()),  # relative to the folder of the table; null after a failure
+        ("error_type", pa.string()),  # null after a success
+        ("message", pa.string()),
+    ]
+)
+"""What became of each picture that was asked for."""
+
+PICTURES = pa.schema([("item_id", pa.int32()), *FETCHED])
+"""``pictures.parquet`` of a dataset: one row per item that has a picture's source, tried or not."""
 
 GENERATED = pa.schema(
     [

@@ -46,8 +46,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """A temporary sibling to write to; renamed to ``path`` when the block ends well, removed otherwise.
+
+    With ``sync`` the content is on the disk before the name is: even a power failure leaves no empty file.
 
     Raises:
         UserError: no space left, or no permission.
@@ -57,9 +59,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             yield temporary
-            _sync(temporary)
+            if sync:
+                _sync(temporary)
             os.replace(temporary, path)
-            _sync(path.parent)
+            if sync:
+                _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -75,9 +79,9 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
+def atomic_write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Write a whole file or nothing."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, sync=sync) as temporary:
         temporary.write_bytes(data)
 
 

@@ -28,8 +28,9 @@ def clean_text(raw: str, max_chars: int | None = None) -> str:
     """Plain text on one line.
 
     Entities are decoded before and after tags are removed, up to three times, because scraped metadata is often escaped
-    twice (``&amp;lt;b&amp;gt;``). Contents of scripts, styles and comments go; control characters and lone surrogates go;
-    Unicode is normalised to NFC. What is longer than ``max_chars`` is cut at a word where one ends in its last fifth.
+    twice (``&amp;lt;b&amp;gt;``). Contents of scripts, styles and comments go; control characters and lone surrogates
+    go; Unicode is normalised to NFC. What is longer than ``max_chars`` is cut at a word where one ends in its last
+    fifth.
 
     >>> clean_text('<span class="a-size-large">Tea &amp; Milk</span>  <br/> 2 < 3')
     'Tea & Milk 2 < 3'

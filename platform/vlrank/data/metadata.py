@@ -1,0 +1,199 @@
+"""Item metadata from raw files: one pass, only the rows that interactions need, every field cleaned or the row put
+aside.
+
+Which fields the public data sets use is told in `vlrank.data.sources`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from vlrank.data.rawfiles import Rejects, decode, excerpt, line_blocks, open_raw, parse_record, printable, records
+from vlrank.data.sources import (
+    RawOptions,
+    find_roles,
+    first_value,
+    identifier,
+    kind_of,
+    open_parquet,
+    parquet_column,
+    plain_name,
+    read_header,
+)
+from vlrank.data.text import MAX_RAW_CHARS, clean_brand, clean_categories, clean_text, clean_title
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One clean item; ``image`` is a URL or the absolute path of a picture."""
+
+    source_id: str
+    title: str
+    brand: str | None
+    categories: tuple[str, ...]
+    description: str | None
+    image: str | None
+
+
+def items(
+    path: Path, wanted: Set[str], options: RawOptions, rejects: Rejects, max_chars: int
+) -> Iterator[tuple[str, Item]]:
+    """(key for the quarantine, item) for the rows whose id is wanted, in file order, titles possibly empty.
+
+    Rows that nobody wants are passed over, as far as possible without parsing them.
+
+    Raises:
+        UserError: missing or damaged file, no item column.
+    """
+    for number, record in _item_records(path, wanted, options, rejects):
+        key = f"{path}:{number}"
+        try:
+            source_id = identifier(first_value(record, options.names("item")), "item")
+            if source_id in wanted:
+                yield key, _clean_item(source_id, record, path, options, max_chars)
+        except ValueError as error:
+            rejects.add(key, "BadMetadata", f"{error}; the row: {excerpt(str(record)[:1000])}")
+
+
+def _item_records(
+    path: Path, wanted: Set[str], options: RawOptions, rejects: Rejects
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    kind = kind_of(path)
+    if kind == "json":
+        yield from _json_items(path, wanted, options, rejects)
+    elif kind == "delimited":
+        yield from _delimited_items(path, options, rejects)
+    else:
+        yield from _parquet_items(path, wanted, options)
+
+
+def _json_items(
+    path: Path, wanted: Set[str], options: RawOptions, rejects: Rejects
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    names = b"|".join(re.escape(name).encode() for name in options.names("item"))
+    shown_ids = re.compile(rb"[\"'](?:" + names + rb")[\"']\s*:\s*[\"']([^\"']*)[\"']")
+    lines = records(path, rejects, max_line_bytes=options.max_line_bytes, allow_truncated=options.allow_truncated)
+    for number, line in lines:
+        # Parsing is what costs. A line is passed over when it shows ids and none is wanted; ids with escapes, or none
+        # that the pattern finds, leave the decision to the parser.
+        shown = shown_ids.findall(line)
+        if shown and not any(b"\\" in value or decode(value) in wanted for value in shown):
+            continue
+        try:
+            yield number, parse_record(line)
+        except ValueError as error:
+            rejects.add(f"{path}:{number}", "BadMetadata", f"{error}; the line: {excerpt(line)}")
+
+
+def _delimited_items(path: Path, options: RawOptions, rejects: Rejects) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows of a delimited file; quoted values may span lines. Keys are the line in which a row ends."""
+    csv.field_size_limit(options.max_line_bytes)
+
+    def text() -> Iterator[str]:
+        with open_raw(path, rejects, allow_truncated=options.allow_truncated) as stream:
+            for number, lines in line_blocks(stream, options.max_line_bytes):
+                for offset, line in enumerate(lines):
+                    if isinstance(line, int):
+                        rejects.add(f"{path}:{number + offset}", "LineTooLong", f"{line} bytes")
+                        yield "\n"  # keeps the line numbers
+                    else:
+                        yield decode(line) + "\n"
+
+    lines = text()
+    wanted_roles = ("item", "title", "brand", "categories", "description", "image")
+    layout = read_header(path, [next(lines, "").encode()], options, {"item"}, wanted_roles)
+    quoting: Any = csv.QUOTE_MINIMAL if layout.quoting else csv.QUOTE_NONE
+    rows = csv.reader(lines, delimiter=layout.delimiter, quoting=quoting)
+    names = [plain_name(column) for column in layout.header]
+    while True:
+        try:
+            values = next(rows, None)
+        except csv.Error as error:
+            rejects.add(f"{path}:{rows.line_num + 1}", "BadMetadata", str(error))
+            continue
+        if values is None:
+            return
+        if len(values) == len(names):
+            yield rows.line_num + 1, dict(zip(names, values, strict=True))
+        elif values:
+            problem = f"{len(values)} columns, expected {len(names)}; the row: {excerpt(str(values)[:1000])}"
+            rejects.add(f"{path}:{rows.line_num + 1}", "BadMetadata", problem)
+
+
+def _parquet_items(path: Path, wanted: Set[str], options: RawOptions) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    file = open_parquet(path)
+    wanted_roles = ("item", "title", "brand", "categories", "description", "image")
+    roles = find_roles(path, file.schema_arrow.names, options, {"item"}, wanted_roles)
+    number = 1
+    for batch in file.iter_batches(batch_size=65_536, columns=list(roles.values())):
+        ids = parquet_column(path, "item", batch.column(roles["item"])).to_pylist()
+        mine = [row for row, source_id in enumerate(ids) if source_id in wanted]
+        for row, record in zip(mine, batch.take(pa.array(mine, pa.int64())).to_pylist(), strict=True):
+            yield number + row, record
+        number += len(batch)
+
+
+def _clean_item(source_id: str, record: Mapping[str, Any], path: Path, options: RawOptions, max_chars: int) -> Item:
+    def get(role: str) -> Any:
+        return first_value(record, options.names(role))
+
+    return Item(
+        source_id,
+        clean_title(" ".join(_strings(get("title"), "title")), max_chars),
+        clean_brand(" ".join(_strings(get("brand"), "brand"))) or None,
+        tuple(clean_categories(_category_names(get("categories")))),
+        # Kept longer than the composed text, for whoever reads the table; cut all the same.
+        clean_text(" ".join(_strings(get("description"), "description")), 4 * max_chars) or None,
+        _image(get("image"), options.image_root or path.parent),
+    )
+
+
+def _strings(value: Any, field: str) -> list[str]:
+    """A text field as a list of strings: strings, numbers and (nested) lists of them.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value[:MAX_RAW_CHARS]]
+    if isinstance(value, list | tuple):
+        return [text for part in value[:1000] for text in _strings(part, field)]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return [] if isinstance(value, float) and not math.isfinite(value) else [str(value)]
+    raise ValueError(f"{field} is a {type(value).__name__}, expected text")
+
+
+def _category_names(value: Any) -> list[str]:
+    names = _strings(value, "categories")
+    return [part for name in names for part in re.split(r"[|>]", name)] if isinstance(value, str) else names
+
+
+def _image(value: Any, root: Path) -> str | None:
+    """The best picture of a row: a URL, or the absolute path of a file below ``root``.
+
+    Amazon 2023 lists pictures as dictionaries of sizes (and, in its Parquet form, as a dictionary of lists), the
+    product photo first or marked MAIN.
+    """
+    if isinstance(value, Mapping):
+        lists = [value.get(size) for size in ("hi_res", "large", "thumb")]
+        value = [url for found in lists if found for url in (found if isinstance(found, list) else [found]) if url]
+    if isinstance(value, list | tuple):
+        pictures = [part for part in value if part]
+        main = [part for part in pictures if isinstance(part, Mapping) and part.get("variant") == "MAIN"]
+        return _image((main or pictures)[0], root) if pictures else None
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        return None
+    text = printable(value.strip())
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", text):
+        return text  # a URL; the picture stage says what it thinks of other schemes than http(s)
+    return str((root / text).absolute())

@@ -1,0 +1,152 @@
+"""The picture stage of a dataset: what is known, what is missing, and committing it shard by shard.
+
+While pictures come they lie beside the dataset in ``.NAME.pictures``, so that an interrupted run loses one shard at
+most and leaves no half dataset. A source that succeeded is never fetched again, one that failed only on request.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from vlrank.config import PrepareConfig
+from vlrank.console import progress
+from vlrank.data import schemas
+from vlrank.data.dataset import next_file, store_image
+from vlrank.data.images import Fetched, fetch_pictures
+from vlrank.data.tables import atomic_path, disk_errors, read_parquet, write_parquet_atomic
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What became of one source.
+
+    Attributes:
+        root: Folder that ``image_path`` is relative to.
+        image_path: ``images/ab/<sha256>.jpg``; None after a failure.
+        error_type: None after a success.
+        message: The reason of a failure.
+    """
+
+    root: Path
+    image_path: str | None
+    error_type: str | None
+    message: str | None
+
+
+def work_folder(target: Path) -> Path:
+    """Where pictures lie until the dataset takes them."""
+    return target.with_name(f".{target.name}.pictures")
+
+
+def fetch(target: Path, sources: Sequence[str], config: PrepareConfig) -> dict[str, Known]:
+    """Every source's fate, after fetching those that were never tried (and, with ``retry_failed``, those that failed).
+
+    Args:
+        target: The dataset folder, existing or not.
+        sources: URLs and paths; repetitions are fetched once.
+        config: Limits, workers and ``retry_failed``.
+
+    Raises:
+        UserError: no space left.
+    """
+    work = work_folder(target)
+    known = _known(target, target / "pictures.parquet", schemas.PICTURES) if target.exists() else {}
+    for shard in sorted((work / "fetched").glob("[!.]*.parquet")):
+        known |= _known(work, shard, schemas.FETCHED)
+    wanted = dict.fromkeys(sources)
+    pending = [source for source in wanted if _is_pending(known.get(source), config.retry_failed)]
+    if pending:
+        failed = 0
+        with progress("pictures", len(pending)) as bar:
+            for shard_rows in fetch_pictures(pending, config.pictures, config.ray):
+                known |= _commit(work, shard_rows)
+                failed += sum(row.data is None for row in shard_rows)
+                bar.advance(len(shard_rows), note=f"{failed} failed" if failed else None)
+    return {source: known[source] for source in wanted}
+
+
+def _known(root: Path, table: Path, schema: object) -> dict[str, Known]:
+    if not table.exists():
+        return {}
+    tried = read_parquet(table, schema).filter(pl.col("image_path").is_not_null() | pl.col("error_type").is_not_null())
+    rows = tried.select("source", "image_path", "error_type", "message").iter_rows()
+    # A picture that somebody deleted counts as never fetched.
+    return {source: Known(root, path, *rest) for source, path, *rest in rows if path is None or (root / path).is_file()}
+
+
+def _is_pending(known: Known | None, retry_failed: bool) -> bool:
+    if known is None:
+        return not retry_failed
+    return retry_failed and known.image_path is None
+
+
+def _commit(work: Path, rows: Sequence[Fetched]) -> dict[str, Known]:
+    """Store a shard: first its pictures, then the table that says they are there."""
+    with disk_errors(work):
+        known = {}
+        for row in rows:
+            stored = None
+            if row.data is not None and row.suffix is not None:
+                stored = store_image(work, row.data, row.suffix, sync=False)
+            known[row.source] = Known(work, stored, row.error_type, row.message)
+        os.sync()
+    table = [
+        {"source": source, "image_path": fate.image_path, "error_type": fate.error_type, "message": fate.message}
+        for source, fate in known.items()
+    ]
+    write_parquet_atomic(table, next_file(work / "fetched"), schemas.FETCHED)
+    return known
+
+
+def adopt(found: Iterable[Known], folder: Path) -> None:
+    """Bring the pictures into a dataset folder: as hard links where the file system has them, else as copies."""
+    with disk_errors(folder):
+        for fate in found:
+            if fate.image_path is None or (folder / fate.image_path).exists():
+                continue
+            place = folder / fate.image_path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(fate.root / fate.image_path, place)
+            except OSError:
+                with atomic_path(place) as temporary:
+                    shutil.copyfile(fate.root / fate.image_path, temporary)
+
+
+def pictures_table(wanted: pl.DataFrame, found: Mapping[str, Known]) -> pl.DataFrame:
+    """``wanted`` (item_id, source) with what became of each source (`schemas.PICTURES`)."""
+    fates = [found.get(source) for source in wanted["source"].to_list()]
+    return wanted.select("item_id", "source").with_columns(
+        pl.Series("image_path", [fate and fate.image_path for fate in fates], pl.String),
+        pl.Series("error_type", [fate and fate.error_type for fate in fates], pl.String),
+        pl.Series("message", [fate and fate.message for fate in fates], pl.String),
+    )
+
+
+def place_in_items(items: pl.DataFrame, pictures: pl.DataFrame) -> pl.DataFrame:
+    """The items table with the ``image_path`` of each item that has a picture."""
+    paths = pictures.select("item_id", "image_path")
+    return items.drop("image_path", strict=False).join(paths, on="item_id", how="left", maintain_order="left")
+
+
+def rejects(pictures: pl.DataFrame) -> Iterator[dict[str, str]]:
+    """The failures as quarantine rows."""
+    failed = pictures.filter(pl.col("error_type").is_not_null())
+    for item_id, source, error_type, message in failed.select("item_id", "source", "error_type", "message").iter_rows():
+        yield {"key": str(item_id), "error_type": error_type, "message": f"{message} ({source})"}
+
+
+def counts(pictures: pl.DataFrame, *, asked: bool) -> dict[str, int | bool]:
+    """For the manifest: how many items have a source, a picture, a failure."""
+    return {
+        "asked": asked,
+        "sources": len(pictures),
+        "stored": len(pictures) - pictures["image_path"].null_count(),
+        "failed": len(pictures) - pictures["error_type"].null_count(),
+    }

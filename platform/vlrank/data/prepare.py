@@ -1,0 +1,363 @@
+"""``vlrank prepare``: raw reviews, metadata and pictures become a dataset folder.
+
+In this order, each step counted in the manifest:
+
+1. read every interaction that is whole; bad rows go to quarantine;
+2. ``min_rating``: keep interactions rated at least this. (In the lineage of this code, LlamaRec and its descendants,
+the
+   option only named a folder; here it filters.)
+3. drop items without a title, so that every item of the dataset can be shown in a prompt;
+4. order by time, ties in file order; of repeated (user, item) pairs keep the first;
+5. ``min_uc``/``min_sc``: the k-core, to the fixpoint (`vlrank.data.interactions.k_core`);
+6. ids from 1 in the byte order of the source's ids; split.
+
+The dataset appears in one rename at the end.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlrank.config import PrepareConfig
+from vlrank.console import Summary, progress
+from vlrank.data import pictures, schemas
+from vlrank.data.amazon import locate
+from vlrank.data.dataset import Dataset, DatasetWriter
+from vlrank.data.interactions import (
+    Collector,
+    Interactions,
+    Sequences,
+    drop_duplicates,
+    k_core,
+    order,
+    sequences,
+    temporal_cuts,
+)
+from vlrank.data.metadata import Item, items
+from vlrank.data.rawfiles import Rejects
+from vlrank.data.sources import RawOptions, interactions
+from vlrank.data.summary import describe
+from vlrank.data.tables import disk_errors, file_sha256, read_parquet, write_parquet_atomic
+from vlrank.data.text import item_text
+from vlrank.errors import UserError
+
+# Keys that say where things are or how pictures are had, and so do not change the tables.
+_NOT_OPTIONS = {"reviews", "meta", "out", "dataset_code", "release", "raw_dir", "download", "overwrite", "use_image"}
+_NOT_OPTIONS |= {"retry_failed", "pictures", "ray"}
+
+_CLEAN_ITEMS = pa.schema(
+    [
+        ("source_id", pa.string()),
+        ("title", pa.string()),
+        ("brand", pa.string()),
+        ("categories", pa.list_(pa.string())),
+        ("description", pa.string()),
+        ("image", pa.string()),
+    ]
+)
+
+
+def run(config: PrepareConfig) -> Summary:
+    """Prepare a dataset, or complete the pictures of one that was made with the same options from the same files.
+
+    Raises:
+        UserError: unusable input, nothing left after the filters, or another dataset in the way.
+    """
+    started = time.monotonic()
+    config = _with_files(config)
+    options, inputs, target = _options(config), _inputs(config), config.folder
+    title = f"prepare: {', '.join(path.name for path in config.reviews)}"
+    if (target / "manifest.json").is_file():
+        dataset = Dataset.open(target)
+        difference = _difference(dataset.manifest, options, inputs)
+        if not difference:
+            changed = config.use_image and _complete_pictures(dataset, config)
+            note = "pictures completed" if changed else "nothing to do, it exists"
+            return describe(dataset, f"{title} ({note})", time.monotonic() - started)
+        if not config.overwrite:
+            raise UserError(
+                f"dataset {target} was made differently: {difference}",
+                "Choose another out=FOLDER, or replace it (with its captions and candidates) by overwrite=true.",
+            )
+    with DatasetWriter(target, overwrite=config.overwrite) as writer:
+        dataset = _build(config, writer, options, inputs)
+    shutil.rmtree(pictures.work_folder(target), ignore_errors=True)
+    return describe(dataset, title, time.monotonic() - started)
+
+
+def _with_files(config: PrepareConfig) -> PrepareConfig:
+    """The config with the files of ``dataset_code`` in place of the code."""
+    if config.dataset_code is None:
+        return config
+    reviews, meta = locate(config.dataset_code, config.release, config.raw_dir, allow_download=config.download)
+    return config.model_copy(update={"reviews": (reviews,), "meta": (meta,)})
+
+
+def _options(config: PrepareConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude=_NOT_OPTIONS)
+
+
+def _inputs(config: PrepareConfig) -> dict[str, list[dict[str, Any]]]:
+    """Names, sizes and hashes of the input files: what a dataset is made from, wherever it lies."""
+    described: dict[str, list[dict[str, Any]]] = {"reviews": [], "meta": []}
+    for role, paths in (("reviews", config.reviews), ("meta", config.meta)):
+        for path in paths:
+            if not path.is_file():
+                raise UserError(f"input file {path} does not exist", f"Check --{role}.")
+            size = path.stat().st_size
+            described[role].append({"name": path.name, "bytes": size, "sha256": file_sha256(path)})
+    return described
+
+
+def _difference(manifest: Mapping[str, Any], options: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
+    """What an existing dataset was made with instead, in words; empty if it is the same."""
+    old, old_inputs = manifest.get("options", {}), manifest.get("inputs", {})
+    parts = [
+        f"{key} was {old.get(key)!r}, now {options.get(key)!r}"
+        for key in sorted(set(old) | set(options))
+        if old.get(key) != options.get(key)
+    ]
+    for role, files in inputs.items():
+        if [file["sha256"] for file in old_inputs.get(role, [])] != [file["sha256"] for file in files]:
+            parts.append(f"other {role} files")
+    return "; ".join(parts)
+
+
+# ---- building -------------------------------------------------------------------------------------------------------
+
+
+class _Stages:
+    """Counts before and after each filter."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, name: str, data: Interactions) -> None:
+        before = self.rows[-1]["interactions"] if self.rows else None
+        self.rows.append({"stage": name, "users": data.n_users, "items": data.n_items, "interactions": len(data)})
+        if not len(data):
+            raise UserError(
+                f"no interactions are left after `{name}`" + ("" if before is None else f" ({before:,} before)"),
+                "Check the input (bad rows are counted above), or lower min_rating, min_uc and min_sc.",
+            )
+
+
+def _build(
+    config: PrepareConfig, writer: DatasetWriter, options: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> Dataset:
+    stages = _Stages()
+    data = _read_interactions(config, writer, stages)
+    clean_items, shown = _read_items(config, writer, data)
+    data = _only_items(data, shown)
+    stages.add("items with a title", data)
+    del shown
+    data = order(data)
+    if not config.keep_duplicates:
+        data = drop_duplicates(data)
+        stages.add("first of repeated pairs", data)
+    data = k_core(data, config.min_uc, config.min_sc)
+    stages.add(f"core: users >= {config.min_uc}, items >= {config.min_sc}", data)
+    built = sequences(data)
+    del data
+
+    table = _items_table(clean_items, built, config.max_text_chars)
+    clean_items.unlink()
+    wanted = table.filter(pl.col("image").is_not_null()).select("item_id", source="image")
+    found = pictures.fetch(config.folder, wanted["source"].to_list(), config) if config.use_image else {}
+    pictures.adopt(found.values(), writer.folder)
+    pictures_table = pictures.pictures_table(wanted, found)
+    write_parquet_atomic(pictures_table, writer.folder / "pictures.parquet", schemas.PICTURES)
+    writer.add_quarantine("pictures", pictures.rejects(pictures_table))
+    return writer.commit(
+        items=pictures.place_in_items(table.drop("image"), pictures_table),
+        sequences=_sequences_table(built),
+        options=options,
+        split=_split(config, built),
+        extra={
+            "inputs": inputs,
+            "stages": stages.rows,
+            "pictures": pictures.counts(pictures_table, asked=config.use_image),
+        },
+    )
+
+
+def _raw_options(config: PrepareConfig) -> RawOptions:
+    return RawOptions(
+        config.columns, config.timestamp_unit, config.max_line_mb << 20, config.allow_truncated, config.image_root
+    )
+
+
+def _read_interactions(config: PrepareConfig, writer: DatasetWriter, stages: _Stages) -> Interactions:
+    rejects = Rejects(lambda rows: writer.add_quarantine("reviews", rows))
+    collector = Collector()
+    with progress("read interactions", None) as bar:
+        for path in config.reviews:
+            rated = False
+            for batch in interactions(path, _raw_options(config), rejects):
+                missing = np.isnan(batch.rating)
+                rated = rated or not missing.all()
+                if config.min_rating > 0 and len(missing) and not rated:
+                    raise UserError(
+                        f"{path} has no ratings, but min_rating is {config.min_rating:g}",
+                        "Name the column with columns.rating=NAME, or leave min_rating at 0.",
+                    )
+                if config.min_rating > 0 and missing.any():
+                    for row in np.flatnonzero(missing):
+                        rejects.add(batch.keys(int(row)), "MissingRating", "min_rating needs a rating")
+                    collector.add(batch, ~missing)
+                else:
+                    collector.add(batch)
+                bar.advance(len(batch.rating), note=f"{rejects.total:,} bad" if rejects.total else None)
+    rejects.flush()
+    data = collector.finish()
+    stages.add("read", data)
+    if config.min_rating > 0:
+        data = data.take(data.rating >= config.min_rating)
+        stages.add(f"rating >= {config.min_rating:g}", data)
+    return data
+
+
+def _only_items(data: Interactions, shown: set[str]) -> Interactions:
+    names = data.item_names.to_pylist()
+    keep = np.fromiter((name in shown for name in names), bool, len(names))[data.item]
+    return data if keep.all() else data.take(keep)
+
+
+def _read_items(config: PrepareConfig, writer: DatasetWriter, data: Interactions) -> tuple[Path, set[str]]:
+    """One pass over the metadata: a temporary table of clean items that interactions need, and the ids that stay.
+
+    Of several rows for one item the first with a title counts; later ones that say something else are put aside.
+    """
+    if not config.meta and not config.keep_untitled:
+        raise UserError(
+            "no metadata was given, and items without a title are dropped",
+            "Give the items' titles with --meta FILE, or keep_untitled=true to show items by their id.",
+        )
+    used = np.flatnonzero(np.bincount(data.item, minlength=len(data.item_names)))
+    wanted = set(data.item_names.take(pa.array(used)).to_pylist())
+    rejects = Rejects(lambda rows: writer.add_quarantine("metadata", rows))
+    titled: dict[str, int] = {}  # id -> hash of the row that counts
+    untitled: dict[str, tuple[str, Item]] = {}
+    path = writer.folder / "clean_items.tmp"
+    with _ItemSpill(path) as spill, progress("read metadata", None) as bar:
+        for file in config.meta:
+            for key, item in items(file, wanted, _raw_options(config), rejects, config.max_text_chars):
+                bar.advance(1)
+                if not item.title:
+                    untitled.setdefault(item.source_id, (key, item))
+                elif item.source_id not in titled:
+                    titled[item.source_id] = hash(item)
+                    spill.add(item)
+                elif titled[item.source_id] != hash(item):
+                    message = f"another row of {item.source_id} came first and says something else"
+                    rejects.add(key, "DuplicateMetadata", message)
+        for source_id, (key, item) in untitled.items():
+            if source_id in titled:
+                continue
+            if config.keep_untitled:
+                spill.add(item)
+            else:
+                rejects.add(key, "NoTitle", f"{source_id} has no title once cleaned")
+    if config.keep_untitled:
+        return path, wanted
+    for source_id in sorted(wanted - titled.keys() - untitled.keys()):
+        rejects.add(source_id, "NoMetadata", "no usable metadata row has this id")
+    rejects.flush()
+    return path, set(titled)
+
+
+class _ItemSpill:
+    """Clean items on their way to the disk, so that memory holds a portion of them only."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: list[Item] = []
+
+    def __enter__(self) -> _ItemSpill:
+        with disk_errors(self._path):
+            self._writer = pq.ParquetWriter(self._path, _CLEAN_ITEMS, compression="zstd")
+        return self
+
+    def add(self, item: Item) -> None:
+        self._rows.append(item)
+        if len(self._rows) >= 20_000:
+            self._flush()
+
+    def _flush(self) -> None:
+        columns = [[getattr(item, name) for item in self._rows] for name in _CLEAN_ITEMS.names]
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, _CLEAN_ITEMS, strict=True)]
+        with disk_errors(self._path):
+            self._writer.write_table(pa.table(arrays, schema=_CLEAN_ITEMS))
+        self._rows = []
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            self._flush()
+        with disk_errors(self._path):
+            self._writer.close()
+
+
+def _items_table(clean_items: Path, built: Sequences, max_text_chars: int) -> pl.DataFrame:
+    """The items of the dataset by id: `schemas.ITEMS` without ``image_path``, and ``image``, where the picture is."""
+    ids = pl.DataFrame({"source_id": pl.Series(built.item_names)}).with_row_index("item_id", offset=1)
+    table = ids.join(read_parquet(clean_items, _CLEAN_ITEMS), on="source_id", how="left", maintain_order="left")
+    texts = [
+        item_text(title or source_id, brand, categories or [], description, max_text_chars)
+        for source_id, title, brand, categories, description in table.select(
+            "source_id", "title", "brand", "categories", "description"
+        ).iter_rows()
+    ]
+    return table.with_columns(
+        pl.col("item_id").cast(pl.Int32),
+        pl.col("categories").fill_null([]),
+        pl.Series("text", texts, pl.String),
+        image_url=pl.when(pl.col("image").str.contains("://", literal=True)).then("image"),
+    )
+
+
+def _sequences_table(built: Sequences) -> pa.Table:
+    return pa.table(
+        {
+            "user_id": pa.array(np.arange(1, len(built.user_names) + 1, dtype=np.int32)),
+            "source_user": built.user_names,
+            "item_ids": built.item_ids,
+            "timestamps": built.timestamps,
+        }
+    )
+
+
+def _split(config: PrepareConfig, built: Sequences) -> dict[str, Any]:
+    if config.split == "leave_one_out":
+        return {"method": "leave_one_out"}
+    cuts = None if config.val_from is None or config.test_from is None else (config.val_from, config.test_from)
+    seconds = built.timestamps.flatten().to_numpy()
+    val_from, test_from = temporal_cuts(seconds, config.val_fraction, config.test_fraction, cuts)
+    return {"method": "temporal", "val_from": val_from, "test_from": test_from}
+
+
+# ---- pictures of an existing dataset --------------------------------------------------------------------------------
+
+
+def _complete_pictures(dataset: Dataset, config: PrepareConfig) -> bool:
+    """Fetch what an existing dataset lacks; whether anything changed."""
+    path = dataset.path / "pictures.parquet"
+    old = read_parquet(path, schemas.PICTURES)
+    found = pictures.fetch(dataset.path, old["source"].to_list(), config)
+    new = pictures.pictures_table(old, found)
+    counts = pictures.counts(new, asked=True)
+    if not new.equals(old) or dataset.manifest.get("pictures") != counts:
+        pictures.adopt(found.values(), dataset.path)
+        write_parquet_atomic(new, path, schemas.PICTURES)
+        dataset.add_quarantine("pictures", pictures.rejects(new), replace=True)
+        dataset.update_items(pictures.place_in_items(dataset.items(), new), pictures=counts)
+    shutil.rmtree(pictures.work_folder(dataset.path), ignore_errors=True)
+    return not new.equals(old)

@@ -1,0 +1,549 @@
+"""Interactions and item metadata from the files that people have.
+
+| source | interactions | items |
+| --- | --- | --- |
+| Amazon 2014 | reviewerID, asin, overall, unixReviewTime (s) | asin, title, brand, categories, description, imUrl |
+| Amazon 2018 | the same | asin, title, brand, category, description, imageURLHighRes, imageURL |
+| Amazon 2023 | user_id, parent_asin, rating, timestamp (ms) | parent_asin, title, store, categories, images |
+| RecBole | user_id:token, item_id:token, rating:float, timestamp:float | item_id:token, title:token_seq, ... |
+| CSV, Parquet | any names, see `vlrank.config.ColumnsConfig` | any names |
+
+Sources: McAuley et al. 2015 (2014 files), Ni et al. 2019 (2018 files), Hou et al. 2024 (2023 files), RecBole's "atomic
+files" (Zhao et al. 2021). Large files are read in blocks: a fast reader takes blocks without surprises, and any block
+it refuses is read again line by line, so that exactly the bad lines are put aside.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from vlrank.config import ColumnsConfig
+from vlrank.data.rawfiles import Rejects, decode, excerpt, line_blocks, open_raw, parse_record, printable
+from vlrank.errors import UserError
+
+Kind = Literal["json", "delimited", "parquet"]
+TimestampUnit = Literal["auto", "s", "ms", "us", "ns"]
+
+# What public data sets call a column, the most specific first: Amazon 2023 rows have both parent_asin and asin, and its
+# metadata is keyed by parent_asin.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "user": ("reviewerID", "user_id", "user", "userId", "userID", "uid", "source_user", "customer_id"),
+    "item": (
+        "parent_asin",
+        "asin",
+        "item_id",
+        "item",
+        "itemId",
+        "itemID",
+        "iid",
+        "source_id",
+        "product_id",
+        "article_id",
+    ),
+    "timestamp": ("unixReviewTime", "timestamp", "time", "sort_timestamp", "ts", "date", "t_dat"),
+    "rating": ("overall", "rating", "stars", "score"),
+    "title": ("title", "name", "item_name", "prod_name"),
+    "brand": ("brand", "store", "manufacturer"),
+    "categories": ("categories", "category", "genre", "genres", "class"),
+    "description": ("description", "desc", "detail_desc"),
+    "image": ("imageURLHighRes", "imageURL", "imUrl", "images", "image", "image_path", "image_url", "img"),
+}
+_MILLISECONDS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
+_MAX_TIME_MS = 253_402_300_800_000  # the year 10000
+_PARQUET_ROWS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some interactions in file order; all arrays have the same length.
+
+    Attributes:
+        user: User ids of the source, Arrow strings.
+        item: Item ids of the source, Arrow strings.
+        time_ms: int64, milliseconds since 1970.
+        rating: float32, NaN where there is none.
+        keys: Where row i comes from, for the quarantine.
+    """
+
+    user: pa.Array
+    item: pa.Array
+    time_ms: np.ndarray
+    rating: np.ndarray
+    keys: Callable[[int], str]
+
+
+@dataclass(frozen=True, slots=True)
+class RawOptions:
+    """How raw files are read; see `vlrank.config.PrepareConfig` for the meaning."""
+
+    columns: ColumnsConfig
+    timestamp_unit: TimestampUnit = "auto"
+    max_line_bytes: int = 64 << 20
+    allow_truncated: bool = False
+    image_root: Path | None = None
+
+    def names(self, role: str) -> tuple[str, ...]:
+        """The configured column of a role alone, or all names it is known by."""
+        chosen = getattr(self.columns, role)
+        return (chosen,) if chosen else ALIASES[role]
+
+
+def kind_of(path: Path) -> Kind:
+    """Which reader a file needs, told by its name without ``.gz`` and the like.
+
+    Raises:
+        UserError: an unknown kind.
+    """
+    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".bz2", ".xz")]
+    last = suffixes[-1].lower() if suffixes else ""
+    if last in (".json", ".jsonl", ".ndjson"):
+        return "json"
+    if last in (".csv", ".tsv", ".txt", ".inter", ".item"):
+        return "delimited"
+    if last in (".parquet", ".pq"):
+        return "parquet"
+    raise UserError(
+        f"input file {path} has no known kind",
+        "Known are .json, .jsonl, .csv, .tsv, .inter, .item (also .gz) and .parquet.",
+    )
+
+
+# ---- interactions ---------------------------------------------------------------------------------------------------
+
+
+def interactions(path: Path, options: RawOptions, rejects: Rejects) -> Iterator[Batch]:
+    """All usable interactions of a file, in file order; the others go to ``rejects``.
+
+    Raises:
+        UserError: missing or damaged file, columns that cannot be found.
+    """
+    reader = {"json": _json_interactions, "delimited": _delimited_interactions, "parquet": _parquet_interactions}
+    return reader[kind_of(path)](path, options, rejects)
+
+
+def _json_interactions(path: Path, options: RawOptions, rejects: Rejects) -> Iterator[Batch]:
+    roles = ("user", "item", "timestamp", "rating")
+    names: dict[str, str] | None = None  # of the file's first good line: what the fast reader looks for
+
+    def slow(line: bytes) -> tuple[str, str, int, float]:
+        record = parse_record(line)
+        return _interaction(options.timestamp_unit, *(first_value(record, options.names(role)) for role in roles))
+
+    with open_raw(path, rejects, allow_truncated=options.allow_truncated) as stream:
+        for number, lines in line_blocks(stream, options.max_line_bytes):
+            batch = _fast_json(path, number, lines, names, options.timestamp_unit) if names else None
+            yield batch or _line_by_line(path, number, lines, slow, rejects, options.max_line_bytes)
+            names = names or _json_names(lines, {role: options.names(role) for role in roles})
+
+
+def _json_names(lines: Sequence[bytes | int], aliases: Mapping[str, Sequence[str]]) -> dict[str, str] | None:
+    for line in lines[:100]:
+        try:
+            record = json.loads(line) if isinstance(line, bytes) else None
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            found = {role: next((n for n in names if record.get(n) is not None), "") for role, names in aliases.items()}
+            if found["user"] and found["item"] and found["timestamp"]:
+                return {role: name for role, name in found.items() if name}
+    return None
+
+
+def _fast_json(
+    path: Path, number: int, lines: Sequence[bytes | int], names: Mapping[str, str], unit: TimestampUnit
+) -> Batch | None:
+    """The whole block by Arrow's reader, or None where a line is unusual in any way."""
+    if any(isinstance(line, int) or not line for line in lines):
+        return None
+    block = b"\n".join(lines)  # type: ignore[arg-type]
+    types = {"user": pa.string(), "item": pa.string(), "timestamp": pa.int64(), "rating": pa.float64()}
+    schema = pa.schema([(name, types[role]) for role, name in names.items()])
+    try:
+        block.decode("utf-8")
+        table = pyarrow.json.read_json(
+            io.BytesIO(block),
+            read_options=pyarrow.json.ReadOptions(block_size=len(block) + 1),
+            parse_options=pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+        )
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
+        return None
+    columns = {role: table[name].combine_chunks() for role, name in names.items()}
+    return _fast_batch(path, number, len(lines), columns, unit)
+
+
+def _fast_batch(
+    path: Path, number: int, expected: int, columns: Mapping[str, pa.Array], unit: TimestampUnit
+) -> Batch | None:
+    user, item, timestamp = columns["user"], columns["item"], columns["timestamp"]
+    if len(user) != expected or any(column.null_count for column in (user, item, timestamp)):
+        return None
+    if not expected or pc.min(pc.utf8_length(user)).as_py() == 0 or pc.min(pc.utf8_length(item)).as_py() == 0:
+        return None
+    time_ms = _times(timestamp.to_numpy(zero_copy_only=False), unit)
+    if time_ms is None:
+        return None
+    return Batch(user, item, time_ms, _ratings(columns.get("rating"), expected), _line_keys(path, number))
+
+
+def _times(values: np.ndarray, unit: TimestampUnit) -> np.ndarray | None:
+    """Milliseconds since 1970 as int64; None if any is not a time."""
+    numbers = values.astype(np.float64)
+    scale: Any
+    if unit == "auto":
+        size = np.abs(numbers)
+        scale = np.select([size >= 1e17, size >= 1e14, size >= 1e11], [1e-6, 1e-3, 1.0], 1000.0)
+    else:
+        scale = _MILLISECONDS[unit]
+    milliseconds = np.floor(numbers * scale)
+    if not np.isfinite(milliseconds).all() or (np.abs(milliseconds) > _MAX_TIME_MS).any():
+        return None
+    return milliseconds.astype(np.int64)
+
+
+def _ratings(column: pa.Array | None, n: int) -> np.ndarray:
+    if column is None:
+        return np.full(n, np.nan, np.float32)
+    return column.to_numpy(zero_copy_only=False).astype(np.float32)
+
+
+def _line_keys(path: Path, number: int) -> Callable[[int], str]:
+    return lambda row: f"{path}:{number + row}"
+
+
+def _line_by_line(
+    path: Path,
+    number: int,
+    lines: Sequence[bytes | int],
+    parse: Callable[[bytes], tuple[str, str, int, float]],
+    rejects: Rejects,
+    max_line_bytes: int,
+) -> Batch:
+    rows, numbers = [], []
+    for offset, line in enumerate(lines):
+        key = f"{path}:{number + offset}"
+        if isinstance(line, int):
+            rejects.add(key, "LineTooLong", f"{line} bytes, at most {max_line_bytes} are read")
+        elif line.strip():
+            try:
+                rows.append(parse(line))
+                numbers.append(number + offset)
+            except ValueError as error:
+                rejects.add(key, "BadInteraction", f"{error}; the line: {excerpt(line)}")
+    users, items, times, ratings = zip(*rows, strict=True) if rows else ((), (), (), ())
+    return Batch(
+        pa.array(users, pa.string()),
+        pa.array(items, pa.string()),
+        np.array(times, np.int64),
+        np.array(ratings, np.float32),
+        lambda row: f"{path}:{numbers[row]}",
+    )
+
+
+def _interaction(unit: TimestampUnit, user: Any, item: Any, timestamp: Any, rating: Any) -> tuple[str, str, int, float]:
+    """One checked interaction.
+
+    Raises:
+        ValueError: what is wrong, in words.
+    """
+    return identifier(user, "user"), identifier(item, "item"), _time(timestamp, unit), _rating(rating)
+
+
+def identifier(value: Any, role: str) -> str:
+    """A user's or item's id as text.
+
+    Raises:
+        ValueError: missing, or not a string or number.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value in ("", None):
+        raise ValueError(f"no {role} id" if value in ("", None) else f"the {role} id is a {type(value).__name__}")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return printable(str(value))
+
+
+def _time(value: Any, unit: TimestampUnit) -> int:
+    if value is None or value == "":
+        raise ValueError("no timestamp")
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return _date(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"timestamp {value!r} is not a number")
+    try:
+        times = _times(np.array([value], np.float64), unit)
+    except OverflowError:
+        times = None
+    if times is None:
+        raise ValueError(f"timestamp {value!r} is not a time")
+    return int(times[0])
+
+
+def _date(text: str) -> int:
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise ValueError(f"timestamp {excerpt(text)!r} is neither a number nor an ISO date") from None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return math.floor(moment.timestamp() * 1000)
+
+
+def _rating(value: Any) -> float:
+    if value is None or value == "":
+        return math.nan
+    try:
+        return float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        raise ValueError(f"rating {value!r} is not a number") from None
+
+
+# ---- delimited files ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Columns of a delimited file: names as written, in order, and which of them is which."""
+
+    header: tuple[str, ...]
+    delimiter: str
+    quoting: bool
+    roles: Mapping[str, str]
+
+    def split(self, line: str) -> list[str]:
+        """One line's values.
+
+        Raises:
+            ValueError: not as many as the header has.
+        """
+        quoting: Any = csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE
+        try:
+            values = next(csv.reader([line], delimiter=self.delimiter, quoting=quoting, strict=True), [])
+        except csv.Error as error:
+            raise ValueError(str(error)) from None
+        if len(values) != len(self.header):
+            raise ValueError(f"{len(values)} columns, expected {len(self.header)}")
+        return values
+
+
+def plain_name(column: str) -> str:
+    """A column's name without the type that RecBole appends, as in ``user_id:token``."""
+    return column.partition(":")[0].strip().strip('"')
+
+
+def _delimiter(path: Path, options: RawOptions) -> str:
+    tabbed = any(suffix in (".tsv", ".inter", ".item") for suffix in path.suffixes)
+    return options.columns.delimiter or ("\t" if tabbed else ",")
+
+
+def _is_recbole(path: Path) -> bool:
+    return any(suffix in (".inter", ".item") for suffix in path.suffixes)
+
+
+def find_roles(
+    path: Path, columns: Sequence[str], options: RawOptions, required: Set[str], wanted: Sequence[str]
+) -> dict[str, str]:
+    """role -> column.
+
+    Raises:
+        UserError: a required or configured column is not there.
+    """
+    by_name = {plain_name(column): column for column in columns}
+    roles = {}
+    for role in wanted:
+        found = next((by_name[name] for name in options.names(role) if name in by_name), None)
+        if found is not None:
+            roles[role] = found
+        elif role in required or getattr(options.columns, role):
+            expected = getattr(options.columns, role) or f"one of {', '.join(ALIASES[role])}"
+            raise UserError(
+                f"{path} has no {role} column ({expected}); its columns are {', '.join(by_name)}",
+                f"Name it with columns.{role}=NAME (or columns.names=[...] for a file without a header line).",
+            )
+    return roles
+
+
+def _delimited_interactions(path: Path, options: RawOptions, rejects: Rejects) -> Iterator[Batch]:
+    layout: _Layout | None = None
+    types: dict[str, Any] = {}
+
+    def slow(line: bytes) -> tuple[str, str, int, float]:
+        assert layout is not None
+        values = dict(zip(layout.header, layout.split(decode(line).rstrip("\r")), strict=True))
+        given = [
+            values[name] if (name := layout.roles.get(role)) else None
+            for role in ("user", "item", "timestamp", "rating")
+        ]
+        return _interaction(options.timestamp_unit, *given)
+
+    with open_raw(path, rejects, allow_truncated=options.allow_truncated) as stream:
+        for first_number, block in line_blocks(stream, options.max_line_bytes):
+            number, lines = first_number, block
+            if layout is None:
+                layout = read_header(
+                    path, block, options, {"user", "item", "timestamp"}, ("user", "item", "timestamp", "rating")
+                )
+                if not options.columns.names:
+                    number, lines = number + 1, block[1:]
+                types = _column_types(layout, lines)
+            batch = _fast_delimited(path, number, lines, layout, types, options.timestamp_unit)
+            yield batch or _line_by_line(path, number, lines, slow, rejects, options.max_line_bytes)
+    if layout is None:
+        raise UserError(f"{path} is empty", "Expected a header line and rows.")
+
+
+def read_header(
+    path: Path, lines: Sequence[bytes | int], options: RawOptions, required: Set[str], wanted: Sequence[str]
+) -> _Layout:
+    """The layout of a delimited file, told by its header line or by ``columns.names``.
+
+    Raises:
+        UserError: required columns are missing, or a name stands twice.
+    """
+    delimiter, quoting = _delimiter(path, options), not _is_recbole(path)
+    header: Sequence[str] = options.columns.names if "user" in required else ()
+    if not header:
+        first = decode(lines[0]) if isinstance(lines[0], bytes) else ""
+        names = first.removeprefix("\ufeff").rstrip("\r\n")
+        header = next(
+            csv.reader([names], delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE), []
+        )
+    if len(set(header)) != len(header):
+        raise UserError(f"{path} has a column name twice: {', '.join(header)}", "Rename one of them.")
+    return _Layout(tuple(header), delimiter, quoting, find_roles(path, header, options, required, wanted))
+
+
+def _column_types(layout: _Layout, lines: Sequence[bytes | int]) -> dict[str, Any]:
+    """Arrow types for the fast reader, after the first row; a block that differs is read line by line."""
+    types = {
+        layout.roles["user"]: pa.string(),
+        layout.roles["item"]: pa.string(),
+        layout.roles["timestamp"]: pa.int64(),
+    }
+    if "rating" in layout.roles:
+        types[layout.roles["rating"]] = pa.float64()
+    for line in lines[:1]:
+        try:
+            value = (
+                layout.split(decode(line))[layout.header.index(layout.roles["timestamp"])]
+                if isinstance(line, bytes)
+                else ""
+            )
+        except ValueError:
+            continue
+        if not re.fullmatch(r"-?\d+", value.strip()):
+            types[layout.roles["timestamp"]] = pa.float64() if re.fullmatch(r"[-+.\deE]+", value) else pa.string()
+    return types
+
+
+def _fast_delimited(
+    path: Path,
+    number: int,
+    lines: Sequence[bytes | int],
+    layout: _Layout,
+    types: Mapping[str, Any],
+    unit: TimestampUnit,
+) -> Batch | None:
+    if any(isinstance(line, int) or not line for line in lines):
+        return None
+    block = b"\n".join(lines)  # type: ignore[arg-type]
+    if layout.quoting and b'"' in block:
+        return None  # quotes may hide line ends: only the line-by-line reader keeps to lines
+    try:
+        block.decode("utf-8")
+        table = pyarrow.csv.read_csv(
+            io.BytesIO(block),
+            read_options=pyarrow.csv.ReadOptions(column_names=list(layout.header), block_size=len(block) + 1),
+            parse_options=pyarrow.csv.ParseOptions(delimiter=layout.delimiter, quote_char=False),
+            convert_options=pyarrow.csv.ConvertOptions(column_types=dict(types), include_columns=list(types)),
+        )
+        columns = {role: table[name].combine_chunks() for role, name in layout.roles.items()}
+        if pa.types.is_string(columns["timestamp"].type):
+            columns["timestamp"] = _iso_dates(columns["timestamp"])
+            unit = "ms"
+    except (pa.ArrowInvalid, pl.exceptions.PolarsError, UnicodeDecodeError):
+        return None
+    return _fast_batch(path, number, len(lines), columns, unit)
+
+
+def _iso_dates(column: pa.Array) -> pa.Array:
+    times = pl.Series(column).str.to_datetime(time_unit="ms", time_zone="UTC", strict=True)
+    return times.cast(pl.Int64).to_arrow()
+
+
+def _parquet_interactions(path: Path, options: RawOptions, rejects: Rejects) -> Iterator[Batch]:
+    file = open_parquet(path)
+    wanted = ("user", "item", "timestamp", "rating")
+    roles = find_roles(path, file.schema_arrow.names, options, {"user", "item", "timestamp"}, wanted)
+    number = 1
+    for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(roles.values())):
+        columns = {role: parquet_column(path, role, batch.column(name)) for role, name in roles.items()}
+        unit = "ms" if columns["timestamp"].type != batch.column(roles["timestamp"]).type else options.timestamp_unit
+        fast = _fast_batch(path, number, len(batch), columns, unit)
+        yield fast or _row_by_row(path, number, columns, unit, rejects)
+        number += len(batch)
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """A Parquet file for reading in batches.
+
+    Raises:
+        UserError: missing or unreadable.
+    """
+    try:
+        return pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise UserError(f"input file {path} does not exist", "Check the path.") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"input file {path} is not a readable Parquet file: {error}") from None
+
+
+def parquet_column(path: Path, role: str, column: pa.Array) -> pa.Array:
+    """A column in the type of its role: ids as strings, ratings as float64, dates as int64 milliseconds.
+
+    Raises:
+        UserError: a type that cannot be converted.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        if role == "rating":
+            return column.cast(pa.float64())
+        if role == "timestamp":
+            temporal = pa.types.is_date(column.type) or pa.types.is_timestamp(column.type)
+            return column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64()) if temporal else column
+        return column.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"the {role} column of {path} has type {column.type}: {error}") from None
+
+
+def _row_by_row(
+    path: Path, number: int, columns: Mapping[str, pa.Array], unit: TimestampUnit, rejects: Rejects
+) -> Batch:
+    """A Parquet batch with missing values."""
+    roles = ("user", "item", "timestamp", "rating")
+    lists = [columns[role].to_pylist() if role in columns else [None] * len(columns["user"]) for role in roles]
+    rows = [json.dumps(row, default=str).encode() for row in zip(*lists, strict=True)]
+    return _line_by_line(path, number, rows, lambda row: _interaction(unit, *json.loads(row)), rejects, 1 << 30)
+
+
+def first_value(record: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The value of the first of these keys that is there and not empty."""
+    return next((value for name in names if (value := record.get(name)) not in (None, "", [])), None)

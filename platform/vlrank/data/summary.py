@@ -1,0 +1,77 @@
+"""A dataset in numbers, for the end of `vlrank prepare` and for `vlrank inspect`."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from vlrank.console import Summary
+from vlrank.data.dataset import Dataset
+
+
+def describe(dataset: Dataset, title: str, seconds: float | None = None) -> Summary:
+    """Counts before and after each filter, sparsity, history lengths, coverage, and what is in quarantine."""
+    counts = dataset.manifest["counts"]
+    lines: dict[str, object] = {}
+    for stage in dataset.manifest.get("stages", []):
+        lines[stage["stage"]] = (
+            f"{stage['interactions']:,} interactions, {stage['users']:,} users, {stage['items']:,} items"
+        )
+    users, items, interactions = (counts[key] for key in ("users", "items", "interactions"))
+    lines["dataset"] = f"{interactions:,} interactions, {users:,} users, {items:,} items"
+    lines["sparsity"] = f"{1 - interactions / (users * items):.4%}"
+    lines["history length"] = _quantiles(dataset.sequences()["item_ids"].list.len())
+    lines["split"] = _split(dataset)
+    lines |= _coverage(dataset)
+    quarantined = {stage: len(dataset.quarantine(stage)) for stage in dataset.quarantine_stages()}
+    for stage in quarantined:
+        lines[f"quarantine: {stage}"] = _by_error(dataset.quarantine(stage))
+    if seconds is not None:
+        lines["time"] = f"{seconds:.1f} s"
+    machine = {key: int(counts[key]) for key in ("users", "items", "interactions")}
+    machine |= {f"quarantined_{stage}": n for stage, n in quarantined.items()}
+    return Summary(title, lines, dataset.path, machine)
+
+
+def _quantiles(lengths: pl.Series) -> str:
+    points = {"min": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
+    return ", ".join(f"{name} {lengths.quantile(at, 'nearest'):g}" for name, at in points.items())
+
+
+def _split(dataset: Dataset) -> str:
+    split = dataset.manifest["split"]
+    val, test = dataset.histories("val"), dataset.histories("test")
+    text = f"{split['method']}: {len(val):,} validation and {len(test):,} test users"
+    if split["method"] == "temporal":
+        text += f"; validation from {split['val_from']}, test from {split['test_from']}"
+    return text
+
+
+def _coverage(dataset: Dataset) -> dict[str, object]:
+    items = dataset.items()
+    n = len(items)
+    have = {
+        "title": (items["title"].fill_null("") != "").sum(),
+        "brand": items["brand"].is_not_null().sum(),
+        "categories": (items["categories"].list.len() > 0).sum(),
+        "description": items["description"].is_not_null().sum(),
+        "picture": items["image_path"].is_not_null().sum(),
+    }
+    for what in ("caption", "semantic_summary"):
+        table = dataset.generated(what)  # type: ignore[arg-type]
+        have[what] = 0 if table is None else (table["text"].fill_null("") != "").sum()
+    shown = {
+        name: f"{count / n:.0%}" if count in (0, n) else f"{count:,} ({count / n:.1%})" for name, count in have.items()
+    }
+    text = ", ".join(f"{name} {shown[name]}" for name in ("title", "brand", "categories", "description"))
+    rest = {"pictures": shown["picture"], "captions": shown["caption"], "summaries": shown["semantic_summary"]}
+    sources = dataset.manifest.get("pictures", {})
+    if sources.get("sources") and not sources.get("asked"):
+        rest["pictures"] += f" ({sources['sources']:,} items name one: --use_image)"
+    elif sources.get("failed"):
+        rest["pictures"] += f" ({sources['failed']:,} failed: --use_image --retry_failed tries them again)"
+    return {"items with text": text, **{f"items with {name}": value for name, value in rest.items()}}
+
+
+def _by_error(table: pl.DataFrame) -> str:
+    by_type = table.group_by("error_type").len().sort(["len", "error_type"], descending=[True, False])
+    return ", ".join(f"{n:,} {error_type}" for error_type, n in by_type.iter_rows())
