@@ -1,0 +1,178 @@
+"""What a sweep knows, in one plain file: ``SWEEP/trials.jsonl``, a line per trial with its whole learning curve.
+
+The file is rewritten, whole or not at all, at every event. It alone decides what a killed sweep still has to do, so
+nothing depends on Ray Tune's pickled state, which is saved every ten seconds at most and leaves ASHA's rungs out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from vlrank.data.tables import atomic_write_text
+from vlrank.errors import UserError
+from vlrank.tuning.space import Point
+
+Status = Literal["pending", "running", "completed", "stopped", "failed"]
+FINISHED: tuple[Status, ...] = ("completed", "stopped", "failed")
+
+
+@dataclass(slots=True)
+class Trial:
+    """One configuration of one mode.
+
+    Attributes:
+        mode: Mode.
+        trial_id: ``MODE-000`` is the mode's default configuration; also the name of the run folder.
+        config: The searched training keys.
+        metric: What `epochs` and `value` measure, e.g. ``recall@10``; higher is better.
+        users: Validation users behind the metric; 0 before the first evaluation.
+        status: ``stopped`` means by ASHA, ``completed`` to its own end.
+        stop_reason: In words.
+        epochs: One entry per evaluation: ``{"epoch": 1, "metric": 0.31, "seconds": 12.0}``.
+        seconds: Wall-clock seconds spent, all attempts together.
+        gpus: GPUs the trial held.
+        attempts: How often it was started.
+    """
+
+    mode: str
+    trial_id: str
+    config: Point
+    metric: str
+    users: int = 0
+    status: Status = "pending"
+    stop_reason: str | None = None
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    gpus: float = 0.0
+    attempts: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether it will not run again in this sweep."""
+        return self.status in FINISHED
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The entry of `epochs` with the highest metric, the earliest among equals."""
+        return max(self.epochs, key=lambda entry: (entry["metric"], -entry["epoch"]), default=None)
+
+    @property
+    def value(self) -> float:
+        """Best metric so far; -inf before the first evaluation."""
+        return self.best["metric"] if self.best else -math.inf
+
+    @property
+    def epochs_run(self) -> float:
+        """The last epoch that was evaluated."""
+        return max((entry["epoch"] for entry in self.epochs), default=0)
+
+    def record(self, epoch: float, metric: float, **more: float) -> None:
+        """Add an evaluation; one that is repeated after a resume replaces its first copy."""
+        entry = {"epoch": epoch, "metric": metric, **more}
+        self.epochs = sorted([old for old in self.epochs if old["epoch"] != epoch] + [entry], key=_epoch)
+
+
+def _epoch(entry: dict[str, float]) -> float:
+    return entry["epoch"]
+
+
+class Sweep:
+    """All trials of a sweep, in the order in which they are to run, and their file.
+
+    Args:
+        path: ``SWEEP/trials.jsonl``; read if it exists.
+
+    Raises:
+        UserError: the file is not what a sweep wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.trials: dict[str, Trial] = {}
+        if path.exists():
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                try:
+                    trial = Trial(**json.loads(line))
+                except (ValueError, TypeError) as error:
+                    remedy = "Restore the file, or choose another --out."
+                    raise UserError(f"{path} line {number} is not a trial: {error}", remedy) from None
+                self.trials[trial.trial_id] = trial
+
+    def __iter__(self) -> Iterator[Trial]:
+        return iter(self.trials.values())
+
+    def add(self, trial: Trial) -> Trial:
+        """Add a trial unless it is known; returns the known one."""
+        return self.trials.setdefault(trial.trial_id, trial)
+
+    def of(self, mode: str) -> list[Trial]:
+        """The mode's trials, the default first."""
+        return [trial for trial in self if trial.mode == mode]
+
+    def unfinished(self) -> list[Trial]:
+        """Trials still to run: interrupted ones first, then round the modes so that none waits for another."""
+        position = {trial.trial_id: self.of(trial.mode).index(trial) for trial in self}
+        waiting = [trial for trial in self if not trial.finished]
+        return sorted(waiting, key=lambda trial: (trial.status == "pending", position[trial.trial_id]))
+
+    def best_of(self, mode: str) -> Trial | None:
+        """The mode's winner: among trials that ran to their own end where there are any, the earliest among equals.
+
+        A trial that ASHA stopped is no candidate beside completed ones: its best value came early in a schedule that
+        was cut off, and training that config to its end would be another run.
+        """
+        tried = [trial for trial in self.of(mode) if trial.epochs and trial.status != "failed"]
+        completed = [trial for trial in tried if trial.status == "completed"]
+        return max(completed or tried, key=lambda trial: trial.value, default=None)
+
+    def save(self) -> None:
+        """Write the file."""
+        atomic_write_text(self.path, "".join(json.dumps(asdict(trial)) + "\n" for trial in self))
+
+
+def interval(trial: Trial, z: float = 1.96) -> tuple[float, float] | None:
+    """95% interval of the trial's best value over validation users; None where it cannot be told.
+
+    Recall with one target per user is a proportion: Wilson's score interval (1927). Other metrics need the per-user
+    standard error in the evaluation's entry as ``se``.
+    """
+    best = trial.best
+    if best is None:
+        return None
+    value = best["metric"]
+    if trial.metric.startswith("recall@") and trial.users:
+        n = trial.users
+        centre = (value + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
+        return max(0.0, centre - half), min(1.0, centre + half)
+    if "se" in best:
+        return value - z * best["se"], value + z * best["se"]
+    return None
+
+
+def rungs(grace_period: int, reduction_factor: int, epochs: int) -> list[int]:
+    """The epochs at which ASHA compares trials (Li et al. 2020), below the last one, where nothing is left to save."""
+    milestones = []
+    milestone = grace_period
+    while milestone < epochs:
+        milestones.append(milestone)
+        milestone *= reduction_factor
+    return milestones
+
+
+def expected(trials: int, grace_period: int, reduction_factor: int, epochs: int) -> tuple[float, int]:
+    """Expected epochs in all and trials stopped, if 1 in ``reduction_factor`` passes each rung (at least one does).
+
+    Asynchronous runs stop fewer: the first arrivals at a rung always pass.
+    """
+    left, total, previous = trials, 0.0, 0
+    for milestone in rungs(grace_period, reduction_factor, epochs):
+        total += left * (milestone - previous)
+        left = max(1, math.ceil(left / reduction_factor))
+        previous = milestone
+    return total + left * (epochs - previous), trials - left

@@ -1,0 +1,165 @@
+"""The file of a sweep is what a resume relies on; the winner and its gain are what a user acts on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlrank.errors import UserError
+from vlrank.tuning.results import selection, verdict
+from vlrank.tuning.run import open_sweep
+from vlrank.tuning.search import AshaPerMode, optuna_point
+from vlrank.tuning.space import parse_space
+from vlrank.tuning.trials import Sweep, Trial, expected, interval, rungs
+
+
+def trial(name: str, *values: float, status: str = "completed", **more: object) -> Trial:
+    made = Trial(mode="caption", trial_id=f"caption-{name}", config={"lr": 1e-4}, metric="recall@10", **more)  # type: ignore[arg-type]
+    made.status = status  # type: ignore[assignment]
+    for epoch, value in enumerate(values, 1):
+        made.record(epoch, value)
+    return made
+
+
+def sweep_with(path: Path, *trials: Trial) -> Sweep:
+    sweep = Sweep(path / "trials.jsonl")
+    for one in trials:
+        sweep.add(one)
+    return sweep
+
+
+def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
+    sweep = sweep_with(tmp_path, trial("000", 0.1, 0.2), trial("001", status="pending"))
+    sweep.save()
+    assert list(Sweep(sweep.path)) == list(sweep)
+    line = json.loads(sweep.path.read_text().splitlines()[0])
+    assert line["epochs"] == [{"epoch": 1, "metric": 0.1}, {"epoch": 2, "metric": 0.2}]
+
+
+def test_a_damaged_file_is_named_with_its_line(tmp_path: Path) -> None:
+    sweep = sweep_with(tmp_path, trial("000"))
+    sweep.save()
+    with sweep.path.open("a") as file:
+        file.write('{"mode": "cap')
+    with pytest.raises(UserError, match=r"trials.jsonl line 2 is not a trial"):
+        Sweep(sweep.path)
+
+
+def test_an_epoch_repeated_after_a_resume_counts_once() -> None:
+    one = trial("000", 0.1, 0.2)
+    one.record(2, 0.25)
+    assert [entry["metric"] for entry in one.epochs] == [0.1, 0.25]
+    assert (one.value, one.epochs_run) == (0.25, 2)
+
+
+def test_interrupted_trials_go_first_then_round_the_modes(tmp_path: Path) -> None:
+    sweep = sweep_with(
+        tmp_path, *(Trial(mode, f"{mode}-{i}", {}, "recall@10") for mode in ("raw_image", "caption") for i in range(2))
+    )
+    sweep.trials["caption-1"].status = "running"
+    assert [one.trial_id for one in sweep.unfinished()] == ["caption-1", "raw_image-0", "caption-0", "raw_image-1"]
+
+
+def test_the_winner_ran_to_its_end(tmp_path: Path) -> None:
+    sweep = sweep_with(
+        tmp_path,
+        trial("000", 0.1, 0.3),
+        trial("001", 0.9, status="stopped"),
+        trial("002", 0.95, status="failed"),
+        trial("003", 0.3, 0.2),
+    )
+    best = sweep.best_of("caption")
+    assert best is not None
+    assert best.trial_id == "caption-000", "among equals the earlier trial, so that the defaults win a tie"
+    assert sweep_with(tmp_path / "x", trial("000", status="failed")).best_of("caption") is None
+
+
+def test_the_interval_of_a_recall_is_wilsons() -> None:
+    # Newcombe 1998, table I: 81 of 263 gives 0.2553 to 0.3662.
+    low, high = interval(trial("000", 81 / 263, users=263)) or (0, 0)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert interval(trial("000", 0.5)) is None
+    ndcg = trial("000")
+    ndcg.metric = "ndcg@10"
+    ndcg.record(1, 0.5, se=0.1)
+    assert interval(ndcg) == pytest.approx((0.304, 0.696))
+
+
+def test_rungs_and_what_asha_is_expected_to_save() -> None:
+    assert rungs(1, 3, 10) == [1, 3, 9]
+    assert rungs(1, 3, 9) == [1, 3], "nothing is saved by stopping at the last epoch"
+    assert rungs(4, 2, 4) == []
+    assert expected(27, 1, 3, 9) == (27 + 9 * 2 + 3 * 6, 24)
+    assert expected(4, 4, 2, 4) == (16, 0)
+
+
+def test_a_resumed_asha_remembers_the_trials_of_the_killed_run(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    sweep = sweep_with(tmp_path, *(trial(f"00{i}", 0.5 + i / 10, status="stopped") for i in range(3)))
+    sweep.add(trial("003", status="pending"))
+    asha = AshaPerMode(sweep, {"caption": 9}, grace_period=1, reduction_factor=3)
+    tune_trial = SimpleNamespace(config={"trial_id": "caption-003"}, trial_id="whatever Tune calls it")
+    asha.on_trial_add(None, tune_trial)
+    assert asha.on_trial_result(None, tune_trial, {"epoch": 1, "recall@10": 0.4}) == "STOP"
+    assert sweep.trials["caption-003"].stop_reason == "ASHA at epoch 1"
+
+
+def test_modes_are_never_compared_with_each_other(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    sweep = sweep_with(tmp_path, *(trial(f"00{i}", 0.9) for i in range(3)))
+    sweep.add(Trial("raw_image", "raw_image-000", {}, "recall@10"))
+    asha = AshaPerMode(sweep, {"caption": 9, "raw_image": 9}, grace_period=1, reduction_factor=3)
+    first = SimpleNamespace(config={"trial_id": "raw_image-000"}, trial_id="0")
+    asha.on_trial_add(None, first)
+    assert asha.on_trial_result(None, first, {"epoch": 1, "recall@10": 0.1}) == "CONTINUE"
+
+
+def test_optuna_learns_from_the_files_and_repeats_itself() -> None:
+    space = parse_space({"lr": {"loguniform": [1e-5, 1e-2]}, "batch_size": {"choice": [8, 16]}})
+    others = []
+    for number in range(12):
+        one = trial(f"{number:03d}", 0.9 if number % 2 else 0.1)
+        one.config = {"lr": 1e-3 * (1 + number / 100) if number % 2 else 1e-5 * (1 + number), "batch_size": 8}
+        others.append(one)
+    others[0].config = {"lr": 0.5, "batch_size": 64}  # defaults outside the space are no obstacle
+    new = trial("012", status="pending")
+    points = [optuna_point(new, [*others, new], space, index=12, total=13, seed=seed) for seed in (0, 0, 1, 2, 3)]
+    assert points[0] == points[1]
+    assert sum(point["lr"] > 2e-4 for point in points[1:]) >= 3, "most suggestions lie near the good trials"
+
+
+def test_fresh_seeds_say_how_much_of_the_gain_was_luck() -> None:
+    default, best = trial("000", 0.50), trial("005", 0.60)
+    confirmation = [
+        trial("best-seed1001", 0.55),
+        trial("best-seed1002", 0.57),
+        trial("default-seed1001", 0.52),
+        trial("default-seed1002", 0.50),
+    ]
+    found = selection(default, best, confirmation)
+    assert found["confirmed_gain"] == pytest.approx(0.05)
+    assert found["selection_noise"] == pytest.approx(0.05)
+    assert found["confirmed_gain_se"] == pytest.approx(0.02)
+    assert "+0.0500 of the gain was selection noise" in verdict(default, best, found)
+    assert selection(default, default, [])["gain"] == 0
+    assert "no trial was better" in verdict(default, default, {"gain": 0.0})
+
+
+def test_a_sweep_is_not_continued_with_other_options(tmp_path: Path) -> None:
+    from vlrank.config import TuneConfig, load_config
+
+    def config(**more: object) -> TuneConfig:
+        return load_config(TuneConfig, dataset="data/shop", out=tmp_path / "sweep", **more)
+
+    open_sweep(config(), [])
+    open_sweep(config(max_concurrent_trials=3, trial_retries=5), [])
+    with pytest.raises(UserError, match="other options: seed, trials"):
+        open_sweep(config(seed=1, trials=3), [])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").touch()
+    with pytest.raises(UserError, match="is not empty and holds no sweep"):
+        open_sweep(load_config(TuneConfig, dataset="d", out=tmp_path / "full"), [])
