@@ -122,9 +122,9 @@ def check_times(sequences: pl.DataFrame, split: str, lengths: Mapping[int, int])
         leaking = int((later > 0.05).sum())
         if leaking > 0.01 * len(times):
             message = (
-                f"time leakage: for {leaking / len(times):.0%} of the {split} users the training part of more than 5% of "
-                f"all users goes on after the target (median: {np.median(later):.0%} of the users). Leave-one-out lets "
-                "models see the future of others; `vlrank prepare --split temporal` does not"
+                f"time leakage: after the targets of {leaking / len(times):.0%} of the {split} users the training part "
+                f"of over 5% of all users goes on (median: {np.median(later):.0%}). Leave-one-out lets models see the "
+                "future of others; `vlrank prepare --split temporal` does not"
             )
             findings.append(Finding("time_leakage", "warning", message, leaking, len(times)))
     return findings

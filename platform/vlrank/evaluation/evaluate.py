@@ -175,7 +175,7 @@ def read_rankings(files: Sequence[Path], dataset: Dataset) -> list[_Run]:
                     f"rankings {file} hold items that {dataset.path} lacks (its ids are 1 to {dataset.n_items})",
                     "They were made from another dataset.",
                 )
-            found.append((str(source or file.stem), split, lists, file))  # type: ignore[arg-type]
+            found.append((str(source or file.stem), split, lists, file))
     counts: dict[tuple[str, str], int] = {}
     for source, split, _, _ in found:
         counts[source, split] = counts.get((source, split), 0) + 1

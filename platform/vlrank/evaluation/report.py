@@ -1,0 +1,436 @@
+"""The report: one HTML file that needs no network and reads well to someone who has never seen the project.
+
+Numbers and tables are rendered here; ``templates/report.js`` draws the charts with Plotly, which is put into the file,
+and runs the browser of users. Whatever comes from the data is escaped by Jinja or by `_script_json`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import vlrank
+from vlrank.config import EvaluateConfig
+from vlrank.console import progress
+from vlrank.data.dataset import Dataset
+from vlrank.errors import UserError
+from vlrank.evaluation.checks import Finding
+from vlrank.evaluation.compare import Difference
+from vlrank.evaluation.evaluate import RETRIEVER, Group, Method, main_metrics
+from vlrank.evaluation.lists import Ints, Lists
+from vlrank.evaluation.metrics import LABELS, label
+
+_NAMES = {
+    "identity": "retriever's order",
+    "random": "random order",
+    "popularity": "popularity",
+    "item_knn": "item-kNN",
+    "als": "ALS",
+    "bm25": "BM25 on texts",
+    "embedding": "text embeddings",
+}
+_PICTURE_BYTES = 6_000_000
+_PICTURE_SIZE = 128  # pixels, twice the size on the page: sharp on dense screens
+_HISTORY = 12
+_TEXT = 220
+
+
+def render(config: EvaluateConfig, dataset: Dataset, groups: Sequence[Group]) -> str:
+    """The whole page.
+
+    Raises:
+        UserError: a run or sweep folder of the config does not exist.
+    """
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    templates = files("vlrank.evaluation") / "templates"
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(label=label, display=display, percent=percent, number=number, p_value=p_value, zip=zip)
+    page = environment.from_string((templates / "report.html.j2").read_text(encoding="utf-8"))
+    items = _Items(dataset)
+    views = [_view(config, dataset, group, items) for group in groups]
+    data = {
+        "groups": [view.pop("data") for view in views],
+        "items": items.table(),
+        "pictures": items.has_pictures,
+        "runs": [_run_curves(path) for path in config.runs],
+        "sweep": None if config.sweep is None else _sweep(config.sweep),
+    }
+    counts = dataset.manifest.get("counts", {})
+    return page.render(
+        title=dataset.path.resolve().name,
+        version=vlrank.__version__,
+        counts=counts,
+        split_method=dataset.manifest.get("split", {}).get("method", "leave_one_out"),
+        config=config,
+        groups=list(zip(groups, views, strict=True)),
+        stages=_stages(config.stage_times),
+        data=data,
+        data_json=_script_json(data),
+        css=(templates / "report.css").read_text(encoding="utf-8"),
+        js=(templates / "report.js").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs(),
+        labels=LABELS,
+    )
+
+
+def display(name: str) -> str:
+    """A method's name in words."""
+    return _NAMES.get(name, name)
+
+
+def percent(value: float) -> str:
+    """``0.1234`` -> ``12.3%``."""
+    return f"{value:.1%}"
+
+
+def number(value: float) -> str:
+    """Four decimals; a dash where there is none."""
+    return "–" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def p_value(value: float) -> str:
+    """``< 0.001`` or three decimals."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _script_json(value: Any) -> str:
+    """JSON that may stand inside a script element: no text of the data can end the element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _view(config: EvaluateConfig, dataset: Dataset, group: Group, items: _Items) -> dict[str, Any]:
+    """What the template shows of a group, and under ``data`` what the charts draw."""
+    ndcg, recall, mrr = main_metrics(config.ks, group.length)
+    k = int(recall.partition("@")[2])
+    columns = [*(f"recall@{cut}" for cut in sorted(config.ks) if cut <= k), ndcg, mrr]
+    covered = group.base.rank_of(group.targets) > 0
+    every = [name for name in group.methods[0].metrics.means if not name.startswith("hit_rate")]
+    return {
+        "columns": columns,
+        "best": {name: max(method.metrics.means[name] for method in group.methods) for name in every},
+        "every": every,
+        "main": (ndcg, recall, mrr),
+        "coverage": float(covered.mean()),
+        "headline": _headline(group, ndcg, recall),
+        "findings": sorted(group.findings, key=_severity),
+        "data": {
+            "methods": [_method_data(method, group) for method in group.methods],
+            "columns": columns,
+            "length": group.length,
+            "users": len(group.users),
+            "ordered": group.ordered,
+            "main": [ndcg, recall, mrr],
+            "slices": _slice_data(group, (ndcg, recall)),
+            "models": [_model_data(method, group) for method in group.models],
+            "browse": _browse(config, dataset, group, items),
+        },
+    }
+
+
+def _severity(finding: Finding) -> int:
+    return ("error", "warning", "note").index(finding.level)
+
+
+def _headline(group: Group, ndcg: str, recall: str) -> list[str]:
+    """The result in two or three sentences."""
+    best = max(group.models, key=lambda method: method.metrics.means[ndcg])
+    k = recall.partition("@")[2]
+    where = "first" if k == "1" else f"among the first {k}"
+    sentences = [f"{best.name} puts the wanted item {where} for {percent(best.metrics.means[recall])} of the users."]
+    rival = RETRIEVER if group.ordered else "random"
+    for name in (rival, "popularity"):
+        difference = _difference(group.differences, best.name, name, ndcg)
+        if difference is None:
+            continue
+        sign = (
+            "better than"
+            if difference.low > 0
+            else "worse than"
+            if difference.high < 0
+            else "not clearly different from"
+        )
+        sentences.append(
+            f"It is {sign} {'the ' if name == RETRIEVER else ''}{display(name)}: {label(ndcg)} "
+            f"{difference.mean_a:.4f} against {difference.mean_b:.4f} "
+            f"(difference {difference.difference:+.4f}, 95% interval {difference.low:+.4f} to {difference.high:+.4f})."
+        )
+    return sentences
+
+
+def _difference(differences: Sequence[Difference], a: str, b: str, metric: str) -> Difference | None:
+    return next((d for d in differences if (d.a, d.b, d.metric) == (a, b, metric)), None)
+
+
+def _method_data(method: Method, group: Group) -> dict[str, Any]:
+    ranks = method.metrics.ranks
+    histogram = np.bincount(ranks, minlength=group.length + 1)[1 : group.length + 1]
+    means = method.expected or method.metrics.means
+    return {
+        "name": method.name,
+        "label": display(method.name),
+        "kind": method.kind,
+        "means": {name: round(means[name], 6) for name in method.metrics.means},
+        "intervals": {name: [round(low, 6), round(high, 6)] for name, (low, high) in method.metrics.intervals.items()},
+        "curve": [round(float(value), 6) for value in np.cumsum(histogram) / len(ranks)],
+    }
+
+
+def _model_data(method: Method, group: Group) -> dict[str, Any]:
+    """Rank changes, position bias and calibration of one model."""
+    length = group.length
+    old, new = group.base.rank_of(group.targets), method.metrics.ranks
+    both = (old > 0) & (new > 0)
+    heat = np.zeros((length, length), np.int64)
+    np.add.at(heat, (new[both] - 1, old[both] - 1), 1)
+    return {
+        "name": method.name,
+        "label": display(method.name),
+        "heat": heat.tolist() if group.ordered else None,
+        "up": int((new[both] < old[both]).sum()),
+        "down": int((new[both] > old[both]).sum()),
+        "same": int((new[both] == old[both]).sum()),
+        "position": _position_bias(method.lists, group) if group.ordered else None,
+        "ranks": np.bincount(new[new > 0], minlength=length + 1)[1 : length + 1].tolist(),
+        "calibration": _calibration(method.lists, group.targets),
+    }
+
+
+def _position_bias(lists: Lists, group: Group) -> dict[str, Any]:
+    """By place in the retriever's order: how often a model puts that place first, and how often the target is there."""
+    filled = np.flatnonzero(lists.lengths > 0)
+    first = Lists(lists.users[filled], np.arange(len(filled) + 1), lists.items[lists.offsets[filled]])
+    base = group.base.take(filled)
+    chosen = base.rank_of(first.items)
+    wanted = group.base.rank_of(group.targets)
+    return {
+        "chosen": (np.bincount(chosen, minlength=group.length + 1)[1:] / max(len(filled), 1)).round(6).tolist(),
+        "target": (np.bincount(wanted, minlength=group.length + 1)[1:] / len(wanted)).round(6).tolist(),
+    }
+
+
+def _calibration(lists: Lists, targets: Ints) -> dict[str, Any] | None:
+    """Predicted probability of a candidate against how often it is the target, over users whose target is listed.
+
+    Ten bins of equal width in probability; the expected calibration error weighs them by their candidates (Guo et al.
+    2017). None where the scores are no probabilities: they then do not sum to 1, as after sliding windows or fusion.
+    """
+    listed = np.flatnonzero(lists.rank_of(targets) > 0)
+    if lists.scores is None or not len(listed):
+        return None
+    part = lists.take(listed)
+    assert part.scores is not None
+    with np.errstate(over="ignore"):
+        probability = np.exp(part.scores.astype(np.float64))
+    sums = np.bincount(part.segments(), probability, minlength=len(listed))
+    if not np.isfinite(probability).all() or (np.abs(sums - 1) < 0.02).mean() < 0.95:
+        return None
+    hit = part.items == np.repeat(targets[listed], part.lengths)
+    bins = np.minimum((probability * 10).astype(np.int64), 9)
+    counts = np.bincount(bins, minlength=10)
+    predicted = np.bincount(bins, probability, minlength=10)
+    observed = np.bincount(bins, hit, minlength=10)
+    used = counts > 0
+    error = float(np.abs(predicted - observed).sum() / counts.sum())
+    return {
+        "predicted": (predicted[used] / counts[used]).round(6).tolist(),
+        "observed": (observed[used] / counts[used]).round(6).tolist(),
+        "counts": counts[used].tolist(),
+        "error": round(error, 6),
+    }
+
+
+def _slice_data(group: Group, metrics: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "by": part.by,
+            "value": part.value,
+            "users": part.users,
+            "metrics": {
+                metric: {
+                    name: [round(value, 6) for value in (m.means[metric], *m.intervals[metric])]
+                    for name, m in part.metrics.items()
+                }
+                for metric in metrics
+            },
+        }
+        for part in group.slices
+    ]
+
+
+class _Items:
+    """The items that a report shows, each once, with thumbnails up to a total size."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        table = dataset.items()
+        self._titles = [
+            title or text or source for title, text, source in table["title", "text", "source_id"].iter_rows()
+        ]
+        self._images = table["image_path"].to_list()
+        self._root = dataset.path
+        self._texts = {what: _generated(dataset, what) for what in ("caption", "semantic_summary")}
+        self._used: dict[int, dict[str, Any]] = {}
+        self._bytes = 0
+        self.has_pictures = any(self._images)
+
+    def use(self, item: int, picture: bool) -> int:
+        """Put an item on the page."""
+        entry = self._used.setdefault(item, {"t": _cut(self._titles[item - 1])})
+        for what, texts in self._texts.items():
+            if item in texts:
+                entry[what[0]] = _cut(texts[item])
+        if picture and "p" not in entry and self._bytes < _PICTURE_BYTES and self._images[item - 1]:
+            thumbnail = _thumbnail(self._root / self._images[item - 1])
+            if thumbnail:
+                entry["p"] = thumbnail
+                self._bytes += len(thumbnail)
+        return item
+
+    def table(self) -> dict[int, dict[str, Any]]:
+        """item_id -> title ``t``, caption ``c``, summary ``s``, picture ``p``."""
+        return self._used
+
+
+def _generated(dataset: Dataset, what: Any) -> dict[int, str]:
+    table = dataset.generated(what)
+    return {} if table is None else dict(zip(table["item_id"].to_list(), table["text"].to_list(), strict=True))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
+
+
+def _thumbnail(path: Path) -> str | None:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (_PICTURE_SIZE, _PICTURE_SIZE))  # a JPEG decoded at a fraction of its size
+            small = ImageOps.exif_transpose(image).convert("RGB")
+            small.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE))
+            buffer = io.BytesIO()
+            small.save(buffer, "WEBP", quality=68)
+    except (OSError, ValueError):
+        return None  # a damaged picture is no reason to have no report
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _browse(config: EvaluateConfig, dataset: Dataset, group: Group, items: _Items) -> dict[str, Any]:
+    """A seeded sample of users, a third each (where there are enough) that the first model helps, hurts, or neither."""
+    model = group.models[0]
+    old = group.base.rank_of(group.targets)
+    new = model.metrics.ranks
+    middle = (group.base.lengths + 1) // 2  # without a retriever's order: better than half the list is a win
+    reference = old if group.ordered else np.where(old > 0, middle, 0)
+    kinds = [(new > 0) & (new < reference), (new > 0) & (new > reference), (new == reference) | (new == 0)]
+    rng = np.random.default_rng(config.seed)
+    pools = [rng.permutation(np.flatnonzero(kind)).tolist() for kind in kinds]
+    chosen: list[int] = []
+    while len(chosen) < min(config.sample_users, len(group.users)):
+        for pool in pools:
+            if pool and len(chosen) < config.sample_users:
+                chosen.append(pool.pop())
+    histories = dataset.histories(group.split)
+    rows = []
+    with progress("pictures for the report", len(chosen)) as bar:
+        for row in chosen:
+            rows.append(_user(group, int(row), histories[int(group.users[row])][0], items))
+            bar.advance(1)
+    return {"users": rows, "ordered": group.ordered}
+
+
+def _user(group: Group, row: int, history: Sequence[int], items: _Items) -> dict[str, Any]:
+    def listed(lists: Lists) -> list[int]:
+        return [int(item) for item in lists.items[lists.offsets[row] : lists.offsets[row + 1]]]
+
+    base = listed(group.base)
+    target = int(group.targets[row])
+    orders = [listed(method.lists) for method in group.models]
+    pictured = {target, *history[-_HISTORY:], *base[:10], *(item for order in orders for item in order[:10])}
+    for item in dict.fromkeys([*history[-_HISTORY:], target, *base, *(item for order in orders for item in order)]):
+        items.use(item, item in pictured)
+    return {
+        "id": int(group.users[row]),
+        "history": history[-_HISTORY:],
+        "earlier": max(len(history) - _HISTORY, 0),
+        "target": target,
+        "base": base,
+        "orders": orders,
+        "probabilities": [_probabilities(method.lists, row) for method in group.models],
+    }
+
+
+def _probabilities(lists: Lists, row: int) -> list[float] | None:
+    if lists.scores is None:
+        return None
+    with np.errstate(over="ignore"):
+        values = np.exp(lists.scores[lists.offsets[row] : lists.offsets[row + 1]].astype(np.float64))
+    return values.round(4).tolist() if len(values) and abs(values.sum() - 1) < 0.02 else None
+
+
+def _stages(times: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    longest = max(times.values(), default=1.0) or 1.0
+    return [(name, seconds, seconds / longest) for name, seconds in times.items()]
+
+
+def _run_curves(folder: Path) -> dict[str, Any]:
+    """Validation metrics and losses by epoch (or step) from ``RUN/history.jsonl``."""
+    path = folder / "history.jsonl"
+    if not path.is_file():
+        raise UserError(f"run {folder} has no history.jsonl", "Give the folder that `vlrank train --out` made.")
+    rows = _json_lines(path)
+    axis = next((name for name in ("epoch", "step", "global_step") if rows and name in rows[0]), None)
+    series: dict[str, list[list[float]]] = {}
+    for place, row in enumerate(rows, start=1):
+        x = row.get(axis, place) if axis else place
+        flat = {**row, **row["metrics"]} if isinstance(row.get("metrics"), dict) else row
+        for name, value in flat.items():
+            if ("@" in name or "loss" in name) and isinstance(value, int | float) and math.isfinite(value):
+                series.setdefault(name, []).append([x, value])
+    return {"name": folder.name, "axis": axis or "evaluation", "series": series}
+
+
+def _sweep(folder: Path) -> list[dict[str, Any]]:
+    """Trials of ``SWEEP/trials.jsonl``."""
+    path = folder / "trials.jsonl"
+    if not path.is_file():
+        raise UserError(f"sweep {folder} has no trials.jsonl", "Give the folder that `vlrank tune --out` made.")
+    return [
+        {
+            "mode": str(row.get("mode", "")),
+            "name": str(row.get("trial_id", "")),
+            "config": {
+                key: value for key, value in row.get("config", {}).items() if isinstance(value, int | float | str)
+            },
+            "metric": str(row.get("metric", "")),
+            "status": str(row.get("status", "")),
+            "points": [
+                [entry["epoch"], entry["metric"]]
+                for entry in row.get("epochs", [])
+                if math.isfinite(entry.get("metric", math.nan))
+            ],
+        }
+        for row in _json_lines(path)
+    ]
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a run that is still going, or was killed
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows

@@ -1,0 +1,323 @@
+"use strict";
+(() => {
+  const DATA = JSON.parse(document.getElementById("data").textContent);
+  const root = document.documentElement;
+  const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  const all = (selector, scope = document) => [...scope.querySelectorAll(selector)];
+  const METRIC = { recall: "Recall", hit_rate: "HitRate", ndcg: "NDCG", mrr: "MRR", map: "MAP" };
+  const label = (name) => name.includes("@") ? `${METRIC[name.split("@")[0]] ?? name.split("@")[0]}@${name.split("@")[1]}` : name;
+  // Plotly reads a little HTML in labels; what comes from the data must stay text.
+  const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const short = (text, n = 26) => plain(text.length > n ? text.slice(0, n - 1) + "…" : text);
+
+  // ---- theme: the system's choice until the reader makes one
+  const remembered = () => { try { return localStorage.getItem("vlrank-theme"); } catch { return null; } };
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const apply = () => { root.dataset.theme = remembered() ?? (system.matches ? "dark" : "light"); };
+  apply();
+  system.addEventListener("change", () => { apply(); redraw(); });
+  document.getElementById("theme").addEventListener("click", () => {
+    const next = root.dataset.theme === "dark" ? "light" : "dark";
+    try { localStorage.setItem("vlrank-theme", next); } catch { /* private mode: the choice lasts for this page */ }
+    root.dataset.theme = next;
+    redraw();
+  });
+
+  // ---- charts: drawn when they come into view, drawn again when theme or choice change
+  const charts = new Map();
+  const colour = (method, index) => method.kind === "model" ? css(`--p${index % 5}`) : css("--grey");
+  const DASH = { identity: "solid", random: "dot", popularity: "dash", item_knn: "dashdot", als: "longdash", bm25: "longdashdot", embedding: "5px,2px" };
+  const SYMBOL = { identity: "square", random: "x", popularity: "diamond", item_knn: "triangle-up", als: "triangle-down", bm25: "pentagon", embedding: "star" };
+  const axis = (title, more = {}) => ({
+    title: { text: title, font: { size: 12, color: css("--muted") }, standoff: 8 }, gridcolor: css("--line"), zeroline: false,
+    linecolor: css("--line"), tickfont: { size: 11.5, color: css("--muted") }, fixedrange: true, automargin: true, ...more,
+  });
+  const layout = (more = {}) => ({
+    margin: { l: 48, r: 12, t: 8, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: false,
+    font: { family: css("--font"), color: css("--ink"), size: 12.5 },
+    hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), font: { color: css("--ink"), family: css("--font") } },
+    legend: { orientation: "h", y: -0.24, x: 0, font: { size: 11.5 } }, ...more,
+  });
+  const draw = (element) => {
+    const [traces, look] = charts.get(element)();
+    element.dataset.drawn = "yes";
+    Plotly.react(element, traces, look, { displayModeBar: false, responsive: true });
+  };
+  const redraw = () => charts.forEach((_, element) => { if (element.dataset.drawn) draw(element); });
+  const watcher = new IntersectionObserver((entries) => entries.forEach((entry) => {
+    if (entry.isIntersecting && !entry.target.dataset.drawn) draw(entry.target);
+  }), { rootMargin: "400px" });
+  const chart = (element, make) => { charts.set(element, make); watcher.observe(element); };
+  addEventListener("beforeprint", () => charts.forEach((_, element) => draw(element)));
+
+  const pressed = (control) => control.querySelector("[aria-pressed=true]").dataset.value;
+  const segmented = (control, changed) => all("button", control).forEach((button) => button.addEventListener("click", () => {
+    all("button", control).forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
+    changed(button.dataset.value);
+  }));
+
+  const errors = (values, low, high) => ({
+    type: "data", symmetric: false, array: values.map((v, i) => high[i] - v), arrayminus: values.map((v, i) => v - low[i]),
+    thickness: 1.6, width: 0,
+  });
+
+  all("section.group").forEach((section) => {
+    const group = DATA.groups[Number(section.dataset.group)];
+    const methods = group.methods;
+    const models = methods.filter((method) => method.kind === "model");
+    const hue = new Map(methods.map((method) => [method.name, colour.bind(null, method, models.indexOf(method))]));
+
+    const scope = section.querySelector("[data-control=scope]");
+    segmented(scope, (value) => section.classList.toggle("scope-retrieved", value === "retrieved"));
+
+    const pairs = section.querySelector("[data-control=pairs]");
+    if (pairs) {
+      const show = (metric) => all(".pairs [data-metric]", section).forEach((row) => { row.hidden = row.dataset.metric !== metric; });
+      segmented(pairs, show);
+      show(pressed(pairs));
+    }
+
+    const forest = section.querySelector("[data-plot=forest]");
+    const metric = section.querySelector("[data-control=metric]");
+    forest.style.height = `${Math.max(240, 70 + 34 * methods.length)}px`;
+    chart(forest, () => {
+      const name = pressed(metric);
+      const rows = [...methods].reverse();
+      return [rows.map((method) => {
+        const [low, high] = method.intervals[name];
+        return {
+          x: [method.means[name]], y: [short(method.label)], mode: "markers", type: "scatter", name: method.label,
+          marker: { size: 11, color: hue.get(method.name)(), symbol: SYMBOL[method.name] ?? "circle" },
+          error_x: { ...errors([method.means[name]], [low], [high]), color: hue.get(method.name)() },
+          hovertemplate: `%{x:.4f}<br>${low.toFixed(4)} to ${high.toFixed(4)}<extra>${short(method.label, 40)}</extra>`,
+        };
+      }), layout({ showlegend: false, xaxis: axis(label(name), { rangemode: "tozero" }), yaxis: axis("", { gridcolor: "rgba(0,0,0,0)", tickfont: { size: 12, color: css("--ink") } }) })];
+    });
+    segmented(metric, () => draw(forest));
+
+    const curve = section.querySelector("[data-plot=curve]");
+    curve.style.height = forest.style.height;
+    chart(curve, () => [methods.map((method) => ({
+      x: method.curve.map((_, i) => i + 1), y: method.curve, type: "scatter", mode: "lines", name: short(method.label),
+      line: { color: hue.get(method.name)(), width: method.kind === "model" ? 2.6 : 1.4, dash: DASH[method.name] ?? "solid" },
+      hovertemplate: `first %{x}: %{y:.1%}<extra>${short(method.label, 40)}</extra>`,
+    })), layout({ xaxis: axis("K"), yaxis: axis("users", { tickformat: ".0%", rangemode: "tozero" }) })]);
+
+    all("[data-model]", section).filter((element) => element.dataset.plot).forEach((element) => {
+      const model = group.models[Number(element.dataset.model)];
+      const tint = hue.get(model.name);
+      const places = Array.from({ length: group.length }, (_, i) => i + 1);
+      const make = {
+        heat: () => {
+          const flat = Math.max(...model.heat.flat(), 1);
+          return [[
+            { z: model.heat.map((row) => row.map((v) => v ? Math.log10(1 + v) : null)), customdata: model.heat, x: places, y: places, type: "heatmap", showscale: false,
+              colorscale: [[0, css("--soft")], [1, tint()]], zmin: 0, zmax: Math.log10(1 + flat), xgap: 1, ygap: 1,
+              hovertemplate: "retriever %{x}, now %{y}: %{customdata} users<extra></extra>" },
+            { x: [0.5, group.length + 0.5], y: [0.5, group.length + 0.5], mode: "lines", type: "scatter", line: { color: css("--muted"), width: 1, dash: "dot" }, hoverinfo: "skip" },
+          ], layout({ showlegend: false, xaxis: axis("rank by the retriever", { range: [0.5, group.length + 0.5], showgrid: false }), yaxis: axis("new rank", { range: [group.length + 0.5, 0.5], showgrid: false }) })];
+        },
+        position: () => [[
+          { x: places, y: model.position.chosen, type: "bar", name: "put first by the model", marker: { color: tint(), opacity: 0.75 }, hovertemplate: "place %{x}: %{y:.1%}<extra></extra>" },
+          { x: places, y: model.position.target, type: "scatter", mode: "lines+markers", name: "target is there", line: { color: css("--ink"), width: 1.4 }, marker: { size: 4 }, hovertemplate: "place %{x}: %{y:.1%}<extra></extra>" },
+        ], layout({ bargap: 0.25, xaxis: axis("place in the retriever's order"), yaxis: axis("users", { tickformat: ".0%", rangemode: "tozero" }) })],
+        ranks: () => {
+          const listed = model.ranks.reduce((a, b) => a + b, 0);
+          return [[
+            { x: places, y: model.ranks, type: "bar", name: "users", marker: { color: tint(), opacity: 0.8 }, hovertemplate: "rank %{x}: %{y} users<extra></extra>" },
+            { x: [0.5, group.length + 0.5], y: [listed / group.length, listed / group.length], type: "scatter", mode: "lines", name: "a guess", line: { color: css("--ink"), width: 1.4, dash: "dash" }, hoverinfo: "skip" },
+          ], layout({ bargap: 0.2, showlegend: false, xaxis: axis("rank of the target"), yaxis: axis("users", { rangemode: "tozero" }) })];
+        },
+        calibration: () => {
+          const c = model.calibration;
+          const top = Math.min(1, Math.max(...c.predicted, ...c.observed) * 1.12);
+          const largest = Math.max(...c.counts);
+          return [[
+            { x: [0, top], y: [0, top], mode: "lines", type: "scatter", line: { color: css("--muted"), width: 1, dash: "dot" }, hoverinfo: "skip" },
+            { x: c.predicted, y: c.observed, customdata: c.counts, mode: "lines+markers", type: "scatter", line: { color: tint(), width: 1.6 },
+              marker: { color: tint(), size: c.counts.map((n) => 6 + 14 * Math.sqrt(n / largest)), opacity: 0.85 }, hovertemplate: "says %{x:.1%}, is %{y:.1%}<br>%{customdata} candidates<extra></extra>" },
+          ], layout({ showlegend: false, xaxis: axis("probability given", { tickformat: ".0%", range: [0, top] }), yaxis: axis("was the target", { tickformat: ".0%", range: [0, top] }) })];
+        },
+      }[element.dataset.plot];
+      chart(element, make);
+    });
+
+    const slices = section.querySelector("[data-plot=slices]");
+    if (slices) {
+      const by = section.querySelector("[data-control=slice]");
+      const which = section.querySelector("[data-control=slice-metric]");
+      chart(slices, () => {
+        const parts = group.slices.filter((part) => part.by === by.value);
+        const name = pressed(which);
+        const spread = Math.min(0.7, 0.12 * methods.length);
+        return [methods.map((method, i) => {
+          const rows = parts.map((part) => part.metrics[name][method.name]);
+          const shift = methods.length > 1 ? (i / (methods.length - 1) - 0.5) * spread : 0;
+          return {
+            x: parts.map((_, j) => j + shift), y: rows.map((row) => row[0]), type: "scatter", mode: "markers", name: short(method.label),
+            marker: { size: method.kind === "model" ? 9 : 7, color: hue.get(method.name)(), symbol: SYMBOL[method.name] ?? "circle" },
+            error_y: { ...errors(rows.map((r) => r[0]), rows.map((r) => r[1]), rows.map((r) => r[2])), color: hue.get(method.name)(), thickness: 1.2 },
+            hovertemplate: `%{y:.4f}<extra>${short(method.label, 40)}</extra>`,
+          };
+        }), layout({
+          xaxis: axis("", { tickvals: parts.map((_, j) => j), ticktext: parts.map((part) => `${short(part.value, 18)}<br>${part.users.toLocaleString("en")}`), range: [-0.6, parts.length - 0.4], gridcolor: "rgba(0,0,0,0)" }),
+          yaxis: axis(label(name), { rangemode: "tozero" }), margin: { l: 48, r: 12, t: 8, b: 64 },
+        })];
+      });
+      by.addEventListener("change", () => draw(slices));
+      segmented(which, () => draw(slices));
+    }
+    const box = section.querySelector("[data-browser]");
+    if (box) browser(box, group);
+  });
+
+  // ---- training and tuning
+  const lines = (pick) => DATA.runs.flatMap((run, i) => Object.entries(run.series).filter(([name]) => pick(name)).map(([name, points], j) => ({
+    x: points.map((p) => p[0]), y: points.map((p) => p[1]), type: "scatter", mode: "lines+markers", name: short(`${run.name}: ${label(name.replace(/^(val|eval)_/, ""))}`, 34),
+    line: { color: css(`--p${i % 5}`), width: 2, dash: ["solid", "dot", "dash", "dashdot"][j % 4] }, marker: { size: 5 }, hovertemplate: "%{x}: %{y:.4f}<extra></extra>",
+  })));
+  const xname = DATA.runs[0]?.axis ?? "epoch";
+  const place = (name, make) => { const element = document.querySelector(`[data-plot=${name}]`); if (element) chart(element, make); };
+  place("runs-metric", () => [lines((name) => name.includes("@")), layout({ showlegend: true, xaxis: axis(xname), yaxis: axis("validation", { rangemode: "tozero" }) })]);
+  place("runs-loss", () => [lines((name) => name.includes("loss")), layout({ showlegend: true, xaxis: axis(xname), yaxis: axis("loss") })]);
+  const sweep = DATA.sweep ?? [];
+  const modes = [...new Set(sweep.map((trial) => trial.mode))];
+  const about = (trial) => plain(Object.entries(trial.config).map(([k, v]) => `${k} ${typeof v === "number" ? Number(v.toPrecision(3)) : v}`).join(", "));
+  place("sweep", () => [sweep.map((trial) => ({
+    x: trial.points.map((p) => p[0]), y: trial.points.map((p) => p[1]), type: "scatter", mode: "lines+markers", name: plain(trial.mode), legendgroup: trial.mode,
+    showlegend: sweep.find((other) => other.mode === trial.mode) === trial, line: { color: css(`--p${modes.indexOf(trial.mode) % 5}`), width: 1.5 }, marker: { size: 5 }, opacity: 0.8,
+    hovertemplate: `epoch %{x}: %{y:.4f}<br>${about(trial)}<extra>${plain(trial.name)}</extra>`,
+  })), layout({ xaxis: axis("epoch"), yaxis: axis(label(sweep[0]?.metric ?? "metric"), { rangemode: "tozero" }) })]);
+  place("sweep-lr", () => [modes.map((mode, i) => {
+    const trials = sweep.filter((trial) => trial.mode === mode && trial.points.length && trial.config.lr);
+    return {
+      x: trials.map((trial) => trial.config.lr), y: trials.map((trial) => Math.max(...trial.points.map((p) => p[1]))), text: trials.map(about), type: "scatter", mode: "markers", name: plain(mode),
+      marker: { size: 10, color: css(`--p${i % 5}`), opacity: 0.85 }, hovertemplate: "%{y:.4f}<br>%{text}<extra></extra>",
+    };
+  }), layout({ showlegend: true, xaxis: axis("learning rate", { type: "log" }), yaxis: axis(label(sweep[0]?.metric ?? "metric"), { rangemode: "tozero" }) })]);
+
+  // ---- users
+  function make(tag, className, text) {
+    const element = document.createElement(tag);
+    if (className) element.className = className;
+    if (text !== undefined) element.textContent = text;
+    return element;
+  }
+  function card(id, tag = "div") {
+    const item = DATA.items[id];
+    const element = make(tag, "item");
+    if (item.p) {
+      const picture = make("img", "pic");
+      picture.src = item.p; picture.alt = ""; picture.loading = "lazy"; picture.decoding = "async";
+      element.append(picture);
+    } else if (DATA.pictures) element.append(make("div", "pic none", "no picture"));
+    const text = make("div", "text");
+    text.append(make("div", "title", item.t));
+    if (item.c) text.append(make("div", "extra", item.c));
+    if (item.s) text.append(make("div", "extra", item.s));
+    element.append(text);
+    element.title = [item.t, item.c, item.s].filter(Boolean).join("\n");
+    return element;
+  }
+  function browser(box, group) {
+    const part = (name) => box.querySelector(`[data-b=${name}]`);
+    const state = { index: 0, filter: "all" };
+    const users = group.browse.users;
+    const ranks = (user, model) => {
+      const before = user.base.indexOf(user.target) + 1;
+      const after = user.orders[model].indexOf(user.target) + 1;
+      const middle = Math.floor((user.base.length + 1) / 2);
+      const reference = group.ordered ? before : middle;
+      const kind = !after ? "miss" : after < reference || !before ? "win" : after > reference ? "loss" : "same";
+      return { before, after, kind };
+    };
+    const chosen = () => {
+      const model = Number(part("model").value);
+      const words = part("search").value.trim().toLowerCase();
+      return users.filter((user) => {
+        if (state.filter !== "all" && ranks(user, model).kind !== state.filter) return false;
+        return !words || [...user.history, ...user.base].some((id) => DATA.items[id].t.toLowerCase().includes(words));
+      });
+    };
+    const show = () => {
+      const model = Number(part("model").value);
+      all("[data-b=filter] button", box).forEach((button) => {
+        const kind = button.dataset.value;
+        const count = kind === "all" ? users.length : users.filter((user) => ranks(user, model).kind === kind).length;
+        button.textContent = button.textContent.replace(/ \d+$/, "") + ` ${count}`;
+      });
+      const rows = chosen();
+      state.index = Math.max(0, Math.min(state.index, rows.length - 1));
+      part("where").textContent = rows.length ? `${state.index + 1} of ${rows.length} users` : "no such user";
+      part("prev").disabled = state.index === 0;
+      part("next").disabled = state.index >= rows.length - 1;
+      part("user").replaceChildren(...(rows.length ? [view(rows[state.index], model)] : []));
+    };
+    const view = (user, model) => {
+      const { before, after, kind } = ranks(user, model);
+      const element = make("article", "usercard");
+      element.append(make("h3", "", `User ${user.id}`));
+      const verdict = make("p", "verdict");
+      verdict.style.margin = "0";
+      if (!after) verdict.append(before ? "The target is not in this model's list." : "The retriever missed the target: no order can find it.");
+      else {
+        verdict.append(group.ordered ? `Target: retriever rank ${before || "–"} → ` : "Target: rank ");
+        const rank = make("b", kind, `${after}`);
+        verdict.append(rank, ` of ${user.base.length}`);
+        if (group.ordered && before) verdict.append(after < before ? ` (▲ ${before - after})` : after > before ? ` (▼ ${after - before})` : " (unchanged)");
+      }
+      element.append(verdict);
+      element.append(make("h4", "", user.earlier ? `History, oldest first (${user.earlier} earlier not shown)` : "History, oldest first"));
+      const strip = make("div", "strip");
+      strip.tabIndex = 0; strip.setAttribute("role", "region"); strip.setAttribute("aria-label", "History");
+      strip.append(...user.history.map((id) => card(id)));
+      element.append(strip);
+      const byModel = part("sort").value === "model";
+      const order = byModel ? user.orders[model] : user.base;
+      element.append(make("h4", "", byModel ? "Candidates as the model ranks them" : "Candidates as given"));
+      const list = make("ol", "cands");
+      const chances = user.probabilities[model];
+      order.forEach((id) => {
+        const entry = card(id, "li");
+        const now = user.orders[model].indexOf(id) + 1;
+        const then = user.base.indexOf(id) + 1;
+        const placeBox = make("div", "place");
+        placeBox.append(make("b", "", now ? String(now) : "–"));
+        if (group.ordered && now && then) {
+          const move = then - now;
+          placeBox.append(make("small", move > 0 ? "win" : move < 0 ? "loss" : "", move > 0 ? `▲ ${move}` : move < 0 ? `▼ ${-move}` : "="));
+        }
+        if (chances && now) placeBox.append(make("br"), make("small", "", `${(100 * chances[now - 1]).toFixed(chances[now - 1] < 0.1 ? 1 : 0)}%`));
+        entry.prepend(placeBox);
+        if (id === user.target) { entry.classList.add("target"); entry.querySelector(".title").prepend(make("span", "tag", "target")); }
+        list.append(entry);
+      });
+      element.append(list);
+      element.addEventListener("click", (event) => event.target.closest(".item")?.classList.toggle("open"));
+      if (!user.base.includes(user.target)) {
+        element.append(make("h4", "", "The target, which is not among the candidates"));
+        const missed = make("div", "cands"); const entry = card(user.target); entry.classList.add("target"); missed.append(entry);
+        element.append(missed);
+      }
+      return element;
+    };
+    const go = (step) => { state.index += step; show(); };
+    part("prev").addEventListener("click", () => go(-1));
+    part("next").addEventListener("click", () => go(1));
+    ["model", "sort"].forEach((name) => part(name).addEventListener("change", show));
+    part("search").addEventListener("input", () => { state.index = 0; show(); });
+    segmented(part("filter"), (value) => { state.filter = value; state.index = 0; show(); });
+    box.tabIndex = -1;
+    document.addEventListener("keydown", (event) => {
+      if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+      const busy = event.target.closest?.("input, select, textarea, .strip, .scroll");
+      const near = box.getBoundingClientRect();
+      if (busy || near.bottom < 0 || near.top > innerHeight) return;
+      if (event.key === "ArrowLeft" && !part("prev").disabled) go(-1);
+      else if (event.key === "ArrowRight" && !part("next").disabled) go(1);
+      else return;
+      event.preventDefault();
+    });
+    show();
+  }
+})();
