@@ -190,6 +190,20 @@ class Dataset:
         ``temporal``: the target is the user's first interaction of the validation or test period and the history is
         everything before it, so no prompt sees what happened later anywhere (Meng et al. 2020, "global temporal").
         """
+        table = self._targets(split).select(
+            "user_id",
+            history=pl.col("item_ids").list.head("position"),
+            target=pl.col("item_ids").list.get("position", null_on_oob=True),
+        )
+        users, histories, targets = (table[name].to_list() for name in ("user_id", "history", "target"))
+        return {user: (history, target) for user, history, target in zip(users, histories, targets, strict=True)}
+
+    def count_targets(self, split: Split) -> int:
+        """How many users `histories` has, without making the lists."""
+        return len(self._targets(split))
+
+    def _targets(self, split: Split) -> pl.DataFrame:
+        """Sequences that have a target in the split, with its ``position``."""
         if split not in ("val", "test"):
             raise ValueError(f"split must be 'val' or 'test', got {split!r}")
         table = self._with_lengths()
@@ -200,13 +214,7 @@ class Dataset:
             position = pl.col("n_train") if split == "val" else pl.col("n_before_test")
             end = pl.col("n_before_test") if split == "val" else pl.col("n")
             present = (position > 0) & (position < end)
-        table = table.filter(present).select(
-            "user_id",
-            history=pl.col("item_ids").list.head(position),
-            target=pl.col("item_ids").list.get(position, null_on_oob=True),
-        )
-        users, histories, targets = (table[name].to_list() for name in ("user_id", "history", "target"))
-        return {user: (history, target) for user, history, target in zip(users, histories, targets, strict=True)}
+        return table.with_columns(position=position).filter(present)
 
     @property
     def _temporal(self) -> tuple[int, int] | None:

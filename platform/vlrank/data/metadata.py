@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,14 @@ def items(
     Raises:
         UserError: missing or damaged file, no item column.
     """
+    names = {role: options.names(role) for role in ("item", "title", "brand", "categories", "description", "image")}
+    root = options.image_root or path.parent
     for number, record in _item_records(path, wanted, options, rejects):
         key = f"{path}:{number}"
         try:
-            source_id = identifier(first_value(record, options.names("item")), "item")
+            source_id = identifier(first_value(record, names["item"]), "item")
             if source_id in wanted:
-                yield key, _clean_item(source_id, record, path, options, max_chars)
+                yield key, _clean_item(source_id, record, names, root, max_chars)
         except ValueError as error:
             rejects.add(key, "BadMetadata", f"{error}; the row: {excerpt(str(record)[:1000])}")
 
@@ -141,18 +143,18 @@ def _parquet_items(path: Path, wanted: Set[str], options: RawOptions) -> Iterato
         number += len(batch)
 
 
-def _clean_item(source_id: str, record: Mapping[str, Any], path: Path, options: RawOptions, max_chars: int) -> Item:
-    def get(role: str) -> Any:
-        return first_value(record, options.names(role))
-
+def _clean_item(
+    source_id: str, record: Mapping[str, Any], names: Mapping[str, Sequence[str]], image_root: Path, max_chars: int
+) -> Item:
+    raw = {role: first_value(record, names[role]) for role in ("title", "brand", "categories", "description", "image")}
     return Item(
         source_id,
-        clean_title(" ".join(_strings(get("title"), "title")), max_chars),
-        clean_brand(" ".join(_strings(get("brand"), "brand"))) or None,
-        tuple(clean_categories(_category_names(get("categories")))),
-        # Kept longer than the composed text, for whoever reads the table; cut all the same.
-        clean_text(" ".join(_strings(get("description"), "description")), 4 * max_chars) or None,
-        _image(get("image"), options.image_root or path.parent),
+        clean_title(" ".join(_strings(raw["title"], "title")), max_chars),
+        clean_brand(" ".join(_strings(raw["brand"], "brand"))) or None,
+        tuple(clean_categories(_category_names(raw["categories"]))),
+        # Longer than the composed text, for whoever reads the table; cut all the same.
+        clean_text(" ".join(_strings(raw["description"], "description")), 4 * max_chars) or None,
+        _image(raw["image"], image_root),
     )
 
 

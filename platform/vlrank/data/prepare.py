@@ -248,10 +248,12 @@ def _read_items(config: PrepareConfig, writer: DatasetWriter, data: Interactions
     titled: dict[str, int] = {}  # id -> hash of the row that counts
     untitled: dict[str, tuple[str, Item]] = {}
     path = writer.folder / "clean_items.tmp"
-    with _ItemSpill(path) as spill, progress("read metadata", None) as bar:
+    with _ItemSpill(path) as spill, progress("read metadata", len(wanted)) as bar:
         for file in config.meta:
-            for key, item in items(file, wanted, _raw_options(config), rejects, config.max_text_chars):
-                bar.advance(1)
+            rows = items(file, wanted, _raw_options(config), rejects, config.max_text_chars)
+            for number, (key, item) in enumerate(rows, start=1):
+                if number % 1000 == 0:
+                    bar.advance(1000)
                 if not item.title:
                     untitled.setdefault(item.source_id, (key, item))
                 elif item.source_id not in titled:

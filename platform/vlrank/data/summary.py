@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import polars as pl
 
 from vlrank.console import Summary
@@ -39,8 +41,8 @@ def _quantiles(lengths: pl.Series) -> str:
 
 def _split(dataset: Dataset) -> str:
     split = dataset.manifest["split"]
-    val, test = dataset.histories("val"), dataset.histories("test")
-    text = f"{split['method']}: {len(val):,} validation and {len(test):,} test users"
+    val, test = dataset.count_targets("val"), dataset.count_targets("test")
+    text = f"{split['method']}: {val:,} validation and {test:,} test users"
     if split["method"] == "temporal":
         text += f"; validation from {split['val_from']}, test from {split['test_from']}"
     return text
@@ -57,11 +59,9 @@ def _coverage(dataset: Dataset) -> dict[str, object]:
         "picture": items["image_path"].is_not_null().sum(),
     }
     for what in ("caption", "semantic_summary"):
-        table = dataset.generated(what)  # type: ignore[arg-type]
+        table = dataset.generated(what)
         have[what] = 0 if table is None else (table["text"].fill_null("") != "").sum()
-    shown = {
-        name: f"{count / n:.0%}" if count in (0, n) else f"{count:,} ({count / n:.1%})" for name, count in have.items()
-    }
+    shown = {name: _share(count, n) for name, count in have.items()}
     text = ", ".join(f"{name} {shown[name]}" for name in ("title", "brand", "categories", "description"))
     rest = {"pictures": shown["picture"], "captions": shown["caption"], "summaries": shown["semantic_summary"]}
     sources = dataset.manifest.get("pictures", {})
@@ -70,6 +70,10 @@ def _coverage(dataset: Dataset) -> dict[str, object]:
     elif sources.get("failed"):
         rest["pictures"] += f" ({sources['failed']:,} failed: --use_image --retry_failed tries them again)"
     return {"items with text": text, **{f"items with {name}": value for name, value in rest.items()}}
+
+
+def _share(count: Any, n: int) -> str:
+    return f"{count / n:.0%}" if count in (0, n) else f"{count:,.0f} ({count / n:.1%})"
 
 
 def _by_error(table: pl.DataFrame) -> str:
