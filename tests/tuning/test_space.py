@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vlrank.config import MODES, TuneConfig, load_config
 from vlrank.errors import UserError
-from vlrank.tuning.run import Slot, concurrency, metric_of, mode_plan, plan, trial_resources
+from vlrank.tuning.run import Slot, concurrency, mode_plan, plan, trial_resources
 from vlrank.tuning.space import RandInt, Uniform, default_point, nested, parse_space, plan_points, sampled_points
 
 
@@ -124,8 +124,7 @@ def test_a_value_that_training_would_refuse_fails_before_any_trial(more: dict[st
 
 
 def test_recall_that_cannot_tell_models_apart_becomes_ndcg() -> None:
-    base = mode_plan(config(), "caption").base
-    assert metric_of(base) == "recall@10"
+    assert mode_plan(config(), "caption").metric == "recall@10"
     assert mode_plan(config(train={"negatives": 9}), "caption").metric == "ndcg@10"
     assert mode_plan(config(train={"negatives": 9, "metric": "recall@5"}), "caption").metric == "recall@5"
 

@@ -26,6 +26,7 @@ from vlrank.console import Summary, console
 from vlrank.data.tables import atomic_write_json, atomic_write_text
 from vlrank.errors import UserError
 from vlrank.runtime import ray_session
+from vlrank.training.data import selection_metric
 from vlrank.tuning import space as spaces
 from vlrank.tuning.results import one_line, selection, show_table, verdict
 from vlrank.tuning.space import Dimension, Point
@@ -77,7 +78,7 @@ class ModePlan:
     @property
     def metric(self) -> str:
         """What trials are compared by."""
-        return metric_of(self.base)
+        return selection_metric(self.base)[0]
 
     def trial_config(self, trial: Trial, runs: Path, seed: int | None = None) -> TrainConfig:
         """The whole training config of a trial."""
@@ -85,15 +86,6 @@ class ModePlan:
         return validate(
             TrainConfig, {**values, "out": runs / trial.trial_id} | ({} if seed is None else {"seed": seed})
         )
-
-
-def metric_of(config: TrainConfig) -> str:
-    """The validation metric; NDCG@10 where Recall@K would be 1 for every model, as K covers all candidates."""
-    metric = config.metric or f"recall@{min(10, config.ranking.top_k)}"
-    name, _, k = metric.partition("@")
-    candidates = config.negatives + 1 if config.candidates == "ground_truth" else config.ranking.top_k
-    saturated = name == "recall" and k.isdigit() and int(k) >= min(candidates, config.ranking.top_k)
-    return "ndcg@10" if saturated else metric
 
 
 def mode_plan(config: TuneConfig, mode: Mode) -> ModePlan:
@@ -109,8 +101,7 @@ def mode_plan(config: TuneConfig, mode: Mode) -> ModePlan:
     values = merge(mode_defaults(mode), own)
     fixed = {"dataset": config.dataset, "out": config.out / "runs", "mode": mode}
     base = validate(TrainConfig, {**values, **fixed})
-    if base.metric is None or metric_of(base) != base.metric:
-        base = base.model_copy(update={"metric": metric_of(base)})
+    base = base.model_copy(update={"metric": selection_metric(base)[0]})
     shipped = read_yaml(config_dir() / "tune" / f"{mode}.yaml").get("space", {})
     # A key that the user fixed in `train` is not searched just because the shipped space has it.
     shipped = {key: value for key, value in shipped.items() if key.split(".")[0] not in own}
@@ -139,11 +130,13 @@ def run(config: TuneConfig, *, build: Build | None = None) -> Summary:
         UserError: a wrong config, a folder that holds another sweep, or not one trial of a mode that succeeded.
     """
     plans = [mode_plan(config, mode) for mode in config.modes]
+    users: dict[str, int] = {}
     if build is None:
         from vlrank.training.run import build_trainer
 
         build = build_trainer
-    sweep = open_sweep(config, plans)
+        users = {plan.mode: validation_users(plan.base) for plan in plans}
+    sweep = open_sweep(config, plans, users)
     confirmation = Sweep(config.out / "confirm.jsonl")
     if sweep.unfinished() or config.confirm_seeds:
         with ray_session(config.ray):
@@ -154,7 +147,21 @@ def run(config: TuneConfig, *, build: Build | None = None) -> Summary:
     return _conclude(config, plans, sweep, confirmation)
 
 
-def open_sweep(config: TuneConfig, plans: Sequence[ModePlan]) -> Sweep:
+def validation_users(base: TrainConfig) -> int:
+    """Users behind a mode's validation metric; looks at the data and the model's folder as every trial will.
+
+    Raises:
+        UserError: what would make every trial of the mode fail.
+    """
+    from vlrank.data.dataset import Dataset
+    from vlrank.training import data
+    from vlrank.training.model import resolve_base
+
+    resolve_base(base)
+    return len(data.plan(base, data.TrainingData.of_dataset(Dataset.open(base.dataset), base.candidates)).validation)
+
+
+def open_sweep(config: TuneConfig, plans: Sequence[ModePlan], users: Mapping[str, int]) -> Sweep:
     """The sweep's trials, new or as an earlier run left them; failed ones are to run again.
 
     Raises:
@@ -177,7 +184,7 @@ def open_sweep(config: TuneConfig, plans: Sequence[ModePlan]) -> Sweep:
     sweep = Sweep(config.out / "trials.jsonl")
     for plan in plans:
         for index, point in enumerate(plan.points):
-            sweep.add(Trial(plan.mode, f"{plan.mode}-{index:03d}", point, plan.metric))
+            sweep.add(Trial(plan.mode, f"{plan.mode}-{index:03d}", point, plan.metric, users.get(plan.mode, 0)))
     _reopen(sweep)
     return sweep
 
@@ -293,7 +300,9 @@ def _driver(build: Build) -> Callable[[dict[str, Any]], None]:
             config, name=launched["trial_id"], storage_path=launched["runs"], callbacks=[TuneReportCallback()]
         )
         try:
-            trainer.fit()
+            outcome = getattr(trainer.fit(), "return_value", None)
+            if isinstance(outcome, dict) and "problem" in outcome:  # how training tells what the user has to mend
+                raise UserError(outcome["problem"], outcome["remedy"])
         except Exception:
             error_file.parent.mkdir(parents=True, exist_ok=True)
             error_file.write_text(traceback.format_exc(), encoding="utf-8")
@@ -394,7 +403,7 @@ def _add_confirmation(config: TuneConfig, plans: Sequence[ModePlan], sweep: Swee
             for role, chosen in {"best": best, "default": default}.items():
                 if role == "best" or best is not default:
                     trial_id = f"{plan.mode}-{role}-seed{seed}"
-                    confirmation.add(Trial(plan.mode, trial_id, chosen.config, plan.metric))
+                    confirmation.add(Trial(plan.mode, trial_id, chosen.config, plan.metric, best.users))
     _reopen(confirmation)
 
 

@@ -169,9 +169,8 @@ class Recorder(Stateless, Callback):
         known = self._known(trial)
         if "epoch" not in result or known.metric not in result:
             return
-        more = {"se": float(result[f"{known.metric}_se"])} if f"{known.metric}_se" in result else {}
+        more = {"step": int(result["step"])} if "step" in result else {}
         known.record(result["epoch"], float(result[known.metric]), seconds=round(known.seconds, 2), **more)
-        known.users = int(result.get("users", known.users))
         self._sweep.save()
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:

@@ -30,10 +30,10 @@ class Trial:
         trial_id: ``MODE-000`` is the mode's default configuration; also the name of the run folder.
         config: The searched training keys.
         metric: What `epochs` and `value` measure, e.g. ``recall@10``; higher is better.
-        users: Validation users behind the metric; 0 before the first evaluation.
+        users: Validation users behind the metric; 0 where unknown.
         status: ``stopped`` means by ASHA, ``completed`` to its own end.
         stop_reason: In words.
-        epochs: One entry per evaluation: ``{"epoch": 1, "metric": 0.31, "seconds": 12.0}``.
+        epochs: One entry per evaluation: ``{"epoch": 1, "metric": 0.31, "step": 40, "seconds": 12.0}``.
         seconds: Wall-clock seconds spent, all attempts together.
         gpus: GPUs the trial held.
         attempts: How often it was started.
@@ -59,7 +59,7 @@ class Trial:
     @property
     def best(self) -> dict[str, float] | None:
         """The entry of `epochs` with the highest metric, the earliest among equals."""
-        return max(self.epochs, key=lambda entry: (entry["metric"], -entry["epoch"]), default=None)
+        return max(self.epochs, key=lambda entry: (entry["metric"], -_when(entry)), default=None)
 
     @property
     def value(self) -> float:
@@ -72,13 +72,16 @@ class Trial:
         return max((entry["epoch"] for entry in self.epochs), default=0)
 
     def record(self, epoch: float, metric: float, **more: float) -> None:
-        """Add an evaluation; one that is repeated after a resume replaces its first copy."""
+        """Add an evaluation; one that is repeated after a resume replaces its first copy.
+
+        Evaluations are told apart by ``step`` where there is one, as an epoch may have several.
+        """
         entry = {"epoch": epoch, "metric": metric, **more}
-        self.epochs = sorted([old for old in self.epochs if old["epoch"] != epoch] + [entry], key=_epoch)
+        self.epochs = sorted([old for old in self.epochs if _when(old) != _when(entry)] + [entry], key=_when)
 
 
-def _epoch(entry: dict[str, float]) -> float:
-    return entry["epoch"]
+def _when(entry: dict[str, float]) -> float:
+    return entry.get("step", entry["epoch"])
 
 
 class Sweep:
@@ -136,23 +139,18 @@ class Sweep:
 
 
 def interval(trial: Trial, z: float = 1.96) -> tuple[float, float] | None:
-    """95% interval of the trial's best value over validation users; None where it cannot be told.
+    """95% interval of the trial's best value over validation users: Wilson's score interval (1927).
 
-    Recall with one target per user is a proportion: Wilson's score interval (1927). Other metrics need the per-user
-    standard error in the evaluation's entry as ``se``.
+    Exact in form for Recall, a proportion. NDCG and MRR of a user lie between 0 and 1 too, so their variance is at most
+    that of a proportion with the same mean (Bhatia and Davis 2000) and the interval is a little too wide. None before
+    the first evaluation, or where the number of users is unknown.
     """
-    best = trial.best
-    if best is None:
+    if trial.best is None or not trial.users:
         return None
-    value = best["metric"]
-    if trial.metric.startswith("recall@") and trial.users:
-        n = trial.users
-        centre = (value + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
-    if "se" in best:
-        return value - z * best["se"], value + z * best["se"]
-    return None
+    value, n = trial.value, trial.users
+    centre = (value + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def rungs(grace_period: int, reduction_factor: int, epochs: int) -> list[int]:
