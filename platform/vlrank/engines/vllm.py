@@ -1,0 +1,376 @@
+"""The vLLM engine: exact label scores from few, prefix-cached requests; adapters are served without merging.
+
+A prompt's root node is one request. Its first inner node costs one forced decoding step of the same request; the other
+nodes follow as requests that repeat the prompt, and find it in the prefix cache because they start as soon as their
+root is done, while later prompts' roots are still being computed. With 20 candidates in Qwen's digits that makes two
+requests: root and "1", then "2".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import queue
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlrank.config import EngineConfig
+from vlrank.engines.base import Float32, Generated, GenerateRequest, ModelFolder
+from vlrank.errors import UserError
+from vlrank.reranking.encoding import Encoded, Encoder
+from vlrank.reranking.labels import LabelTrie
+from vlrank.reranking.modes import mode_spec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_MAX_IDS = 128  # vLLM's bound on logprob_token_ids
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One request: the prompt, ``path``, and the nodes whose choices it reveals.
+
+    Attributes:
+        path: Label tokens appended to the prompt.
+        nodes: Indices into the trie's nodes: the one at ``path`` and, where ``forced`` is set, the one after it.
+        forced: Token decoded after ``path`` so that the second node is seen too.
+    """
+
+    path: tuple[int, ...]
+    nodes: tuple[int, ...]
+    forced: int | None
+
+
+@lru_cache(maxsize=512)
+def plan_reads(trie: LabelTrie) -> tuple[Read, ...]:
+    """The fewest requests that show every node, the one that fills the prefix cache first."""
+    left = dict(enumerate(trie.nodes))
+    reads = []
+    while left:
+        index, node = next(iter(left.items()))
+        del left[index]
+        child = next((i for i, n in left.items() if n.path[:-1] == node.path), None)
+        if child is None or len({*node.choices, *left[child].choices}) > _MAX_IDS:
+            reads.append(Read(node.path, (index,), None))
+        else:
+            reads.append(Read(node.path, (index, child), left[child].path[-1]))
+            del left[child]
+    return tuple(reads)
+
+
+@dataclass(slots=True)
+class _Score:
+    """A prompt on its way through the engine."""
+
+    prompt: dict[str, Any]
+    trie: LabelTrie
+    future: Future[Float32]
+    flat: Float32
+    waiting: int
+
+
+@dataclass(slots=True)
+class _Text:
+    prompt: dict[str, Any]
+    params: Any
+    future: Future[Generated]
+
+
+class VllmEngine:
+    """vLLM's ``LLM`` in this process (its core runs in a child process), driven by one thread.
+
+    All methods may be called from several threads at once; their requests share the engine's batches, so encoding the
+    next prompts overlaps with scoring these.
+
+    Args:
+        model: What to load.
+        config: How.
+        in_flight: Prompts handed to vLLM at a time: enough to fill its batches, few enough that a prompt is still in
+            the prefix cache when its further nodes are asked for.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+
+    def __init__(self, model: ModelFolder, config: EngineConfig, in_flight: int = 128) -> None:
+        from vlrank.compat import patch_torchvision
+
+        patch_torchvision()
+        on_gpu = _has_gpu()
+        if not on_gpu:
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        self.folder, self.config, self.in_flight = model, config, in_flight
+        self.kwargs = engine_kwargs(model, config, on_gpu)
+        self.llm = LLM(**self.kwargs)
+        self.lora = LoRARequest("reranker", 1, model.path) if model.is_adapter else None
+        self.requests = self.prompt_tokens = self.cached_tokens = 0
+        self._pictures = _Recent(4096)
+        self._inbox: queue.SimpleQueue[_Score | _Text | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._drive, name="vllm-driver", daemon=True)
+        self._thread.start()
+
+    def score_labels(self, encoder: Encoder, requests: Sequence[Encoded]) -> list[Float32 | Exception]:
+        """See `base.Engine`."""
+        futures = [self.submit(encoder, encoded) for encoded in requests]
+        return [_outcome(future) for future in futures]
+
+    def submit(self, encoder: Encoder, encoded: Encoded) -> Future[Float32]:
+        """Queue one prompt; the future holds float32 [N]."""
+        future: Future[Float32] = Future()
+        if not encoded.trie.nodes:  # one candidate: nothing to ask
+            future.set_result(encoded.trie.log_probs(np.zeros(0, dtype=np.float32)))
+            return future
+        try:
+            prompt = self._prompt(encoder, encoded)
+        except OSError as error:
+            future.set_exception(error)
+            return future
+        flat = np.zeros(len(encoded.trie.flat), dtype=np.float32)
+        self._inbox.put(_Score(prompt, encoded.trie, future, flat, len(plan_reads(encoded.trie))))
+        return future
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Generated | Exception]:
+        """See `base.Engine`."""
+        from vllm import SamplingParams
+
+        tokenizer = self.llm.get_tokenizer()
+        futures: list[Future[Generated]] = []
+        for request in requests:
+            future: Future[Generated] = Future()
+            futures.append(future)
+            try:
+                text = tokenizer.apply_chat_template(
+                    request.messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                )
+                prompt: dict[str, Any] = {"prompt_token_ids": list(tokenizer(text, add_special_tokens=False)["input_ids"])}
+                if request.images:
+                    prompt["multi_modal_data"] = {"image": list(request.images)}
+                params = SamplingParams(
+                    max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed
+                )
+            except Exception as error:  # one bad row must not stop the others
+                future.set_exception(error)
+                continue
+            self._inbox.put(_Text(prompt, params, future))
+        return [_outcome(future) for future in futures]
+
+    def close(self) -> None:
+        """Stop the driver and vLLM's processes."""
+        if self._thread.is_alive():
+            self._inbox.put(None)
+            self._thread.join()
+        core = self.llm.llm_engine.engine_core
+        core.shutdown()
+
+    def _prompt(self, encoder: Encoder, encoded: Encoded) -> dict[str, Any]:
+        if not encoded.image_paths:
+            return {"prompt_token_ids": encoded.ids}
+        # vLLM expands the placeholders itself. The ids let it find what it has prepared, and encoded, before.
+        limit = encoder.ranking.max_image_pixels
+        return {
+            "prompt_token_ids": encoder.compact_ids(encoded),
+            "multi_modal_data": {
+                "image": [self._pictures.get(path, encoder.picture) for path in encoded.image_paths]
+            },
+            "multi_modal_uuids": {"image": [f"{path}@{limit}" for path in encoded.image_paths]},
+        }
+
+    # ---- the driver --------------------------------------------------------------------------------------------------
+
+    def _drive(self) -> None:
+        """Feed and step vLLM until `close`; the only thread that touches it."""
+        engine = self.llm.llm_engine
+        running: dict[str, tuple[_Score | _Text, Read | None]] = {}
+        waiting: deque[_Score | _Text] = deque()
+        prompts = 0  # in flight
+        count = 0
+        closing = False
+
+        def add(job: _Score | _Text, read: Read | None) -> bool:
+            nonlocal count
+            count += 1
+            prompt, params = (job.prompt, job.params) if isinstance(job, _Text) else _request(job, read)
+            try:
+                engine.add_request(str(count), prompt, params, lora_request=self.lora)
+            except Exception as error:  # too long, unreadable picture, ...: this prompt's own fault
+                if not job.future.done():
+                    job.future.set_exception(error)
+                return False
+            running[str(count)] = (job, read)
+            return True
+
+        try:
+            while not (closing and not waiting and not running):
+                while True:
+                    try:
+                        job = self._inbox.get(block=not (waiting or running or closing))
+                    except queue.Empty:
+                        break
+                    if job is None:
+                        closing = True
+                    else:
+                        waiting.append(job)
+                while waiting and prompts < self.in_flight:
+                    job = waiting.popleft()
+                    first = plan_reads(job.trie)[0] if isinstance(job, _Score) else None
+                    prompts += add(job, first)
+                if not running:
+                    continue
+                for output in engine.step():
+                    if not output.finished:
+                        continue
+                    job, read = running.pop(output.request_id)
+                    self.requests += 1
+                    self.prompt_tokens += len(output.prompt_token_ids)
+                    self.cached_tokens += output.num_cached_tokens or 0
+                    if isinstance(job, _Text):
+                        prompts -= 1
+                        answer = output.outputs[0]
+                        job.future.set_result(
+                            Generated(answer.text.strip(), len(output.prompt_token_ids), len(answer.token_ids))
+                        )
+                        continue
+                    assert read is not None
+                    _store(job, read, output)
+                    job.waiting -= 1
+                    reads = plan_reads(job.trie)
+                    if read is reads[0]:
+                        for more in reads[1:]:
+                            add(job, more)
+                    if job.future.done():  # a further read was refused
+                        prompts -= read is reads[0]
+                    elif job.waiting == 0:
+                        prompts -= 1
+                        job.future.set_result(job.trie.log_probs(job.flat))
+        except BaseException as error:  # the engine is dead: nobody may wait for it
+            while True:
+                for job in [*waiting, *(job for job, _ in running.values())]:
+                    if not job.future.done():
+                        job.future.set_exception(error)
+                waiting.clear()
+                running.clear()
+                late = self._inbox.get()
+                if late is None:
+                    return
+                waiting.append(late)
+
+
+def _request(job: _Score, read: Read | None) -> tuple[dict[str, Any], Any]:
+    from vllm import SamplingParams
+
+    assert read is not None
+    ids = sorted({token for index in read.nodes for token in job.trie.nodes[index].choices})
+    params = SamplingParams(
+        max_tokens=len(read.nodes),
+        temperature=0.0,
+        logprob_token_ids=ids,
+        allowed_token_ids=None if read.forced is None else [read.forced],  # leaves the logprobs as they are
+        ignore_eos=True,
+        detokenize=False,
+    )
+    return {**job.prompt, "prompt_token_ids": [*job.prompt["prompt_token_ids"], *read.path]}, params
+
+
+def _store(job: _Score, read: Read, output: Any) -> None:
+    steps = output.outputs[0].logprobs
+    for index, step in zip(read.nodes, steps, strict=True):
+        for at, (node, token) in enumerate(job.trie.flat):
+            if node == index:
+                job.flat[at] = step[token].logprob
+
+
+def _outcome(future: Future[Any]) -> Any:
+    error = future.exception()
+    if error is not None and not isinstance(error, Exception):
+        raise error
+    return error if error is not None else future.result()
+
+
+class _Recent:
+    """Decoded pictures, the most recently used ones."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.values, self.lock = size, OrderedDict[str, "Image"](), threading.Lock()
+
+    def get(self, path: str, load: Callable[[str], Image]) -> Image:
+        with self.lock:
+            if path in self.values:
+                self.values.move_to_end(path)
+                return self.values[path]
+        picture = load(path)
+        with self.lock:
+            self.values[path] = picture
+            if len(self.values) > self.size:
+                self.values.popitem(last=False)
+        return picture
+
+
+def engine_kwargs(model: ModelFolder, config: EngineConfig, on_gpu: bool) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``; ``config.engine_kwargs`` wins over everything."""
+    share = config.gpus if config.gpus is not None and 0 < config.gpus < 1 else 1.0
+    kwargs: dict[str, Any] = {
+        "model": model.base,
+        "dtype": config.dtype if on_gpu or config.dtype != "auto" else "float32",
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "gpu_memory_utilization": config.gpu_memory_utilization * share,
+        "enforce_eager": config.enforce_eager if config.enforce_eager is not None else not on_gpu,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "seed": 0,
+        # bfloat16 logits come in steps that turn close candidates into ties.
+        "hf_overrides": {"head_dtype": "float32"},
+    }
+    tokenizer = Path(model.path) / "tokenizer_config.json"
+    if model.is_adapter and tokenizer.is_file():
+        kwargs["tokenizer"] = model.path
+    longest = config.max_model_len or model.ranking.max_prompt_tokens + 16
+    kwargs["max_model_len"] = min(longest, _context(model.base) or longest)
+    if model.family == "vision":
+        pixels = model.mode is None or mode_spec(model.mode).pixels
+        kwargs["limit_mm_per_prompt"] = {"image": model.ranking.window if pixels else 0, "video": 0}
+        if pixels and on_gpu:
+            kwargs["mm_processor_cache_gb"] = 16
+    if model.is_adapter:
+        kwargs |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(Path(model.path))}
+    return {**kwargs, **config.engine_kwargs}
+
+
+def _context(base: str) -> int | None:
+    config = Path(base) / "config.json"
+    if not config.is_file():
+        return None
+    loaded = json.loads(config.read_text(encoding="utf-8"))
+    longest = loaded.get("text_config", loaded).get("max_position_embeddings")
+    return int(longest) if longest else None
+
+
+def _lora_rank(adapter: Path) -> int:
+    rank = int(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+    size = next((size for size in _LORA_RANKS if size >= rank), None)
+    if size is None:
+        raise UserError(f"vLLM serves adapters up to rank {_LORA_RANKS[-1]}, {adapter} has {rank}", "Use engine.name=transformers.")
+    return size
+
+
+def _has_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())

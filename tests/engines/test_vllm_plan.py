@@ -1,0 +1,37 @@
+"""The plan of requests must show every node of the trie exactly once."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlrank.engines.vllm import Read, plan_reads
+from vlrank.reranking.labels import LabelTrie
+
+END = 2
+
+
+def single_digits(n: int) -> LabelTrie:
+    return LabelTrie(tuple((*(10 + int(d) for d in str(i)), END) for i in range(1, n + 1)))
+
+
+def test_twenty_candidates_take_two_requests() -> None:
+    # The root and, by one forced decoding step, node "1"; then node "2", which exists because of "20".
+    assert plan_reads(single_digits(20)) == (Read((), (0, 1), 11), Read((12,), (2,), None))
+    assert plan_reads(single_digits(9)) == (Read((), (0,), None),)
+
+
+@given(st.integers(1, 100))
+def test_every_node_is_read_once(n: int) -> None:
+    trie = single_digits(n)
+    reads = plan_reads(trie)
+    assert sorted(index for read in reads for index in read.nodes) == list(range(len(trie.nodes)))
+    for read in reads:
+        assert trie.nodes[read.nodes[0]].path == read.path
+        if read.forced is not None:
+            assert trie.nodes[read.nodes[1]].path == (*read.path, read.forced)
+
+
+def test_more_choices_than_vllm_returns_are_asked_separately() -> None:
+    # 100 first tokens and 100 other second tokens would be 200 ids in one request; vLLM returns 128.
+    labels = [(1000, 2000 + i) for i in range(100)] + [(1001 + i, END) for i in range(99)]
+    reads = plan_reads(LabelTrie(tuple(labels)))
+    assert [len(read.nodes) for read in reads] == [1, 1]
