@@ -246,6 +246,7 @@ def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int,
     context.enable_progress_bars = False  # ours shows items, tokens and time left
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # a UserError of a stage has to arrive as one
 
     run = _next_run(shards)
     plan = shards.folder / f"{_PLAN}{run}"

@@ -1,0 +1,279 @@
+"""Commit, resume and quarantine: a user would lose rows, work that was paid for, or the reason why a row is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlrank import bulk
+from vlrank.bulk import BulkResult, Shards, run_bulk
+from vlrank.config import RayConfig
+from vlrank.data.schemas import GENERATED
+from vlrank.data.tables import write_parquet_atomic
+from vlrank.errors import UserError
+from vlrank.runtime import ray_session
+
+
+def make_shards(folder: Path) -> Shards:
+    return Shards(folder / "captions", GENERATED, "item_id", folder / "quarantine" / "caption", "caption")
+
+
+def make_wanted(hashes: dict[int, str]) -> pl.DataFrame:
+    keys = pl.Series("item_id", list(hashes), dtype=pl.Int32)
+    return pl.DataFrame({"item_id": keys, "input_hash": pl.Series(list(hashes.values()), dtype=pl.String)})
+
+
+def block(rows: dict[int, str], bad: set[int] = frozenset(), again: set[int] = frozenset()) -> pa.Table:  # type: ignore[assignment]
+    """What stages return for rows {key: hash}."""
+    return pa.table(
+        {
+            "item_id": pa.array(list(rows), pa.int32()),
+            "text": [f"text of {value}" for value in rows.values()],
+            "model": ["m"] * len(rows),
+            "prompt_id": ["caption/v1"] * len(rows),
+            "input_hash": list(rows.values()),
+            "error_type": ["Broken" if key in bad else "" for key in rows],
+            "error": ["does not work" if key in bad else "" for key in rows],
+            "retry": [key in again for key in rows],
+        }
+    )
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = folder.rglob("*.parquet")
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+# ---- without Ray: the protocol on disk -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Run:
+    """One simulated run: what changed since, which keys fail, and which blocks a crash leaves undone or half done."""
+
+    changed: set[int]
+    bad: set[int]
+    fates: list[str]  # per block: done, twice (a repeated task), half (crash between the two renames), lost
+    retry_failed: bool
+
+
+KEYS = range(1, 13)
+runs = st.builds(
+    Run,
+    changed=st.sets(st.sampled_from(KEYS)),
+    bad=st.sets(st.sampled_from(KEYS)),
+    fates=st.lists(st.sampled_from(["done", "twice", "half", "lost"]), min_size=4, max_size=4),
+    retry_failed=st.booleans(),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(runs, min_size=1, max_size=4))
+def test_whatever_crashes_every_key_ends_up_once_and_current(history: list[Run]) -> None:
+    """Crashed runs followed by one that finishes leave each wanted key once: committed, or quarantined."""
+    with tempfile.TemporaryDirectory() as name:
+        shards = make_shards(Path(name))
+        for folder in (shards.folder, shards.quarantine):
+            folder.mkdir(parents=True)
+        versions = dict.fromkeys(KEYS, 0)
+        for number, run in enumerate([*history, Run(set(), {1, 5}, ["done"] * 4, retry_failed=True)]):
+            last = number == len(history)
+            versions |= dict.fromkeys(run.changed, number)
+            wanted = make_wanted({key: f"{key}v{version}" for key, version in versions.items()})
+            todo = shards.pending(wanted, retry_failed=run.retry_failed)
+            for start, fate in zip(range(0, len(KEYS), 3), run.fates, strict=True):
+                rows = dict(todo[start : start + 3].select("item_id", "input_hash").iter_rows())
+                if fate == "lost" or not rows:
+                    continue
+                table, file_number = block(rows, run.bad), bulk._next_run(shards) if start == 0 else f"{number + 1:08d}"
+                bulk._commit(table, shards, file_number)
+                if fate == "twice":
+                    bulk._commit(table, shards, file_number)
+                if fate == "half":  # the good rows were renamed, the crash came before the bad ones
+                    newest = max(
+                        shards.quarantine.glob("*.parquet"), key=lambda file: file.stat().st_mtime_ns, default=None
+                    )
+                    if newest is not None and newest.name.startswith(file_number):
+                        newest.unlink()
+            if last:
+                shards.prune(wanted)
+        committed = dict(shards.committed().select("item_id", "input_hash").iter_rows())
+        quarantined = {int(key) for key in shards.quarantined()["key"]}
+        current = {key: f"{key}v{version}" for key, version in versions.items()}
+        assert committed | {key: current[key] for key in quarantined} == current
+        assert not committed.keys() & quarantined
+        on_disk = pl.concat([pl.read_parquet(file) for file in shards.folder.glob("*.parquet")])
+        assert on_disk["item_id"].is_unique().all(), "after a complete run the files hold each key once"
+
+
+def test_a_limit_leaves_the_other_items_alone(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path)
+    bulk._commit(block({1: "a", 2: "b", 3: "c"}, bad={3}), shards, "00000001")
+    before = contents(tmp_path)
+    shards.prune(make_wanted({1: "a"}))
+    assert contents(tmp_path) == before
+
+
+def test_pruning_removes_what_is_outdated_and_touches_no_other_file(tmp_path: Path) -> None:
+    """A caption of an older prompt must not stay visible when the new prompt failed on the item."""
+    shards = make_shards(tmp_path)
+    bulk._commit(block({1: "a1", 2: "b1"}), shards, "00000001")
+    bulk._commit(block({3: "c1", 4: "d1"}), shards, "00000001")
+    bulk._commit(block({1: "a2", 2: "b2"}, bad={2}), shards, "00000002")
+    untouched = {name: digest for name, digest in contents(shards.folder).items() if name.startswith("00000001")}
+    shards.prune(make_wanted({1: "a2", 2: "b2", 3: "c1", 4: "d1"}))
+    assert dict(shards.committed().select("item_id", "input_hash").iter_rows()) == {1: "a2", 3: "c1", 4: "d1"}
+    assert shards.quarantined()["key"].to_list() == ["2"]
+    kept = contents(shards.folder)
+    assert sum(kept.get(name) == digest for name, digest in untouched.items()) == 1
+
+
+def test_a_committed_row_leaves_the_quarantine(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path)
+    bulk._commit(block({1: "a", 2: "b"}, bad={1, 2}), shards, "00000001")
+    bulk._commit(block({1: "a"}), shards, "00000002")
+    shards.prune(make_wanted({1: "a", 2: "b"}))
+    assert shards.quarantined()["key"].to_list() == ["2"]
+
+
+def test_quarantine_of_other_writers_has_no_hash_and_does_not_hide_an_item(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path)
+    row = {"key": "1", "stage": "caption", "error_type": "E", "message": "m"}
+    write_parquet_atomic([row], shards.quarantine / "00000001-x.parquet", bulk.BULK_QUARANTINE.remove(4))
+    assert shards.pending(make_wanted({1: "a"})).height == 1
+    assert shards.quarantined()["input_hash"].to_list() == [None]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
+        "ValueError: Free memory on device cuda:0 (3/80 GiB) is less than desired GPU memory utilization (0.9",
+    ],
+)
+def test_out_of_memory_names_the_settings_to_lower(message: str) -> None:
+    try:
+        try:
+            raise ValueError(message)
+        except ValueError as inner:
+            raise RuntimeError("The actor died because of an error raised in its creation task") from inner
+    except RuntimeError as outer:
+        explained = bulk._explained(outer)
+    assert isinstance(explained, UserError)
+    assert "engine.max_model_len" in str(explained)
+    assert message[:40] in explained.problem
+
+
+# ---- on Ray ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
+    with ray_session(RayConfig(num_cpus=8)):
+        yield
+
+
+def stages(dataset: Any, bad: tuple[int, ...] = (), again: tuple[int, ...] = ()) -> Any:
+    def answer(batch: dict[str, Any]) -> pa.Table:
+        rows = dict(zip(batch["item_id"].tolist(), batch["input_hash"].tolist(), strict=True))
+        table = block(rows, set(bad) | set(again), set(again))
+        return table.append_column("tokens_out", pa.array([3] * len(rows)))
+
+    return dataset.map_batches(answer, batch_size=7)
+
+
+def texts(shards: Shards) -> dict[int, str]:
+    return dict(shards.committed().select("item_id", "text").iter_rows())
+
+
+@pytest.mark.stack
+def test_a_second_run_has_nothing_to_do_and_a_changed_input_redoes_just_its_rows(cluster: None, tmp_path: Path) -> None:
+    shards = make_shards(tmp_path)
+    hashes = {key: f"h{key}" for key in range(1, 101)}
+    first = run_bulk(make_wanted(hashes), lambda d: stages(d, bad=(10, 20)), shards, shard_rows=20, description="first")
+    assert (first.done, first.quarantined, first.reused, first.tokens_out) == (98, 2, 0, 300)
+    assert texts(shards) == {key: f"text of h{key}" for key in hashes if key not in (10, 20)}
+    files = list(shards.folder.glob("*.parquet"))
+    assert len(files) == 5, "one file per shard of 20 rows, although the stage works in batches of 7"
+
+    before = contents(tmp_path)
+    second = run_bulk(make_wanted(hashes), _must_not_run, shards, shard_rows=20, description="second")
+    assert (second.done, second.reused, second.failed_before) == (0, 98, 2)
+    assert contents(tmp_path) == before
+
+    hashes |= {1: "new", 20: "new"}
+    third = run_bulk(make_wanted(hashes), stages, shards, shard_rows=20, description="third")
+    assert (third.done, third.reused, third.failed_before) == (2, 97, 1)
+    assert texts(shards)[1] == "text of new"
+    after = contents(shards.folder)
+    assert sum(after.get(name) == digest for name, digest in before.items()) == 4, "four shards hold no changed row"
+
+    fourth = run_bulk(make_wanted(hashes), stages, shards, shard_rows=20, description="fourth", retry_failed=True)
+    assert (fourth.done, fourth.reused, fourth.failed_before) == (1, 99, 0)
+    assert texts(shards).keys() == hashes.keys()
+    assert shards.quarantined().is_empty()
+
+
+def _must_not_run(dataset: Any) -> Any:
+    raise AssertionError("nothing is pending: no engine may start")
+
+
+@pytest.mark.stack
+def test_rejected_rows_come_back_for_another_try_and_are_nowhere_meanwhile(cluster: None, tmp_path: Path) -> None:
+    shards = make_shards(tmp_path)
+    wanted = make_wanted({key: f"h{key}" for key in range(1, 31)})
+    first = run_bulk(wanted, lambda d: stages(d, again=(3, 30)), shards, shard_rows=10, description="first")
+    assert (first.done, first.quarantined, sorted(first.retry)) == (28, 0, [3, 30])
+    assert not {3, 30} & texts(shards).keys()
+    second = run_bulk(
+        wanted, lambda d: stages(d, bad=(30,)), shards, shard_rows=10, description="second", only=first.retry
+    )
+    assert (second.done, second.quarantined) == (1, 1)
+    assert shards.quarantined()["key"].to_list() == ["30"]
+    assert len(texts(shards)) == 29
+
+
+@pytest.mark.stack
+def test_an_error_in_a_stage_reaches_the_user_as_it_is(cluster: None, tmp_path: Path) -> None:
+    def fail(batch: dict[str, Any]) -> dict[str, Any]:
+        raise UserError("model folder x has no tokenizer", "Save it there.")
+
+    with pytest.raises(UserError, match="has no tokenizer"):
+        run_bulk(
+            make_wanted({1: "a"}),
+            lambda d: d.map_batches(fail),
+            make_shards(tmp_path),
+            shard_rows=10,
+            description="fails",
+        )
+    assert not list(tmp_path.rglob("*.parquet"))
+    assert not list(tmp_path.rglob(".plan*"))
+
+
+@pytest.mark.stack
+def test_two_runs_on_one_folder_are_refused(cluster: None, tmp_path: Path) -> None:
+    shards = make_shards(tmp_path)
+    shards.folder.mkdir(parents=True)
+    with bulk._exclusive(shards.folder), pytest.raises(UserError, match="another run"):
+        run_bulk(make_wanted({1: "a"}), stages, shards, shard_rows=10, description="second")
+
+
+@pytest.mark.stack
+def test_nothing_wanted_is_a_run_without_work(cluster: None, tmp_path: Path) -> None:
+    result = run_bulk(make_wanted({}), _must_not_run, make_shards(tmp_path), shard_rows=10, description="nothing")
+    assert dataclasses.replace(result, seconds=0.0) == BulkResult()
