@@ -1,0 +1,206 @@
+"""Optimizer steps as data: which samples a step learns from, which rank reads them, and as which micro-batches.
+
+A step is fixed by (seed, epoch, step) and the global batch size alone. Ranks share it out, so the number of workers,
+the micro-batch and the packing change speed and memory and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vlrank.reranking.encoding import PromptTooLong
+from vlrank.training.collate import MicroBatch, Pictures, Row, answer_row, end_to_end, side_by_side
+from vlrank.training.packing import batches, pack, share
+from vlrank.training.samples import Sample, TrainingSamples
+
+if TYPE_CHECKING:
+    from vlrank.reranking.encoding import Encoder
+    from vlrank.reranking.modes import ItemMeta
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One rank's share of one optimizer step.
+
+    Attributes:
+        micro: Micro-batches, at least one.
+        answers: Learned tokens in ``micro``; 0 where all samples of the share were bad, and then ``micro`` is a
+            stand-in that keeps this rank's part of collective operations.
+        samples: Samples in ``micro``.
+        tokens: Tokens that were read, without padding.
+        padding: Tokens that were not.
+        inserted: Samples whose target was put among a retriever's candidates by hand.
+        bad: (user, error type, message) of samples that could not be read.
+    """
+
+    micro: list[MicroBatch]
+    answers: int
+    samples: int
+    tokens: int
+    padding: int
+    inserted: int
+    bad: list[tuple[int, str, str]] = field(default_factory=list)
+
+
+class Steps(Dataset[Step]):
+    """Steps by global number (epoch * steps per epoch + step).
+
+    Args:
+        samples: What is learned.
+        item_meta: What prompts show.
+        encoder: Prompts -> token ids, in the mode that training shows.
+        batch_size: Samples of a step over all ranks.
+        micro_batch_size: Rows side by side; ignored when packing.
+        pack_tokens: Length of packed rows, or None to pad.
+        rank, world: Which share of each step.
+        vision: Whether the model is a Qwen3-VL.
+        pad_id: Any token id that is no picture placeholder.
+        pictures: Loads pictures.
+        loss: See `answer_row`.
+    """
+
+    def __init__(
+        self,
+        samples: TrainingSamples,
+        item_meta: Mapping[int, ItemMeta],
+        encoder: Encoder,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        pack_tokens: int | None,
+        rank: int,
+        world: int,
+        vision: bool,
+        pad_id: int,
+        pictures: Pictures | None,
+        loss: Literal["answer", "all"] = "answer",
+    ) -> None:
+        self.samples, self.item_meta, self.encoder = samples, item_meta, encoder
+        self.batch_size, self.micro_batch_size, self.pack_tokens = batch_size, micro_batch_size, pack_tokens
+        self.rank, self.world, self.loss = rank, world, loss
+        self._form: dict[str, Any] = {"vision": vision, "pad_id": pad_id, "pictures": pictures}
+        self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps of an epoch; the last may hold fewer samples."""
+        return -(-len(self.samples) // self.batch_size)
+
+    def __len__(self) -> int:
+        return self.per_epoch
+
+    def drawn(self, number: int) -> list[Sample]:
+        """All samples of a step, over all ranks."""
+        epoch, step = divmod(number, self.per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self.samples.order(epoch)
+        indices = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
+        return [self.samples.sample(epoch, int(index)) for index in indices]
+
+    def __getitem__(self, number: int) -> Step:
+        drawn = self.drawn(number)
+        own = [drawn[i] for i in share([self._weight(sample) for sample in drawn], self.rank, self.world)]
+        rows: list[Row] = []
+        bad: list[tuple[int, str, str]] = []
+        for sample in own:
+            try:
+                rows.append(self._row(sample))
+            except (PromptTooLong, OSError, ValueError) as error:
+                bad.append((sample.user_id, type(error).__name__, str(error)))
+        answers = sum(len(row.targets) for row in rows)
+        stand_in = [] if rows else [self._stand_in()]
+        micro = self._micro_batches(rows or stand_in)
+        read = sum(len(row) for row in rows)
+        return Step(
+            micro=micro,
+            answers=answers,
+            samples=len(rows),
+            tokens=read,
+            padding=sum(batch["input_ids"].numel() for batch in micro) - read,
+            inserted=sum(sample.inserted for sample in own),
+            bad=bad,
+        )
+
+    def _row(self, sample: Sample) -> Row:
+        history = [self.item_meta[item] for item in sample.history]
+        candidates = [self.item_meta[item] for item in sample.candidates]
+        return answer_row(self.encoder, self.encoder.encode(history, candidates), sample.label, self.loss)
+
+    def _micro_batches(self, rows: Sequence[Row]) -> list[MicroBatch]:
+        lengths = [len(row) for row in rows]
+        if self.pack_tokens is None:
+            return [
+                side_by_side([rows[i] for i in chosen], **self._form)
+                for chosen in batches(lengths, self.micro_batch_size)
+            ]
+        return [
+            end_to_end(
+                [rows[i] for i in chosen], length=self.pack_tokens, documents=self._most_documents(), **self._form
+            )
+            for chosen in pack(lengths, self.pack_tokens)
+        ]
+
+    def _most_documents(self) -> int:
+        # More than a row can hold; cu_seqlens is padded to it, so that compiled layers see one shape.
+        return max(1, min(self.batch_size, self.pack_tokens or 1))
+
+    def _weight(self, sample: Sample) -> float:
+        # Characters stand for tokens: every rank must come to the same shares without tokenising the others' prompts.
+        recent = sample.history[-self.encoder.ranking.max_history :]
+        limit = self.encoder.ranking.max_item_chars
+        return float(sum(min(limit, len(self.item_meta[item]["text"]) + 16) for item in (*recent, *sample.candidates)))
+
+    def _stand_in(self) -> Row:
+        token = np.full(1, self._form["pad_id"], dtype=np.int64)
+        return Row(token, np.zeros((3, 1), dtype=np.int64), np.zeros(1, dtype=np.int64), token)
+
+
+class _EpochOrder(Sampler[list[int]]):
+    """Step numbers of the current epoch, one per batch."""
+
+    def __init__(self, per_epoch: int) -> None:
+        self.per_epoch = per_epoch
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.per_epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return ([self.epoch * self.per_epoch + step] for step in range(self.per_epoch))
+
+
+def _only(steps: list[Step]) -> dict[str, Any]:
+    (step,) = steps
+    return {name: getattr(step, name) for name in Step.__slots__}
+
+
+class StepLoader(DataLoader[Step]):
+    """Loads the steps of one epoch, ahead of time in ``workers`` processes."""
+
+    def __init__(self, steps: Steps, workers: int, pin_memory: bool) -> None:
+        super().__init__(
+            steps,
+            batch_sampler=_EpochOrder(steps.per_epoch),
+            collate_fn=_only,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            prefetch_factor=4 if workers else None,
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer at the start of an epoch."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """A micro-batch on ``device``; copies from pinned memory overlap with computation."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -1,0 +1,173 @@
+"""From samples to tensors: rows (one prompt with its answer), and micro-batches of rows side by side or end to end.
+
+A micro-batch is a dict of tensors:
+
+==================  =======================================================================================
+``input_ids``       int64 [B, T]; the last token of an answer is predicted and never read, so it is left out
+``position_ids``    int64 [B, T] for text models; [4, B, T] for Qwen3-VL: text positions, then time, row, column
+``answer_index``    int64 [n]: places in the flattened [B * T] whose next token is learned
+``targets``         int64 [n]: those next tokens
+``pixel_values``    float [patches, patch values], or cached features [visual tokens, (1 + D) * hidden]
+``image_grid_thw``  int64 [pictures, 3]
+``cu_seqlens``      int32 [documents + 1], packed rows only: where documents begin and end
+==================  =======================================================================================
+
+Rows are padded on the right and no attention mask is passed: attention is causal, so padding is never seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlrank.reranking.encoding import Encoded, Encoder, Grid
+
+Pictures = Callable[[Sequence[str]], "torch.Tensor"]
+"""Paths -> their ``pixel_values`` (pixels or cached features), concatenated."""
+
+MicroBatch = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt with (part of) its answer.
+
+    Attributes:
+        ids: int64 [T], what the model reads.
+        positions: int64 [3, T], rotary positions (time, row, column); equal rows without pictures.
+        places: int64 [n], positions in ``ids`` whose next token is learned.
+        targets: int64 [n], those tokens.
+        image_paths, grids: Pictures in order.
+    """
+
+    ids: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    places: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
+    image_paths: tuple[str, ...] = ()
+    grids: tuple[Grid, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def answer_row(encoder: Encoder, encoded: Encoded, label: int, loss: Literal["answer", "all"] = "answer") -> Row:
+    """A training row.
+
+    Args:
+        encoder: Made ``encoded``.
+        encoded: The prompt.
+        label: 1-based position of the target.
+        loss: ``answer`` learns the number and the end token; ``all`` also every text token of the prompt.
+    """
+    answer = encoded.answer_ids(label - 1)
+    row = _row(encoder, encoded, tuple(answer[:-1]))
+    after = np.concatenate([row.ids[1:], [answer[-1]]])
+    places = np.arange(len(encoded.ids) - 1, len(row))
+    if loss == "all":
+        places = np.arange(len(row))
+        if encoded.grids:  # a picture's placeholders carry no text to learn
+            places = places[after != encoder.image_token_id]
+    return Row(row.ids, row.positions, places, after[places], row.image_paths, row.grids)
+
+
+def _row(encoder: Encoder, encoded: Encoded, extra: tuple[int, ...]) -> Row:
+    ids = np.asarray([*encoded.ids, *extra], dtype=np.int64)
+    positions = encoder.positions(encoded)
+    after = positions.max(initial=-1) + 1 + np.arange(len(extra))
+    positions = np.concatenate([positions, np.tile(after, (3, 1))], axis=1)
+    return Row(
+        ids, positions, np.array([len(ids) - 1]), np.zeros(1, dtype=np.int64), encoded.image_paths, encoded.grids
+    )
+
+
+def side_by_side(rows: Sequence[Row], *, vision: bool, pad_id: int, pictures: Pictures | None = None) -> MicroBatch:
+    """Rows as a padded batch [len(rows), longest]."""
+    import torch
+
+    longest = max(len(row) for row in rows)
+    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    rotary = np.tile(np.arange(longest), (3, len(rows), 1))
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row.ids
+        rotary[:, i, : len(row)] = row.positions
+    # Text positions run on through the padding: a restart would be read as a new packed document.
+    text = np.tile(np.arange(longest), (len(rows), 1))
+    batch = _batch(ids, text, rotary, vision)
+    batch["answer_index"] = torch.from_numpy(np.concatenate([i * longest + row.places for i, row in enumerate(rows)]))
+    batch["targets"] = torch.from_numpy(np.concatenate([row.targets for row in rows]))
+    return batch | _pictures(rows, pictures)
+
+
+def end_to_end(
+    rows: Sequence[Row],
+    *,
+    vision: bool,
+    pad_id: int,
+    length: int | None = None,
+    documents: int | None = None,
+    pictures: Pictures | None = None,
+) -> MicroBatch:
+    """Rows packed one behind the other into one row [1, T].
+
+    Args:
+        rows: What to pack.
+        vision: Whether positions are Qwen3-VL's [4, 1, T].
+        pad_id: Fills up to ``length``; the filling is a document of its own.
+        length: T; None packs without filling.
+        documents: Pad ``cu_seqlens`` to this many documents (empty ones at the end), so that its shape is static.
+        pictures: Loads the rows' pictures.
+    """
+    import torch
+
+    filled = sum(len(row) for row in rows)
+    length = length or filled
+    if filled > length:
+        raise ValueError(f"{filled} tokens do not fit a packed row of {length}")
+    ends = np.cumsum([len(row) for row in rows])
+    starts = np.concatenate([[0], ends[:-1]])
+    rest = length - filled
+    ids = np.concatenate([*(row.ids for row in rows), np.full(rest, pad_id)])[None]
+    text = np.concatenate([*(np.arange(len(row)) for row in rows), np.arange(rest)])[None]
+    rotary = np.concatenate([*(row.positions for row in rows), np.tile(np.arange(rest), (3, 1))], axis=1)[:, None]
+    batch = _batch(ids, text, rotary, vision)
+    batch["answer_index"] = torch.from_numpy(
+        np.concatenate([start + row.places for start, row in zip(starts, rows, strict=True)])
+    )
+    batch["targets"] = torch.from_numpy(np.concatenate([row.targets for row in rows]))
+    bounds = np.concatenate([[0], ends, [length] if rest else []]).astype(np.int32)
+    if documents is not None:
+        bounds = np.pad(bounds, (0, max(0, documents + 2 - len(bounds))), constant_values=length)
+    batch["cu_seqlens"] = torch.from_numpy(bounds)
+    return batch | _pictures(rows, pictures)
+
+
+def _batch(
+    ids: npt.NDArray[np.int64], text: npt.NDArray[np.int64], rotary: npt.NDArray[np.int64], vision: bool
+) -> MicroBatch:
+    import torch
+
+    positions = np.concatenate([text[None], rotary]) if vision else text
+    return {
+        "input_ids": torch.from_numpy(np.ascontiguousarray(ids)),
+        "position_ids": torch.from_numpy(np.ascontiguousarray(positions)),
+    }
+
+
+def _pictures(rows: Sequence[Row], pictures: Pictures | None) -> MicroBatch:
+    import torch
+
+    paths = [path for row in rows for path in row.image_paths]
+    if not paths:
+        return {}
+    if pictures is None:
+        raise ValueError("rows with pictures need a loader for them")
+    grids = [grid for row in rows for grid in row.grids]
+    return {"pixel_values": pictures(paths), "image_grid_thw": torch.tensor(grids, dtype=torch.int64)}

@@ -1,0 +1,321 @@
+"""Models to train: loaded, frozen where they should be, adapted, with logits only where they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from vlrank.config import TrainConfig
+from vlrank.errors import UserError
+from vlrank.reranking.modes import Family, ModeSpec, mode_spec
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlrank.reranking.encoding import Encoder
+
+FOLDERS: dict[Family, str] = {"text": "qwen3vl_rerank", "vision": "qwen3vl_rerank_vl"}
+"""Where a run keeps its checkpoints, by family."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base model of a run, as far as it is known without loading it.
+
+    Attributes:
+        name: Hugging Face name, or the absolute path of a local folder.
+        family: What reads the prompts.
+        method: ``lora`` or ``full``.
+        unsloth: Whether Unsloth loads and patches it.
+        in_4bit: Whether its linear layers are quantised to NF4.
+    """
+
+    name: str
+    family: Family
+    method: Literal["lora", "full"]
+    unsloth: bool
+    in_4bit: bool
+
+
+@dataclass(slots=True)
+class Trainable:
+    """A model ready for training.
+
+    Attributes:
+        model: A `PreTrainedModel` or `PeftModel`.
+        processor: Saved beside every checkpoint: the processor of vision models, the tokenizer of text models.
+        encoder: Prompts -> token ids and pixels, of this model.
+        head: Keeps logits to the places where they are needed.
+    """
+
+    model: Any
+    processor: Any
+    encoder: Encoder
+    head: AnswerHead
+
+
+def resolve_base(config: TrainConfig) -> Base:
+    """Decide what is loaded, and find mistakes before anything is.
+
+    Raises:
+        UserError: a local folder that is no model of the mode's family, or Unsloth asked for and not installed.
+    """
+    from importlib.util import find_spec
+
+    from vlrank.config import mode_defaults
+
+    spec = mode_spec(config.mode)
+    defaults = mode_defaults(config.mode)
+    name = config.model or defaults["model"]
+    method = config.method or defaults["method"]
+    if Path(name).exists() or name.startswith(("/", "./", "../", "~")):
+        name = str(Path(name).expanduser().resolve())
+        _check_folder(Path(name), spec)
+    if spec.family == "vision" or method == "full":
+        if config.backend == "unsloth":
+            raise UserError(
+                f"backend: unsloth trains text models with LoRA, not mode {config.mode} with method {method}",
+                "Leave `backend` at auto.",
+            )
+        return Base(name, spec.family, method, unsloth=False, in_4bit=False)
+    installed = find_spec("unsloth") is not None
+    if config.backend == "unsloth" and not installed:
+        raise UserError("backend: unsloth, but Unsloth is not installed", "pip install 'vlrank[gpu]'")
+    in_4bit = config.load_in_4bit if config.load_in_4bit is not None else find_spec("bitsandbytes") is not None
+    return Base(name, "text", method, unsloth=installed and config.backend != "transformers", in_4bit=in_4bit)
+
+
+def _check_folder(folder: Path, spec: ModeSpec) -> None:
+    if not (folder / "config.json").is_file():
+        if (folder / "best.json").is_file():
+            raise UserError(f"model {folder} is a run folder", "Name one of its checkpoint folders, or its base model.")
+        raise UserError(f"model folder {folder} has no config.json", "Give a Hugging Face name or a model folder.")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        raise UserError(f"model folder {folder} has no tokenizer", "Copy tokenizer.json of its base model into it.")
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if (kind == "qwen3_vl") != (spec.family == "vision"):
+        wanted = "a Qwen3-VL model" if spec.family == "vision" else "a causal language model"
+        raise UserError(
+            f"mode {spec.name} needs {wanted}, but {folder} is a {kind}",
+            f"Set `model` to {wanted}, or choose another mode.",
+        )
+
+
+def load_trainable(config: TrainConfig, base: Base, device: torch.device) -> Trainable:
+    """Load, freeze and adapt the base model, in float32 on a CPU and in bfloat16 on a GPU unless `dtype` says more.
+
+    Raises:
+        UserError: the model cannot be found or lacks a tokenizer or image processor.
+    """
+    import torch
+    from transformers import AutoProcessor
+
+    from vlrank.reranking.encoding import Encoder
+
+    spec = mode_spec(config.mode)
+    dtype = weight_dtype(config, device)
+    torch.manual_seed(config.seed)  # adapters start at random
+    try:
+        model = (_load_unsloth if base.unsloth else _load_transformers)(config, base, device, dtype)
+        encoder = Encoder.load(base.name, spec, config.ranking)
+        processor = AutoProcessor.from_pretrained(base.name) if base.family == "vision" else encoder.tokenizer
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {base.name} cannot be loaded: {str(error).splitlines()[0]}",
+            "Check `model`: a Hugging Face name this machine can reach, or a local folder.",
+        ) from error
+    model.config.use_cache = False
+    if config.gradient_checkpointing and not base.unsloth:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return Trainable(model, processor, encoder, AnswerHead(model))
+
+
+def weight_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """float32 or bfloat16, see `TrainConfig.dtype`."""
+    import torch
+
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+def _load_transformers(config: TrainConfig, base: Base, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration
+
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    if base.in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+        )
+        options["device_map"] = {"": device}
+    kind = Qwen3VLForConditionalGeneration if base.family == "vision" else AutoModelForCausalLM
+    model = kind.from_pretrained(base.name, **options)
+    if base.in_4bit:
+        exact_4bit_on_cpu(model)
+    else:
+        model.to(device)
+    if base.method == "full":
+        if base.family == "vision":
+            model.model.visual.requires_grad_(config.train_vision)
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=list(config.lora.target_modules),
+        task_type="CAUSAL_LM",
+        exclude_modules=r".*\.visual\..*" if base.family == "vision" else None,
+    )
+    # Adapters stay float32, because bfloat16 swallows AdamW's small updates; autocast computes them in bfloat16.
+    return get_peft_model(model, lora)
+
+
+def _load_unsloth(config: TrainConfig, base: Base, device: torch.device, dtype: torch.dtype) -> Any:
+    from vlrank.compat import hide_vllm
+
+    hide_vllm()
+    # Unsloth returns no logits in training unless asked; and it may neither phone home nor redirect model names.
+    os.environ["UNSLOTH_RETURN_LOGITS"] = "1"
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        base.name,
+        max_seq_length=config.ranking.max_prompt_tokens + 16,
+        load_in_4bit=base.in_4bit,
+        dtype=dtype,
+        local_files_only=Path(base.name).is_dir(),
+    )
+    exact_4bit_on_cpu(model)
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=list(config.lora.target_modules),
+        use_gradient_checkpointing="unsloth" if config.gradient_checkpointing else False,
+        random_state=config.seed,
+    )
+
+
+def exact_4bit_on_cpu(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for AVX512-BF16.
+
+    It does so at the first forward pass without gradients (validation), and every later backward pass is wrong.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def core(model: Any) -> Any:
+    """The plain transformers model inside PEFT and data-parallel wrappers."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class AnswerHead:
+    """Lets the output head see only the places whose next token matters.
+
+    Logits of a whole batch are what fills memory (2048 tokens x 152k words are 1.2 GB in float32 per sample); an answer
+    is two or three tokens. ``logits_to_keep`` of transformers takes one set of places for all rows of a batch, so the
+    places are picked right before the head instead: the same numbers, for padded and for packed rows.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._index: torch.Tensor | None = None
+        core(model).get_output_embeddings().register_forward_pre_hook(self._select)
+
+    def _select(self, module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._index is None:
+            return None
+        hidden = arguments[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[self._index].unsqueeze(0), *arguments[1:])
+
+    @contextmanager
+    def at(self, index: torch.Tensor) -> Iterator[None]:
+        """Within the block logits are [1, n, vocabulary], of ``index`` (int64 [n]) into the flattened batch."""
+        self._index = index
+        try:
+            yield
+        finally:
+            self._index = None
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def accept_features(model: Any) -> int:
+    """Let ``pixel_values`` of a Qwen3-VL be cached features of its (frozen) vision tower; pixels are still accepted.
+
+    Returns:
+        Width of a feature row: the tower's output and the deepstack features behind it.
+
+    Raises:
+        ValueError: pixels and features have the same width and could not be told apart.
+    """
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+    inner = core(model).model
+    config = core(model).config.vision_config
+    hidden, layers = config.out_hidden_size, len(config.deepstack_visual_indexes)
+    width = hidden * (1 + layers)
+    if width == config.in_channels * config.temporal_patch_size * config.patch_size**2:
+        raise ValueError("vision features are as wide as a patch of pixels: set cache_vision: false")
+    compute: Callable[..., Any] = inner.get_image_features
+
+    def get_image_features(
+        pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        if pixel_values.shape[-1] != width:
+            return compute(pixel_values, image_grid_thw, **kwargs)
+        # One chunk for all pictures: the caller concatenates them anyway, and splitting would wait for the GPU.
+        output, *deepstack = pixel_values.split(hidden, dim=-1)
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=(output,), deepstack_features=deepstack)
+
+    inner.get_image_features = get_image_features
+    return width
+
+
+def tower_key(model: Any, encoder: Encoder, paths: Sequence[str]) -> str:
+    """Names what cached features depend on: the tower's weights, the picture preparation and the pictures."""
+    import torch
+
+    digest = hashlib.sha256()
+    tower = core(model).model.visual
+    for name, weight in sorted(tower.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(json.dumps(encoder.image_processor.to_dict(), sort_keys=True, default=str).encode())
+    digest.update(str(encoder.ranking.max_image_pixels).encode())
+    for path in paths:
+        status = os.stat(path)
+        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def image_features(model: Any, encoder: Encoder, paths: Sequence[str]) -> torch.Tensor:
+    """What a frozen vision tower gives for pictures: [visual tokens, (1 + D) * hidden], deepstack features behind."""
+    import numpy as np
+    import torch
+
+    inner = core(model).model
+    device = next(inner.visual.parameters()).device
+    pixels = torch.from_numpy(np.concatenate([encoder.pixels(path) for path in paths])).to(device)
+    grids = torch.tensor([encoder.grid(path) for path in paths], device=device)
+    with torch.no_grad():
+        output = inner.visual(pixels.to(inner.visual.dtype), grid_thw=grids, return_dict=True)
+    return torch.cat([output.pooler_output, *output.deepstack_features], dim=-1)

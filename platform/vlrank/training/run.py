@@ -1,0 +1,339 @@
+"""``vlrank train``: from a dataset to a run folder with the best checkpoint.
+
+A run folder holds ``config.yaml`` (every setting), ``history.jsonl`` (one line per evaluation), ``best.json`` (the best
+checkpoint), ``result.json`` (when it is done) and the checkpoints, plain Hugging Face or PEFT folders.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from vlrank.config import TrainConfig
+from vlrank.console import Summary, console, progress
+from vlrank.data.dataset import Dataset
+from vlrank.data.tables import atomic_write_json, atomic_write_text
+from vlrank.errors import UserError
+from vlrank.reranking.modes import ItemMeta
+from vlrank.runtime import cluster_gpus, ray_session
+from vlrank.training.data import TrainingData, display_name, plan
+from vlrank.training.model import FOLDERS, Base, resolve_base
+from vlrank.training.worker import PROGRESS_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ray.train.torch import TorchTrainer
+
+_FREE_KEYS = {"out", "ray", "max_failures", "resume", "report_to", "loader_workers", "save_total_limit"}
+"""Settings that may change between a run and its continuation."""
+
+
+def run(config: TrainConfig) -> Summary:
+    """Train one reranker.
+
+    Raises:
+        UserError: anything the user can mend, before a model is loaded where possible.
+    """
+    dataset = Dataset.open(config.dataset)
+    return _run(config, TrainingData.of_dataset(dataset, config.candidates), dataset)
+
+
+def fit(
+    train_data: Mapping[int, Sequence[int]],
+    val_data: Mapping[int, Sequence[int]],
+    item_meta: Mapping[int, ItemMeta],
+    config: TrainConfig,
+) -> Path:
+    """Train on lists in memory.
+
+    Args:
+        train_data: user id -> training items, oldest first.
+        val_data: user id -> validation items; the last one is the target, after all others and the training items.
+        item_meta: item id -> text and what the mode shows.
+        config: Settings; ``dataset`` is not read.
+
+    Returns:
+        The best checkpoint's folder.
+    """
+    _run(config, TrainingData.of_lists(train_data, val_data, item_meta), None)
+    return config.out / json.loads((config.out / "best.json").read_text(encoding="utf-8"))["checkpoint"]
+
+
+def dry_run(config: TrainConfig) -> Summary:
+    """What a run would do, and on how much data."""
+    return _facts(
+        config, resolve_base(config), TrainingData.of_dataset(Dataset.open(config.dataset), config.candidates)
+    )
+
+
+def build_trainer(
+    config: TrainConfig,
+    *,
+    name: str,
+    storage_path: str | Path,
+    callbacks: Sequence[Any] = (),
+    data: TrainingData | None = None,
+) -> TorchTrainer:
+    """The Ray Train trainer of a run, for `run` and for tuning; Ray must be connected.
+
+    Every evaluation reports epoch, step, loss and the ranking metrics, with the checkpoint. The run folder is
+    ``storage_path/name``; the same folder continues from its last checkpoint by itself.
+
+    Args:
+        config: Settings; ``out`` is replaced by the run folder.
+        name, storage_path: Where the run folder is.
+        callbacks: Ray Train callbacks, e.g. `TuneReportCallback`.
+        data: Read from ``config.dataset`` when not given.
+    """
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from vlrank.training.worker import train_loop
+
+    folder = Path(storage_path).resolve() / name
+    config = config.model_copy(update={"out": folder, "dataset": config.dataset.resolve()})
+    base = resolve_base(config)
+    if data is None:
+        data = TrainingData.of_dataset(Dataset.open(config.dataset), config.candidates)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    gpus = config.gpus_per_worker if config.gpus_per_worker is not None else min(1.0, cluster_gpus())
+    resources = {"CPU": config.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+    return TorchTrainer(
+        train_loop,
+        train_loop_config={"config": config.model_dump(mode="json"), "base": asdict(base), "data": ray.put(data)},
+        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpus > 0, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=FOLDERS[base.family],
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.save_total_limit, checkpoint_score_attribute="selection"
+            ),
+            callbacks=[_run_folder_callback(folder), *callbacks],
+        ),
+    )
+
+
+def _run_folder_callback(folder: Path) -> Any:
+    from ray.train import UserCallback
+
+    class RunFolder(UserCallback):
+        """Keeps history.jsonl and best.json; runs in the controller, on the driver's node."""
+
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            record_evaluation(folder, metrics[0])
+
+    return RunFolder()
+
+
+def record_evaluation(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Add an evaluation to a run folder; one that is repeated after a crash replaces the earlier line."""
+    history = [line for line in read_history(folder) if line["step"] < metrics["step"]]
+    history.append({**metrics, "time": time.time()})
+    atomic_write_text(folder / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+    best = max(history, key=lambda line: line["selection"])
+    facts = {key: best[key] for key in ("checkpoint", "metric", "value", "epoch", "step")}
+    atomic_write_json(folder / "best.json", facts)
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run, oldest first."""
+    path = folder / "history.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Summary:
+    config = config.model_copy(update={"out": config.out.resolve(), "dataset": config.dataset.resolve()})
+    base = resolve_base(config)
+    run_plan = plan(config, data)
+    if _finished(config):
+        console.print(f"{config.out} is finished already; delete it or set resume=never to train again")
+        return _summary(config, base, json.loads((config.out / "result.json").read_text(encoding="utf-8")))
+    for warning in run_plan.warnings:
+        console.print(f"[yellow]Note:[/yellow] {warning}")
+    begun = time.perf_counter()
+    with ray_session(config.ray):
+        _check_resources(config)
+        trainer = build_trainer(config, name=config.out.name, storage_path=config.out.parent, data=data)
+        with _watch(config, config.epochs * -(-len(run_plan.samples) // config.batch_size)):
+            outcome = _fit(trainer)
+    if "problem" in outcome:
+        raise UserError(outcome["problem"], outcome["remedy"])
+    if outcome["stopped_early"]:
+        console.print(f"Early stopping at epoch {outcome['stopped_early']}")
+    best = json.loads((config.out / "best.json").read_text(encoding="utf-8"))
+    _check_weights(config.out / best["checkpoint"])
+    console.print(f"Loaded best model with val_{display_name(best['metric'])}: {best['value']:.4f}")
+    bad = outcome.pop("bad")
+    if dataset is not None:
+        rows = [{"key": key, "error_type": error, "message": message} for key, error, message in bad]
+        dataset.add_quarantine("train", rows)
+    result = outcome | {
+        "seconds": round(time.perf_counter() - begun, 2),
+        "quarantined": len(bad),
+        "samples": len(run_plan.samples),
+        "validation_users": len(run_plan.validation),
+    }
+    atomic_write_json(config.out / "result.json", result)
+    (config.out / PROGRESS_FILE).unlink(missing_ok=True)
+    return _summary(config, base, result)
+
+
+def _finished(config: TrainConfig) -> bool:
+    """Whether ``out`` holds this very run, finished; clears it under ``resume: never``.
+
+    Raises:
+        UserError: ``out`` holds a run with other settings, or something that is no run.
+    """
+    out = config.out
+    if not out.exists() or not any(out.iterdir()):
+        return False
+    if not (out / "config.yaml").is_file():
+        raise UserError(f"{out} is not empty and is no training run", "Choose another --out.")
+    if config.resume == "never":
+        shutil.rmtree(out)
+        return False
+    saved = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    wanted = config.model_dump(mode="json")
+    differing = [key for key in wanted if key not in _FREE_KEYS and saved.get(key) != wanted[key]]
+    if differing:
+        changes = ", ".join(f"{key}: {saved.get(key)!r} -> {wanted[key]!r}" for key in differing)
+        raise UserError(
+            f"{out} holds a run with other settings ({changes})",
+            "Choose another --out, or set resume=never to replace it.",
+        )
+    return (out / "result.json").is_file()
+
+
+def _check_resources(config: TrainConfig) -> None:
+    import ray
+
+    have = ray.cluster_resources()
+    cpus = config.workers * config.cpus_per_worker
+    gpus = config.workers * (config.gpus_per_worker or 0)
+    for kind, needed in (("CPU", cpus), ("GPU", gpus)):
+        if needed > have.get(kind, 0):
+            raise UserError(
+                f"{config.workers} workers need {needed:g} {kind}s, the cluster has {have.get(kind, 0):g}",
+                f"Lower `workers` or `{kind.lower()}s_per_worker`.",
+            )
+
+
+def _fit(trainer: TorchTrainer) -> dict[str, Any]:
+    from ray.train import TrainingFailedError
+
+    try:
+        outcome: dict[str, Any] | None = trainer.fit().return_value
+    except TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", {}) or {}
+        for failure in failures.values():
+            cause = getattr(failure, "_base_exc", failure)
+            if isinstance(cause, UserError):
+                raise cause from None
+        raise
+    if outcome is None:
+        raise RuntimeError("training ended without a result")
+    return outcome
+
+
+@contextmanager
+def _watch(config: TrainConfig, total: int) -> Iterator[None]:
+    """Show progress and a line per evaluation while the block runs."""
+    done = threading.Event()
+    (config.out / PROGRESS_FILE).unlink(missing_ok=True)
+    seen = len(read_history(config.out))
+
+    def follow() -> None:
+        shown, at = seen, 0
+        with progress(f"train {config.mode}", total=total) as bar:
+            while True:
+                finished = done.wait(0.3)
+                with suppress(OSError, ValueError):
+                    facts = json.loads((config.out / PROGRESS_FILE).read_text(encoding="utf-8"))
+                    loss = f"loss {facts['loss']:.3f}" if facts.get("loss") is not None else facts.get("note", "")
+                    bar.advance(facts.get("step", 0) - at, note=loss)
+                    at = facts.get("step", 0)
+                history = read_history(config.out)
+                best = max((line["selection"] for line in history[:shown]), default=float("-inf"))
+                for line in history[shown:]:
+                    mark = " [BEST]" if line["selection"] > best else ""
+                    best = max(best, line["selection"])
+                    console.print(epoch_line(line, config.epochs) + mark, markup=False)
+                shown = len(history)
+                if finished:
+                    return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
+
+
+def epoch_line(line: Mapping[str, Any], epochs: int) -> str:
+    """``[Qwen3VLReranker] Epoch 1/10 - val_Recall@10: 0.1234``."""
+    return f"[Qwen3VLReranker] Epoch {line['epoch']}/{epochs} - val_{display_name(line['metric'])}: {line['value']:.4f}"
+
+
+def _check_weights(folder: Path) -> None:
+    """Open the checkpoint's tensors; a folder that cannot be read must not pass for the best model."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no weights", "The disk may be full; train again with resume=never.")
+    for file in files:
+        with safe_open(str(file), framework="numpy") as tensors:
+            tensors.keys()
+
+
+def _facts(config: TrainConfig, base: Base, data: TrainingData) -> Summary:
+    run_plan = plan(config, data)
+    steps = -(-len(run_plan.samples) // config.batch_size)
+    lines: dict[str, object] = {
+        "model": f"{base.name} ({base.method}{', 4-bit' if base.in_4bit else ''}{', Unsloth' if base.unsloth else ''})",
+        "samples per epoch": len(run_plan.samples),
+        "steps": f"{steps} per epoch, {steps * config.epochs} at most",
+        "validation users": len(run_plan.validation),
+        "selected by": display_name(run_plan.metric),
+        **({"notes": "; ".join(run_plan.warnings)} if run_plan.warnings else {}),
+    }
+    return Summary(
+        f"train {config.mode} (dry run)", lines, config.out, {"samples": len(run_plan.samples), "steps": steps}
+    )
+
+
+def _summary(config: TrainConfig, base: Base, result: Mapping[str, Any]) -> Summary:
+    best = json.loads((config.out / "best.json").read_text(encoding="utf-8"))
+    lines: dict[str, object] = {
+        "model": f"{base.name} ({base.method}{', 4-bit' if base.in_4bit else ''}{', Unsloth' if base.unsloth else ''})",
+        "samples per epoch": result["samples"],
+        "steps": result["steps"],
+        "best": f"val_{display_name(best['metric'])} {best['value']:.4f} at epoch {best['epoch']}",
+        "samples/s": round(result["samples_per_s"], 2),
+        "tokens/s": round(result["tokens_per_s"]),
+        "waiting for data": f"{result['loader_wait']:.1%} of the time",
+        "seconds": result["seconds"],
+    }
+    if result["peak_memory_gib"]:
+        lines["peak GPU memory"] = f"{result['peak_memory_gib']:.1f} GiB"
+    if result["inserted"]:
+        lines["targets inserted"] = f"{result['inserted']:.1%} of samples: the retriever did not list them"
+    if result["quarantined"]:
+        lines["quarantined"] = result["quarantined"]
+    counts = {key: int(result[key]) for key in ("samples", "steps", "validation_users", "quarantined")}
+    return Summary(f"train: {config.mode}", lines, config.out, counts)

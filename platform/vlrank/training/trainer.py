@@ -1,0 +1,407 @@
+"""transformers' `Trainer`, fed with whole optimizer steps: exact losses, validation by ranking, plain checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from vlrank.config import TrainConfig
+from vlrank.engines.transformers import score_labels
+from vlrank.errors import UserError
+from vlrank.training.batches import StepLoader, Steps, to_device
+from vlrank.training.data import Plan
+from vlrank.training.model import Base, Trainable
+from vlrank.training.validation import encode_samples, rank_metrics, validation_ranks
+
+CHECKPOINT_FILE = "vlrank.json"
+"""In every checkpoint: mode, ranking settings, base model, family and method: enough to rank with it."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a finished training loop says.
+
+    Attributes:
+        steps: Optimizer steps done.
+        epochs: Epochs begun.
+        stopped_early: The epoch at which patience ran out, or None.
+        samples_per_s: Training samples per second over all ranks, validation left out.
+        tokens_per_s: The same for tokens.
+        loader_wait: Share of training time spent waiting for batches.
+        padding: Share of padding among the tokens computed.
+        peak_memory_gib: Largest GPU memory of this rank; 0 on a CPU.
+        inserted: Share of samples whose target was put among a retriever's candidates by hand.
+        bad: (user, error type, message) of rows that could not be used.
+    """
+
+    steps: int
+    epochs: int
+    stopped_early: int | None
+    samples_per_s: float
+    tokens_per_s: float
+    loader_wait: float
+    padding: float
+    peak_memory_gib: float
+    inserted: float
+    bad: list[tuple[str, str, str]]
+
+
+class RerankTrainer(Trainer):
+    """Learns answers, validates by ranking.
+
+    One item of its data loader is one rank's share of one optimizer step: a list of micro-batches. So the global batch
+    never depends on the number of devices or on how rows are packed, and gradients are those of the mean over all
+    learned tokens of the step, wherever they were computed.
+
+    Args:
+        trainable: From `load_trainable`.
+        args: `TrainingArguments`; accumulation, sampling and collation settings there are not used.
+        config, base, plan: The run.
+        steps: The training data.
+        loader_workers: Processes that prepare steps ahead.
+        validation_encoder: Encodes validation prompts (in raw_image with ``train_inputs: caption`` they differ).
+        eval_tokens: Padded tokens per forward pass of a validation.
+    """
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        args: TrainingArguments,
+        *,
+        config: TrainConfig,
+        base: Base,
+        plan: Plan,
+        steps: Steps,
+        validation_encoder: Any,
+        loader_workers: int,
+        eval_tokens: int,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.config, self.base, self.plan = config, base, plan
+        self.head, self.steps = trainable.head, steps
+        self._encoder, self._loader_workers, self._eval_tokens = validation_encoder, loader_workers, eval_tokens
+        self._validation_prompts: list[Any] | None = None
+        self._meter = _Meter()
+        self._stability = Stability(math.log(len(trainable.encoder.tokenizer)))
+        self.bad: dict[str, tuple[str, str]] = {}
+        super().__init__(
+            model=trainable.model,
+            args=args,
+            train_dataset=steps,
+            eval_dataset=plan.validation,
+            processing_class=trainable.processor,
+            callbacks=callbacks,
+        )
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> StepLoader:
+        """Steps of this rank; not sharded again."""
+        return StepLoader(self.steps, self._loader_workers, pin_memory=self.args.device.type == "cuda")
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Fetch the next step, and time how long the device waits for it."""
+        begun = time.perf_counter()
+        result = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._meter.waited(time.perf_counter() - begun)
+        return result
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs["micro"] = [to_device(batch, self.args.device) for batch in inputs["micro"]]
+        return inputs
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not estimated: transformers' formula counts one padded batch per step."""
+        return 0
+
+    # ---- learning ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward over the micro-batches of a step.
+
+        Returns:
+            This rank's part of the mean loss per learned token, scaled so that the mean over ranks is the loss.
+        """
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        micro, world = inputs["micro"], self.args.world_size
+        counts = torch.tensor([inputs["answers"], len(micro)], dtype=torch.int64, device=self.args.device)
+        if world > 1:
+            answers, longest = counts[:1].clone(), counts[1:].clone()
+            dist.all_reduce(answers)
+            dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+            total, passes = int(answers), int(longest)
+        else:
+            total, passes = int(inputs["answers"]), len(micro)
+        # Sharded weights are gathered by all ranks together, so every rank makes as many passes as the busiest one.
+        repeats = passes - len(micro) if self.config.parallel == "fsdp2" else 0
+        work = [(batch, inputs["answers"] > 0) for batch in micro] + [(micro[-1], False)] * repeats
+        loss = torch.zeros((), device=self.args.device)
+        for i, (batch, counted) in enumerate(work):
+            last = i == len(work) - 1
+            with nullcontext() if last or world == 1 else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    part = self.token_losses(model, batch).sum() * (world / max(1, total))
+                    part = part if counted else part * 0.0
+                self.accelerator.backward(part)
+            loss += part.detach()
+        self._meter.did(inputs)
+        for user, error, message in inputs["bad"]:
+            self.bad[str(user)] = (error, message)
+        return loss
+
+    def token_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Cross-entropy in float32 of each learned token, [n]; the head runs on their places only."""
+        inputs = {name: value for name, value in batch.items() if name not in ("answer_index", "targets", "cu_seqlens")}
+        with self.head.at(batch["answer_index"]):
+            logits = model(**inputs, use_cache=False).logits[0]
+        return torch.nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="none")
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        # Called once per step, after all gradients are there and before they are used.
+        norm = super()._clip_grad_norm(model)
+        self._stability.check_gradients(float(norm), self.state.global_step + 1)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Besides logging, stop a run whose loss explodes."""
+        if "loss" in logs:
+            self._meter.loss = logs["loss"]
+            self._stability.check_loss(logs["loss"], self.state.global_step)
+        super().log(logs, start_time)
+
+    # ---- validation -------------------------------------------------------------------------------------------------
+
+    @property
+    def metric_names(self) -> list[str]:
+        """Metrics of every evaluation; the selecting one is among them."""
+        return list(dict.fromkeys(["recall@1", "recall@5", "recall@10", "ndcg@10", "mrr@10", self.plan.metric]))
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Rank the validation users' candidates, each rank its share of the users."""
+        begun = time.perf_counter()
+        rank, world = self.args.process_index, self.args.world_size
+        own = self.plan.validation[rank::world]
+        if self._validation_prompts is None:
+            self._validation_prompts, bad = encode_samples(own, self.plan.item_meta, self._encoder)
+            self.bad |= {f"{user} (validation)": (error, message) for user, error, message in bad}
+        model = self.accelerator.unwrap_model(self.model) if self.config.parallel == "ddp" else self.model
+
+        def score(prompts: list[Any]) -> list[Any]:
+            # Unsloth's attention knows only causal rows; everything else reads the whole trie in one pass.
+            return score_labels(model, self._encoder, prompts, tree=not self.base.unsloth)
+
+        with self.compute_loss_context_manager():
+            ranks = validation_ranks(own, self._validation_prompts, score, self._eval_tokens)
+        if world > 1:
+            parts: list[Any] = [None] * world
+            dist.all_gather_object(parts, ranks.tolist())
+            ranks = np.concatenate([np.asarray(part) for part in parts])
+        metrics = rank_metrics(ranks, self.metric_names)
+        # A tie goes to the earlier checkpoint, here and where Ray Train decides which checkpoints to keep.
+        metrics["selection"] = metrics[self.plan.metric] - 1e-9 * self.state.global_step
+        self._meter.paused(time.perf_counter() - begun)
+        metrics["seconds"] = time.perf_counter() - begun
+        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(prefixed)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
+        return prefixed
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing needs
+        write_checkpoint_facts(folder, self.config, self.base)
+
+    # ---- outcome ----------------------------------------------------------------------------------------------------
+
+    def outcome(self) -> Outcome:
+        """What happened, gathered from all ranks."""
+        meter, world = self._meter, self.args.world_size
+        bad = [(user, error, message) for user, (error, message) in self.bad.items()]
+        sums = [float(meter.samples), float(meter.tokens), float(meter.padding), float(meter.inserted)]
+        if world > 1:
+            parts: list[Any] = [None] * world
+            dist.all_gather_object(parts, (bad, sums))
+            bad = [row for rows, _ in parts for row in rows]
+            sums = [sum(values) for values in zip(*(numbers for _, numbers in parts), strict=True)]
+        samples, tokens, padding, inserted = sums
+        seconds = max(1e-9, meter.seconds)
+        cuda = self.args.device.type == "cuda"
+        stopped = self.state.global_step < self.state.max_steps
+        return Outcome(
+            steps=self.state.global_step,
+            epochs=math.ceil(self.state.epoch or 0),
+            stopped_early=math.ceil(self.state.epoch or 0) if stopped else None,
+            samples_per_s=samples / seconds,
+            tokens_per_s=tokens / seconds,
+            loader_wait=meter.wait / seconds,
+            padding=padding / max(1.0, tokens + padding),
+            peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+            inserted=inserted / max(1.0, samples),
+            bad=bad,
+        )
+
+
+def write_checkpoint_facts(folder: Path, config: TrainConfig, base: Base) -> None:
+    """Write `CHECKPOINT_FILE`."""
+    facts = {
+        "mode": config.mode,
+        "ranking": config.ranking.model_dump(mode="json"),
+        "base_model": base.name,
+        "family": base.family,
+        "method": base.method,
+    }
+    (folder / CHECKPOINT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+class Stability:
+    """Stops a run that has gone wrong, instead of letting it spend hours on numbers that mean nothing.
+
+    Args:
+        uniform: Loss per token of a model that knows nothing, ln(vocabulary).
+    """
+
+    def __init__(self, uniform: float) -> None:
+        self._uniform = uniform
+        self._recent: deque[float] = deque(maxlen=50)
+
+    def check_gradients(self, norm: float, step: int) -> None:
+        """Raises `UserError` when gradients are not finite; all ranks see the same norm."""
+        if not math.isfinite(norm):
+            raise UserError(
+                f"the loss is not a number at step {step} (gradient norm {norm})",
+                "Lower `lr`, raise `warmup_ratio`, or train in dtype: float32. The last good checkpoint is kept.",
+            )
+
+    def check_loss(self, loss: float, step: int) -> None:
+        """Raises `UserError` when the loss is far above both what it was and what guessing would give."""
+        usual = float(np.median(self._recent)) if self._recent else loss
+        if not math.isfinite(loss) or loss > 4 * max(usual, self._uniform):
+            raise UserError(
+                f"the loss exploded at step {step}: {loss:.3g}, after {usual:.3g} before",
+                "Lower `lr` or `max_grad_norm`, or raise `warmup_ratio`. The last good checkpoint is kept.",
+            )
+        self._recent.append(loss)
+
+
+class _Meter:
+    """Counts what a rank does; the first step is left out, because it compiles and allocates."""
+
+    def __init__(self) -> None:
+        self.samples = self.tokens = self.padding = self.inserted = 0
+        self.wait = self._pause = 0.0
+        self.loss: float | None = None
+        self._begun: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self._begun is None else time.perf_counter() - self._begun - self._pause
+
+    def waited(self, seconds: float) -> None:
+        self.wait += seconds if self._begun is not None else 0.0
+
+    def paused(self, seconds: float) -> None:
+        self._pause += seconds if self._begun is not None else 0.0
+
+    def did(self, step: dict[str, Any]) -> None:
+        if self._begun is None:
+            self._begun = time.perf_counter()
+            return
+        self.samples += step["samples"]
+        self.tokens += step["tokens"]
+        self.padding += step["padding"]
+        self.inserted += step["inserted"]
+
+
+class ReportCallback(TrainerCallback):
+    """After every saved checkpoint: hand metrics and files to Ray Train; meanwhile: show progress.
+
+    Args:
+        report: Called on every rank with the metrics and this rank's checkpoint folder.
+        progress: Called on rank 0 with the step and the latest loss, at most once a second.
+        metric: What selects the best checkpoint.
+        metric_names: What is reported of an evaluation.
+    """
+
+    def __init__(
+        self,
+        report: Callable[[dict[str, Any], Path], None],
+        progress: Callable[[int, float | None], None],
+        metric: str,
+        metric_names: list[str],
+    ) -> None:
+        self._report, self._progress = report, progress
+        self._metric, self._names = metric, metric_names
+        self._loss: list[tuple[int, float]] = []
+        self._shown = 0.0
+        self._evaluated: dict[str, float] = {}
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Remember the training loss."""
+        if logs and "loss" in logs:
+            self._loss.append((state.global_step, logs["loss"]))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Show progress."""
+        if state.is_world_process_zero and time.monotonic() - self._shown > 1:
+            self._shown = time.monotonic()
+            self._progress(state.global_step, self._loss[-1][1] if self._loss else None)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
+    ) -> None:
+        """Remember the metrics until the checkpoint is saved."""
+        self._evaluated = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Report."""
+        metrics = {
+            "epoch": math.ceil(round(state.epoch or 0, 6)),
+            "step": state.global_step,
+            "loss": float(np.mean([loss for _, loss in self._loss])) if self._loss else float("nan"),
+            **{name: self._evaluated[name] for name in self._names},
+            "selection": self._evaluated["selection"],
+            "metric": self._metric,
+            "value": self._evaluated[self._metric],
+            "best": state.best_global_step == state.global_step,
+            "validation_s": round(self._evaluated["seconds"], 3),
+        }
+        self._loss.clear()
+        self._report(metrics, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def patience_spent(checkpoint: Path, patience: int) -> bool:
+    """Whether the run that wrote this checkpoint had already run out of patience."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+    attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
+    return int(attributes.get("early_stopping_patience_counter", 0)) >= patience
+
+
+def quiet_libraries() -> None:
+    """One progress display is enough: ours."""
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

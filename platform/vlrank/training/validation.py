@@ -1,0 +1,105 @@
+"""Validation: ranks read from the label trie (never by generating text), and the metrics made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from vlrank.reranking.encoding import PromptTooLong
+from vlrank.training.samples import Sample
+
+if TYPE_CHECKING:
+    from vlrank.reranking.encoding import Encoded, Encoder
+    from vlrank.reranking.modes import ItemMeta
+
+
+def rank_metrics(ranks: npt.ArrayLike, metrics: Sequence[str]) -> dict[str, float]:
+    """Metrics of single relevant items.
+
+    Recall@K is the share of ranks up to K, NDCG@K the mean of ``1 / log2(rank + 1)`` and MRR@K of ``1 / rank`` over
+    ranks up to K (Järvelin and Kekäläinen 2002, with one relevant item the ideal gain is 1).
+
+    Args:
+        ranks: [users], from 1; infinity for a target that is not among the candidates.
+        metrics: e.g. ``["recall@10", "ndcg@10", "mrr@10"]``.
+
+    >>> rank_metrics([1, 3, float("inf"), 2], ["recall@2", "mrr@10"])
+    {'recall@2': 0.5, 'mrr@10': 0.4583333333333333}
+    """
+    rank = np.asarray(ranks, dtype=np.float64)
+    gains: dict[str, Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]] = {
+        "recall": np.ones_like,
+        "ndcg": lambda rank: 1 / np.log2(rank + 1),
+        "mrr": lambda rank: 1 / rank,
+    }
+    result = {}
+    for metric in metrics:
+        name, _, k = metric.partition("@")
+        result[metric] = float(np.where(rank <= int(k), gains[name](rank), 0.0).mean())
+    return result
+
+
+def rank_of(scores: npt.NDArray[np.float32], target: int) -> int:
+    """Rank of ``target`` (0-based position), from 1; of equal scores the earlier position comes first."""
+    own = scores[target]
+    return int(1 + (scores > own).sum() + (scores[:target] == own).sum())
+
+
+def encode_samples(
+    samples: Sequence[Sample], item_meta: Mapping[int, ItemMeta], encoder: Encoder
+) -> tuple[list[Encoded | None], list[tuple[int, str, str]]]:
+    """The samples' prompts, made once for all evaluations.
+
+    Returns:
+        One prompt per sample, None where there is none to score (the retriever missed the target, or the prompt cannot
+        be made), and (user, error type, message) of the latter.
+    """
+    prompts: list[Encoded | None] = []
+    bad: list[tuple[int, str, str]] = []
+    for sample in samples:
+        prompts.append(None)
+        if not sample.label:
+            continue
+        history = [item_meta[item] for item in sample.history]
+        candidates = [item_meta[item] for item in sample.candidates]
+        try:
+            prompts[-1] = encoder.encode(history, candidates)
+        except (PromptTooLong, OSError, ValueError) as error:
+            bad.append((sample.user_id, type(error).__name__, str(error)))
+    return prompts, bad
+
+
+def validation_ranks(
+    samples: Sequence[Sample],
+    prompts: Sequence[Encoded | None],
+    score: Callable[[list[Encoded]], list[npt.NDArray[np.float32]]],
+    tokens_at_once: int,
+) -> npt.NDArray[np.float64]:
+    """Ranks of the targets, float64 [samples]; infinity where there is no prompt, so that all models face all users.
+
+    Args:
+        samples: Fixed validation samples.
+        prompts: From `encode_samples`.
+        score: Prompts -> log-probabilities of their labels, in one pass.
+        tokens_at_once: Padded tokens per pass at most; a longer prompt goes alone.
+    """
+    ranks = np.full(len(samples), np.inf)
+    present = [(i, prompt) for i, prompt in enumerate(prompts) if prompt is not None]
+    for chunk in _passes(sorted(present, key=lambda pair: len(pair[1].ids)), tokens_at_once):
+        for (i, _), scores in zip(chunk, score([prompt for _, prompt in chunk]), strict=True):
+            ranks[i] = rank_of(scores, samples[i].label - 1)
+    return ranks
+
+
+def _passes(rising: list[tuple[int, Encoded]], tokens: int) -> Iterator[list[tuple[int, Encoded]]]:
+    chunk: list[tuple[int, Encoded]] = []
+    for pair in rising:
+        if chunk and (len(chunk) + 1) * len(pair[1].ids) > tokens:
+            yield chunk
+            chunk = []
+        chunk.append(pair)
+    if chunk:
+        yield chunk

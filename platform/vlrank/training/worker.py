@@ -1,0 +1,258 @@
+"""The function that every Ray Train worker runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vlrank.config import TrainConfig
+from vlrank.errors import UserError
+from vlrank.training.data import Plan, TrainingData, pictures_folder, plan
+from vlrank.training.model import FOLDERS, Base
+
+PROGRESS_FILE = "progress.json"
+_OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_bf16": "adamw_torch",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+
+
+def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train on this worker.
+
+    Args:
+        settings: ``config`` and ``base`` as dicts, and ``data``, a reference to a `TrainingData`.
+
+    Returns:
+        `Outcome` as a dict, or ``{"problem", "remedy"}`` where the user has to mend something: returned, not raised,
+        because Ray Train would try again and fail the same way.
+    """
+    import ray
+    import ray.train
+
+    config = TrainConfig.model_validate(settings["config"])
+    base = Base(**settings["base"])
+    data: TrainingData = ray.get(settings["data"])
+    context = ray.train.get_context()
+    try:
+        return asdict(_train(config, base, data, rank=context.get_world_rank(), world=context.get_world_size()))
+    except UserError as error:
+        # With several workers only an error that all of them have can be returned; they see the same gradients.
+        return {"problem": error.problem, "remedy": error.remedy}
+
+
+def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, world: int) -> Any:
+    import ray.train
+    import ray.train.torch
+
+    if base.unsloth:
+        # Unsloth patches transformers and has to come first.
+        from vlrank.compat import hide_vllm
+
+        hide_vllm()
+        import unsloth  # noqa: F401
+    from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+
+    from vlrank.training.batches import Steps
+    from vlrank.training.model import load_trainable, weight_dtype
+    from vlrank.training.trainer import Outcome, ReportCallback, RerankTrainer, patience_spent, quiet_libraries
+
+    quiet_libraries()
+    set_seed(config.seed)
+    show = _Progress(config.out if rank == 0 else None)
+    home = config.out / FOLDERS[base.family]
+    if rank == 0:
+        remove_orphans(home)
+    device = ray.train.torch.get_device()
+    on_gpu = device.type == "cuda"
+    show(note="loading the model")
+    trainable = load_trainable(config, base, device)
+    encoder, training_encoder, pictures, data, run_plan = _prepare_pictures(config, trainable, data, rank, world, show)
+    packing = config.packing if config.packing is not None else on_gpu and not base.unsloth
+    own_share = -(-config.batch_size // world)
+    steps = Steps(
+        run_plan.samples,
+        run_plan.item_meta,
+        training_encoder,
+        batch_size=config.batch_size,
+        micro_batch_size=min(config.micro_batch_size or own_share, own_share),
+        pack_tokens=max(config.pack_tokens, config.ranking.max_prompt_tokens + 16) if packing else None,
+        rank=rank,
+        world=world,
+        vision=base.family == "vision",
+        pad_id=0,
+        pictures=pictures,
+        loss=config.loss,
+    )
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(config.out / "logs"))
+    n_steps = steps.per_epoch * config.epochs
+    staging = config.out / ".staging" / f"rank-{rank}"
+    shutil.rmtree(staging, ignore_errors=True)
+    by_steps = config.eval_steps is not None
+    arguments = TrainingArguments(
+        output_dir=str(staging),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=steps.micro_batch_size,
+        learning_rate=config.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(config.warmup_ratio * n_steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=_OPTIMIZERS["adamw" if config.optim == "auto" else config.optim],
+        bf16=on_gpu and base.unsloth and weight_dtype(config, device).itemsize == 2,
+        eval_strategy="steps" if by_steps else "epoch",
+        eval_steps=config.eval_steps,
+        save_strategy="steps" if by_steps else "epoch",
+        save_steps=config.eval_steps or 500,
+        logging_strategy="steps",
+        logging_steps=max(1, min(10, n_steps // 100)),
+        logging_nan_inf_filter=False,
+        metric_for_best_model="selection",
+        greater_is_better=True,
+        load_best_model_at_end=False,
+        remove_unused_columns=False,
+        report_to=list(config.report_to) or "none",
+        seed=config.seed,
+        disable_tqdm=True,
+        use_cpu=not on_gpu,
+        ddp_find_unused_parameters=config.train_vision,
+    )
+    names: list[str] = []
+    trainer = RerankTrainer(
+        trainable,
+        arguments,
+        config=config,
+        base=base,
+        plan=run_plan,
+        steps=steps,
+        validation_encoder=encoder,
+        loader_workers=config.loader_workers if config.loader_workers is not None else (4 if on_gpu else 0),
+        eval_tokens=32768 if on_gpu else 8192,
+        callbacks=[
+            EarlyStoppingCallback(config.patience),
+            ReportCallback(_reporter(home), show.step, run_plan.metric, names),
+        ],
+    )
+    names += trainer.metric_names
+    last = ray.train.get_checkpoint()
+    show(note="training")
+    if last is None:
+        trainer.train()
+    else:
+        with last.as_directory() as folder:
+            if patience_spent(Path(folder), config.patience):
+                state = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
+                epoch = round(state["epoch"])
+                return Outcome(state["global_step"], epoch, epoch, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, [])
+            trainer.train(resume_from_checkpoint=folder)
+    shutil.rmtree(staging.parent, ignore_errors=True)
+    return trainer.outcome()
+
+
+def _prepare_pictures(
+    config: TrainConfig, trainable: Any, data: TrainingData, rank: int, world: int, show: _Progress
+) -> tuple[Any, Any, Any, TrainingData, Plan]:
+    """Encoders for validation and training, the picture loader, and the data without unreadable pictures."""
+    import torch.distributed as dist
+
+    from vlrank.reranking.encoding import Encoder
+    from vlrank.training.model import accept_features, tower_key
+    from vlrank.training.pictures import FeatureEncoder, Pixels, compute_features
+
+    encoder = trainable.encoder
+    run_plan = plan(config, data)
+    pictures: Any = Pixels(encoder)
+    paths = run_plan.picture_paths
+    if paths and config.cache_vision and not config.train_vision:
+        accept_features(trainable.model)
+        folder = pictures_folder(config) / tower_key(trainable.model, encoder, paths)
+        if rank == 0:
+            show(note=f"vision features of {len(paths):,} pictures")
+            compute_features(trainable.model, encoder, paths, folder)
+        if world > 1:
+            dist.barrier()
+        pictures, bad = compute_features(trainable.model, encoder, paths, folder)
+        encoder = FeatureEncoder(encoder, pictures)
+        if bad:
+            data = data.without_pictures(set(bad))
+            run_plan = plan(config, data)
+    training_encoder = encoder
+    if run_plan.train_spec is not run_plan.spec:
+        training_encoder = Encoder(encoder.tokenizer, run_plan.train_spec, config.ranking)
+    return encoder, training_encoder, pictures, data, run_plan
+
+
+def _reporter(home: Path) -> Callable[[dict[str, Any], Path], None]:
+    def report(metrics: dict[str, Any], folder: Path) -> None:
+        import ray.train
+
+        name = folder.name
+        ray.train.report(
+            metrics | {"checkpoint": f"{home.name}/{name}"},
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=name,
+            checkpoint_upload_fn=lambda checkpoint, _: _move(Path(checkpoint.path), home / name),
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    return report
+
+
+def _move(source: Path, target: Path) -> Any:
+    """Files of this rank into the checkpoint folder; renames where both lie on one disk, copies elsewhere."""
+    import ray.train
+
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(str(file), place)
+    return ray.train.Checkpoint.from_directory(str(target))
+
+
+def remove_orphans(home: Path) -> list[str]:
+    """Delete checkpoint folders that Ray Train does not know: a crash cut their report off.
+
+    Returns:
+        Names of the deleted folders.
+    """
+    snapshot = home / "checkpoint_manager_snapshot.json"
+    known: set[str] = set()
+    if snapshot.is_file():
+        state = json.loads(snapshot.read_text(encoding="utf-8"))
+        known = {result["checkpoint_dir_name"] for result in state["checkpoint_results"]}
+    orphans = [folder for folder in home.glob("checkpoint-*") if folder.is_dir() and folder.name not in known]
+    for folder in orphans:
+        shutil.rmtree(folder)
+    return [folder.name for folder in orphans]
+
+
+class _Progress:
+    """Tells the driver what this worker is doing, through a small file in the run folder; silence is no error."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._path = None if folder is None else folder / PROGRESS_FILE
+        self._last: dict[str, Any] = {}
+
+    def __call__(self, **facts: Any) -> None:
+        if self._path is None:
+            return
+        self._last |= facts | {"time": time.time()}
+        try:
+            draft = self._path.with_suffix(".tmp")
+            draft.write_text(json.dumps(self._last), encoding="utf-8")
+            os.replace(draft, self._path)
+        except OSError:
+            self._path = None
+
+    def step(self, step: int, loss: float | None) -> None:
+        """Training has come to ``step``."""
+        self(step=step, loss=loss)
