@@ -81,7 +81,8 @@ class Collector:
         """All rows in the order in which they came."""
         arrays, names = {}, {}
         for role in ("user", "item"):
-            encoded = pa.chunked_array(self._names[role], pa.string()).dictionary_encode().unify_dictionaries()
+            # Arrow gives all chunks one common dictionary, in the order of first appearance.
+            encoded = pa.chunked_array(self._names[role], pa.string()).dictionary_encode()
             final = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks] or [np.empty(0, np.int32)])
             local = np.concatenate(self._columns[role] or [np.empty(0, np.int32)])
             self._columns[role] = []

@@ -12,7 +12,7 @@ MAX_RAW_CHARS = 20_000
 
 _BLOCK = re.compile(r"<!--.*?(?:-->|$)|<(script|style)\b.*?(?:</\1\s*>|$)", re.IGNORECASE | re.DOTALL)
 # A tag starts with a letter right after "<", so "size < 5" stays.
-_TAG = re.compile(r"</?[a-zA-Z!](?:\"[^\"<>]*\"|'[^'<>]*'|[^'\"<>])*>|</?[a-zA-Z][^<>]*>")
+_TAG = re.compile(r"</?[a-zA-Z!](?:\"[^\"<]*\"|'[^'<]*'|[^'\"<>])*>|</?[a-zA-Z][^<>]*>")
 _CUT_TAG = re.compile(
     r"</?(?:a|b|br|div|em|font|h[1-6]|i|img|li|ol|p|span|strong|table|td|tr|u|ul)\b[^<>]*$", re.IGNORECASE
 )
