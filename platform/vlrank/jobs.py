@@ -3,6 +3,8 @@
 A job prints ``{"status", "output", "counts", "message"}`` as the last line of its standard output and exits with
 0 (done), 2 (something the user can mend, see `UserError`) or 1 (anything else). ``ray job`` keeps the end of the output
 as the message of a failed job, so the reason stands in its status.
+
+``python -m vlrank.jobs STAGE ...`` is the same for any stage; `vlrank.submit` starts its jobs this way.
 """
 
 from __future__ import annotations
@@ -11,17 +13,38 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 
-from vlrank.config import Config
+from vlrank.config import (
+    Config,
+    EvaluateConfig,
+    GenerateConfig,
+    PrepareConfig,
+    RerankConfig,
+    RetrieveConfig,
+    TrainConfig,
+    TuneConfig,
+)
 from vlrank.console import Summary
 from vlrank.errors import UserError
 from vlrank.options import stage_command
 
 C = TypeVar("C", bound=Config)
+
+STAGES: dict[str, tuple[type[Config], str, str | None]] = {
+    "prepare": (PrepareConfig, "vlrank.data.prepare:run", None),
+    "generate": (GenerateConfig, "vlrank.generation.pipeline:run", "vlrank.generation.pipeline:plan"),
+    "retrieve": (RetrieveConfig, "vlrank.evaluation.retrieve:run", None),
+    "train": (TrainConfig, "vlrank.training.run:run", "vlrank.training.run:dry_run"),
+    "tune": (TuneConfig, "vlrank.tuning.run:run", "vlrank.tuning.run:plan"),
+    "rerank": (RerankConfig, "vlrank.reranking.pipeline:run", None),
+    "evaluate": (EvaluateConfig, "vlrank.evaluation.run:run", None),
+}
+"""Stages that can run as jobs: config, ``run`` and what ``--dry_run`` calls, imported when called."""
 
 
 def main(
@@ -93,3 +116,19 @@ def _last_line(status: str, message: str, output: Path | None = None, counts: Ma
     sys.stderr.flush()
     place = None if output is None else str(output)
     print(json.dumps({"status": status, "output": place, "counts": dict(counts or {}), "message": message}), flush=True)
+
+
+def _lazy(target: str) -> Callable[[Any], Summary]:
+    module, _, function = target.partition(":")
+    return lambda config: getattr(import_module(module), function)(config)
+
+
+def _stage_main(argv: Sequence[str]) -> NoReturn:
+    if not argv or argv[0] not in STAGES:
+        raise SystemExit(f"usage: python -m vlrank.jobs {'|'.join(STAGES)} [OPTIONS]")
+    config_type, run, plan = STAGES[argv[0]]
+    main(_lazy(run), config_type, argv[1:], plan=_lazy(plan) if plan else None)
+
+
+if __name__ == "__main__":
+    _stage_main(sys.argv[1:])
