@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlrank.config import TrainConfig
 from vlrank.engines.transformers import score_labels
@@ -105,6 +105,7 @@ class RerankTrainer(Trainer):
             processing_class=trainable.processor,
             callbacks=callbacks,
         )
+        self.remove_callback(PrinterCallback)
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
