@@ -262,7 +262,7 @@ def build(dataset: ray.data.Dataset, job: Job, engine: EngineConfig, shard_rows:
 def vllm_engine_kwargs(job: Job, engine: EngineConfig, gpus: float) -> dict[str, Any]:
     """Arguments of vLLM's engine; ``engine.engine_kwargs`` wins over everything."""
     kwargs: dict[str, Any] = {
-        "dtype": engine.dtype,
+        "dtype": _dtype(job, engine, gpus),
         "tensor_parallel_size": engine.tensor_parallel_size,
         "gpu_memory_utilization": engine.gpu_memory_utilization * (gpus if 0 < gpus < 1 else 1),
         "enforce_eager": engine.enforce_eager if engine.enforce_eager is not None else gpus == 0,
@@ -310,6 +310,19 @@ def _vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig) -> ray.data
     # give the two kinds different columns.
     processor.postprocess = None
     return processor(dataset)
+
+
+def _dtype(job: Job, engine: EngineConfig, gpus: float) -> str:
+    """On CPUs a float32 model stays one, and answers as it does in transformers; vLLM's ``auto`` would round it."""
+    config = Path(job.model) / "config.json"
+    if engine.dtype != "auto" or gpus or not config.is_file():
+        return engine.dtype
+    content = json.loads(config.read_text(encoding="utf-8"))
+    text = content.get("text_config", {})
+    dtype = next(
+        (place[key] for place in (content, text) for key in ("dtype", "torch_dtype") if place.get(key)), "float32"
+    )
+    return "float32" if dtype == "float32" else "auto"
 
 
 def _cpu_env() -> dict[str, str]:

@@ -1,0 +1,214 @@
+"""From a dataset to captions and summaries, on the engines that also run on GPU clusters."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from vlrank.config import EngineConfig, GenerateConfig, RayConfig
+from vlrank.data.dataset import Dataset
+from vlrank.errors import UserError
+from vlrank.generation import pipeline
+from vlrank.generation.pipeline import plan, run
+from vlrank.runtime import ray_session
+
+MISSING, BROKEN, WITHOUT = 3, 5, 7
+"""Items whose picture is gone, cut off, and never was."""
+
+
+@pytest.fixture
+def dataset(shop: Dataset, tmp_path: Path) -> Dataset:
+    """The shop with the three troubles that real data has."""
+    shutil.copytree(shop.path, tmp_path / "shop")
+    copy = Dataset.open(tmp_path / "shop")
+    items = copy.items()
+    paths = dict(items.select("item_id", "image_path").iter_rows())
+    (copy.path / paths[MISSING]).unlink()
+    broken = copy.path / paths[BROKEN]
+    broken.write_bytes(broken.read_bytes()[:600])
+    without = pl.when(pl.col("item_id") == WITHOUT).then(None).otherwise(pl.col("image_path")).alias("image_path")
+    copy.update_items(items.with_columns(without))
+    return copy
+
+
+def config(dataset: Dataset, model: Path, what: str = "caption", **changes: Any) -> GenerateConfig:
+    engine = EngineConfig(name=changes.pop("engine", "transformers"), max_model_len=512)
+    options = {"quality": False, "max_tokens": 8, "shard_rows": 8, "limit": 20} | changes
+    return GenerateConfig(dataset=dataset.path, what=what, model=str(model), engine=engine, **options)
+
+
+def hashes(dataset: Dataset, model: Path, what: str = "semantic_summary", **changes: Any) -> dict[int, str]:
+    work = pipeline._plan(config(dataset, model, what, **changes))
+    return dict(work.wanted.select("item_id", "input_hash").iter_rows())
+
+
+# ---- without an engine -----------------------------------------------------------------------------------------------
+
+
+def test_a_change_of_prompt_model_text_or_picture_means_do_it_again(
+    dataset: Dataset, tiny_vision_model: Path, tmp_path: Path
+) -> None:
+    before = hashes(dataset, tiny_vision_model)
+    assert hashes(dataset, tiny_vision_model) == before
+    own = tmp_path / "own.yaml"
+    own.write_text("kind: semantic_summary\nimage: optional\ntemplate: 'Who wants {text}?'\n")
+    for changes in ({"prompt": str(own)}, {"max_tokens": 9}, {"temperature": 0.5}, {"image_side": 64}):
+        assert not set(hashes(dataset, tiny_vision_model, **changes).values()) & set(before.values()), changes
+
+    other = tmp_path / "other_model"
+    shutil.copytree(tiny_vision_model, other)
+    assert hashes(dataset, other) == before, "the same model elsewhere is the same model"
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    assert not set(hashes(dataset, other).values()) & set(before.values())
+
+    items = dataset.items()
+    text = pl.when(pl.col("item_id") == 2).then(pl.lit("new")).otherwise(pl.col("text")).alias("text")
+    dataset.update_items(items.with_columns(text))
+    after = hashes(dataset, tiny_vision_model)
+    assert [item for item in before if after[item] != before[item]] == [2]
+    captions = hashes(dataset, tiny_vision_model, "caption")
+    dataset.update_items(items)
+    assert hashes(dataset, tiny_vision_model, "caption") == captions, "captions do not depend on the text"
+
+
+def test_the_engine_and_its_settings_do_not_matter(dataset: Dataset, tiny_vision_model: Path) -> None:
+    one = config(dataset, tiny_vision_model)
+    other = one.model_copy(update={"engine": EngineConfig(replicas=3, batch_size=7), "shard_rows": 99})
+    assert pipeline._plan(one).wanted.equals(pipeline._plan(other).wanted)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer"),
+        (lambda folder: (folder / "config.json").unlink(), "has no model"),
+        (shutil.rmtree, "does not exist"),
+    ],
+)
+def test_an_unusable_model_folder_is_refused_before_anything_starts(
+    dataset: Dataset, tiny_vision_model: Path, tmp_path: Path, prepare: Any, message: str
+) -> None:
+    shutil.copytree(tiny_vision_model, tmp_path / "model")
+    prepare(tmp_path / "model")
+    with pytest.raises(UserError, match=message):
+        run(config(dataset, tmp_path / "model"))
+    assert not (dataset.path / "captions").exists()
+
+
+def test_captions_need_a_model_that_sees_and_items_with_pictures(
+    dataset: Dataset, tiny_text_model: Path, tiny_vision_model: Path
+) -> None:
+    with pytest.raises(UserError, match="cannot see pictures"):
+        run(config(dataset, tiny_text_model))
+    dataset.update_items(dataset.items().with_columns(pl.lit(None, pl.String).alias("image_path")))
+    with pytest.raises(UserError, match="--use_image"):
+        run(config(dataset, tiny_vision_model))
+    assert pipeline._plan(config(dataset, tiny_text_model, "semantic_summary")).wanted["picture"].null_count() == 20
+
+
+# ---- on Ray ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with ray_session(RayConfig(num_cpus=8)):
+        yield
+
+
+def files(dataset: Dataset) -> dict[str, str]:
+    found = [*(dataset.path / "captions").glob("*.parquet"), *(dataset.path / "quarantine").rglob("*.parquet")]
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in found}
+
+
+@pytest.mark.stack
+def test_bad_pictures_go_to_quarantine_and_come_back_when_they_are_mended(
+    cluster: None, shop: Dataset, dataset: Dataset, tiny_vision_model: Path
+) -> None:
+    first = run(config(dataset, tiny_vision_model))
+    assert {key: first.counts[key] for key in ("done", "quarantined", "without_picture")} == {
+        "done": 18,
+        "quarantined": 2,
+        "without_picture": 1,
+    }
+    captions = dataset.generated("caption")
+    assert captions is not None
+    assert set(captions["item_id"]) == set(range(1, 22)) - {MISSING, BROKEN, WITHOUT}
+    reasons = dict(dataset.quarantine("caption").select("key", "error_type").iter_rows())
+    assert reasons == {str(MISSING): "PictureMissing", str(BROKEN): "PictureBroken"}
+
+    before = files(dataset)
+    second = run(config(dataset, tiny_vision_model))
+    assert (second.counts["done"], second.counts["reused"], second.counts["failed_before"]) == (0, 18, 2)
+    assert files(dataset) == before
+
+    paths = dict(shop.items().select("item_id", "image_path").iter_rows())
+    shutil.copy(shop.path / paths[MISSING], dataset.path / paths[MISSING])
+    third = run(config(dataset, tiny_vision_model, retry_failed=True))
+    assert (third.counts["done"], third.counts["quarantined"], third.counts["reused"]) == (1, 1, 18)
+    assert dataset.quarantine("caption")["key"].to_list() == [str(BROKEN)]
+
+
+@pytest.mark.stack
+def test_rejected_texts_are_tried_again_then_quarantined_and_the_sheet_shows_why(
+    cluster: None, dataset: Dataset, tiny_vision_model: Path
+) -> None:
+    summary = run(config(dataset, tiny_vision_model, quality=True, sample=8, limit=None))
+    counts = summary.counts
+    assert counts["wanted"] == 8
+    assert counts["done"] + counts["quarantined"] == 8
+    assert counts["retried"] > 0, "random weights do not write English"
+    kinds = dataset.quarantine("caption")["error_type"]
+    assert kinds.str.starts_with("Quality.").any()
+    assert summary.output is not None
+    page = summary.output.read_text(encoding="utf-8")
+    assert page.count("<article") == 8
+    assert "Quality." in page
+
+
+@pytest.mark.stack
+def test_a_dry_run_estimates_from_real_items_and_commits_nothing(
+    cluster: None, dataset: Dataset, tiny_vision_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "ESTIMATE_ROWS", 8)
+    before = {path for path in dataset.path.rglob("*") if path.is_file()}
+    summary = plan(config(dataset, tiny_vision_model))
+    assert summary.counts["pending"] == 20
+    assert summary.counts["sampled"] == 8
+    assert "time, estimated" in summary.lines
+    assert {path for path in dataset.path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.stack
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize("what", ["caption", "semantic_summary"])
+def test_vllm_and_transformers_give_the_same_rows(
+    cluster: None, dataset: Dataset, tiny_vision_model: Path, what: str
+) -> None:
+    """Greedy decoding of one model: which engine a machine has must not change what is in the dataset."""
+    tables, quarantines = [], []
+    for engine in ("transformers", "vllm"):
+        summary = run(config(dataset, tiny_vision_model, what, engine=engine))
+        assert summary.counts["quarantined"] == 2
+        assert summary.counts["tokens_out"] > 0
+        table = dataset.generated(what)  # type: ignore[arg-type]
+        assert table is not None
+        tables.append(table)
+        quarantines.append(dataset.quarantine(what).sort("key"))
+        shutil.rmtree(table_folder(dataset, what))
+        shutil.rmtree(dataset.path / "quarantine" / what)
+    assert tables[0].height == 18
+    assert tables[0].equals(tables[1]), pl.concat([tables[0], tables[1]]).unique(keep="none")
+    assert quarantines[0].equals(quarantines[1])
+
+
+def table_folder(dataset: Dataset, what: str) -> Path:
+    return dataset.path / {"caption": "captions", "semantic_summary": "semantic_summaries"}[what]

@@ -1,0 +1,195 @@
+"""What happens to one row before and after the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlrank.config import EngineConfig
+from vlrank.errors import UserError
+from vlrank.generation.prompts import load_prompt
+from vlrank.generation.stages import (
+    DATA,
+    FAILED,
+    Job,
+    PictureError,
+    engine_name,
+    judge,
+    load_picture,
+    prepare,
+    vllm_engine_kwargs,
+)
+
+CAPTION = Job(prompt=load_prompt("caption/v1", "caption"), model="m", model_name="m")
+SUMMARY = dataclasses.replace(CAPTION, prompt=load_prompt("semantic_summary/v1", "semantic_summary"))
+
+
+def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (640, 320), **options: Any) -> str:
+    Image.new(
+        mode, size, 0 if mode in ("L", "P", "1", "LA") else tuple([200] * len(Image.new(mode, (1, 1)).getbands()))
+    ).save(path, **options)
+    return str(path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
+def test_pictures_of_every_kind_become_rgb_of_the_asked_size(tmp_path: Path, mode: str) -> None:
+    loaded = load_picture(picture(tmp_path / "a.png", mode), 448)
+    assert (loaded.mode, loaded.size) == ("RGB", (448, 224))
+
+
+def test_small_pictures_are_not_blown_up(tmp_path: Path) -> None:
+    assert load_picture(picture(tmp_path / "a.jpg", size=(100, 60)), 448).size == (100, 60)
+
+
+def test_a_transparent_background_is_white_not_black(tmp_path: Path) -> None:
+    Image.new("RGBA", (10, 10), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    assert np.asarray(load_picture(str(tmp_path / "a.png"), 448)).min() == 255
+
+
+def test_a_photo_taken_sideways_is_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert load_picture(picture(tmp_path / "a.jpg", exif=exif), 448).size == (224, 448)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"0" * 50])
+def test_files_that_are_no_pictures_are_named_broken(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(PictureError) as error:
+        load_picture(str(tmp_path / "a.jpg"), 448)
+    assert error.value.kind == "PictureBroken"
+    assert "a.jpg" in error.value.message
+
+
+def test_a_truncated_download_is_named_broken(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:2000])
+    with pytest.raises(PictureError, match="truncated"):
+        load_picture(str(tmp_path / "a.jpg"), 448)
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {"item_id": 3, "input_hash": "h", "text": "Red mug", "picture": None, "picture_hash": "", **changes}
+
+
+def test_a_missing_picture_says_so_and_asks_nothing() -> None:
+    inputs = prepare(row(picture="/nowhere/a.jpg"), CAPTION)
+    assert inputs[FAILED].startswith("PictureMissing: /nowhere/a.jpg")
+    assert inputs["prompt"] is None
+
+
+def test_an_item_with_nothing_to_describe_is_not_asked() -> None:
+    assert prepare(row(text="  "), SUMMARY)[FAILED].startswith("NothingToDescribe")
+
+
+def test_prompt_and_picture_travel_together(tmp_path: Path, tiny_vision_model: Path) -> None:
+    job = dataclasses.replace(CAPTION, model=str(tiny_vision_model))
+    inputs = prepare(row(picture=picture(tmp_path / "a.jpg"), picture_hash="cafe"), job)
+    assert inputs[FAILED] == ""
+    assert inputs["prompt"].count("<|image_pad|>") == 1
+    assert "Describe the product" in inputs["prompt"]
+    assert inputs["multimodal_data"]["image"].size == (448, 224)
+    assert inputs["multimodal_uuids"] == {"image": "cafe-448"}
+    assert inputs["sampling_params"] == {"temperature": 0.0, "max_tokens": 96}
+
+
+def test_a_summary_without_picture_is_made_from_the_text(tiny_vision_model: Path) -> None:
+    inputs = prepare(row(), dataclasses.replace(SUMMARY, model=str(tiny_vision_model)))
+    assert "Red mug" in inputs["prompt"]
+    assert "<|image_pad|>" not in inputs["prompt"]
+    assert "multimodal_data" not in inputs
+
+
+def test_another_attempt_samples_with_another_seed_that_depends_on_the_item_alone(tiny_text_model: Path) -> None:
+    def sampling(attempt: int, item_id: int = 3, temperature: float = 0.0) -> dict[str, Any]:
+        job = dataclasses.replace(
+            SUMMARY, model=str(tiny_text_model), sees=False, attempt=attempt, temperature=temperature
+        )
+        return prepare(row(item_id=item_id), job)["sampling_params"]
+
+    assert "seed" not in sampling(0)
+    assert sampling(1)["temperature"] > 0
+    assert sampling(1) == sampling(1)
+    seeds = {
+        sampling(1)["seed"],
+        sampling(2)["seed"],
+        sampling(1, item_id=4)["seed"],
+        sampling(0, temperature=1.0)["seed"],
+    }
+    assert len(seeds) == 4
+
+
+def answered(text: str, tokens: int = 5, **changes: Any) -> dict[str, Any]:
+    return row(generated_text=text, num_generated_tokens=tokens, num_input_tokens=7, time_taken_llm=0.5, **changes) | {
+        FAILED: changes.get(FAILED, "")
+    }
+
+
+def judged(job: Job, *rows: dict[str, Any]) -> list[dict[str, Any]]:
+    data = np.empty(len(rows), dtype=object)
+    data[:] = rows
+    columns = judge({DATA: data}, job)
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def test_good_texts_failed_rows_and_rejected_ones_are_told_apart() -> None:
+    first = dataclasses.replace(CAPTION, last=False)
+    good, failed, rejected = judged(
+        first,
+        answered(" A red\n mug. "),
+        answered("", **{FAILED: "ValueError: aspect ratio: 300"}),
+        answered("I'm sorry, no."),
+    )
+    assert (good["text"], good["error_type"], good["tokens_out"]) == ("A red mug.", "", 5)
+    assert (failed["error_type"], failed["error"], failed["retry"]) == ("ValueError", "aspect ratio: 300", False)
+    assert (rejected["error_type"], rejected["retry"]) == ("Quality.refusal", True)
+    (last,) = judged(CAPTION, answered("I'm sorry, no."))
+    assert not last["retry"], "the last attempt ends in quarantine"
+
+
+def test_the_gate_can_be_switched_off() -> None:
+    (kept,) = judged(dataclasses.replace(CAPTION, gate=False), answered("", tokens=96))
+    assert kept["error_type"] == ""
+
+
+def test_structured_output_yields_the_asked_field() -> None:
+    schema = {"type": "object", "properties": {"summary": {"type": "string"}}}
+    prompt = dataclasses.replace(SUMMARY.prompt, json_schema=schema, json_field="summary")
+    job = dataclasses.replace(SUMMARY, prompt=prompt)
+    good, bad = judged(job, answered('{"summary": "A red mug for coffee drinkers."}'), answered('{"summary": '))
+    assert good["text"] == "A red mug for coffee drinkers."
+    assert bad["error_type"] == "Quality.not_json"
+
+
+def test_engines_get_what_the_config_says_and_own_arguments_win() -> None:
+    engine = EngineConfig(max_model_len=512, engine_kwargs={"quantization": "fp8", "seed": 7})
+    kwargs = vllm_engine_kwargs(dataclasses.replace(CAPTION, revision="abc"), engine, gpus=1)
+    expected = {"max_model_len": 512, "quantization": "fp8", "seed": 7, "revision": "abc", "enforce_eager": False}
+    assert expected.items() <= kwargs.items()
+    assert kwargs["limit_mm_per_prompt"] == {"image": 1, "video": 0}
+    assert vllm_engine_kwargs(CAPTION, EngineConfig(), gpus=0)["enforce_eager"] is True
+
+
+def test_engines_on_half_a_gpu_take_half_its_memory() -> None:
+    engine = EngineConfig(engine_kwargs={"kv_cache_memory_bytes": 2**30})
+    assert vllm_engine_kwargs(CAPTION, engine, gpus=0.5)["gpu_memory_utilization"] == pytest.approx(0.45)
+
+
+def test_an_adapter_is_served_with_the_smallest_rank_that_fits(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 12}))
+    kwargs = vllm_engine_kwargs(dataclasses.replace(CAPTION, adapter=str(tmp_path)), EngineConfig(), gpus=1)
+    assert (kwargs["enable_lora"], kwargs["max_lora_rank"]) == (True, 16)
+
+
+def test_asking_for_vllm_where_it_is_absent_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert engine_name(EngineConfig()) == "transformers"
+    with pytest.raises(UserError, match="pip install"):
+        engine_name(EngineConfig(name="vllm"))
