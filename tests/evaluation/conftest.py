@@ -1,13 +1,11 @@
 """A small world with two tastes, and Amazon Beauty as a dataset."""
 
-import gzip
-import json
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 
+from vlrank.config import PrepareConfig
 from vlrank.data.dataset import Dataset, write_dataset
 
 
@@ -49,40 +47,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="session")
 def beauty(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Amazon Beauty 2014 (5-core) as a dataset; skipped without the research data."""
-    folder = shared_data / "beauty2014"
-    with gzip.open(folder / "items.jsonl.gz", "rt", encoding="utf-8") as lines:
-        raw = [json.loads(line) for line in lines]
-    known = {row["asin"]: row for row in raw}
-    clicks = pl.read_csv(folder / "interactions.csv.gz").sort("user", "pos")
-    asins = sorted(clicks["asin"].unique())
-    ids = {asin: number for number, asin in enumerate(asins, start=1)}
-    items = []
-    for asin, item_id in ids.items():
-        row = known.get(asin, {})
-        title, categories = row.get("title") or "", row.get("categories") or [[]]
-        items.append(
-            {
-                "item_id": item_id,
-                "source_id": asin,
-                "text": " ".join(filter(None, [row.get("brand"), title])) or asin,
-                "title": title,
-                "brand": row.get("brand"),
-                "categories": categories[0],
-                "description": None,
-                "image_path": None,
-                "image_url": None,
-            }
-        )
-    grouped = (
-        clicks.with_columns(item=pl.col("asin").replace_strict(ids, return_dtype=pl.Int32))
-        .group_by("user", maintain_order=True)
-        .agg("item", "unixReviewTime")
-        .sort("user")
-    )
-    sequences = [
-        {"user_id": number, "source_user": user, "item_ids": item_ids, "timestamps": times}
-        for number, (user, item_ids, times) in enumerate(grouped.iter_rows(), start=1)
-    ]
-    path = tmp_path_factory.mktemp("beauty") / "data"
-    return write_dataset(path, items=items, sequences=sequences, options={})
+    """Amazon Beauty 2014 (5-core), prepared whole; skipped without the research data."""
+    from vlrank.data.prepare import run
+
+    folder, out = shared_data / "beauty2014", tmp_path_factory.mktemp("beauty") / "data"
+    reviews, meta = (folder / "interactions.csv.gz",), (folder / "items.jsonl.gz",)
+    run(PrepareConfig(reviews=reviews, meta=meta, out=out, min_uc=1, min_sc=1, keep_untitled=True))
+    return Dataset.open(out)

@@ -6,6 +6,7 @@ All learn from the training part of the sequences only; a user is known by the h
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -94,7 +95,9 @@ class Evidence:
         from implicit.nearest_neighbours import CosineRecommender
 
         model = CosineRecommender(K=100, num_threads=1)
-        model.fit(self.train_matrix, show_progress=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # implicit warns about a conversion that it makes itself
+            model.fit(self.train_matrix, show_progress=False)
         return model.similarity.tocsr().astype(np.float32)
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,28 @@ class Difference:
     wins: int
     losses: int
     users: int
+
+    @property
+    def verdict(self) -> Literal["better", "worse", "unclear"]:
+        """Whether ``a`` beats ``b`` at the 5% level after the correction."""
+        if self.p_holm >= 0.05:
+            return "unclear"
+        return "better" if self.difference > 0 else "worse"
+
+    def flipped(self) -> Difference:
+        """``b`` minus ``a``."""
+        return replace(
+            self,
+            a=self.b,
+            b=self.a,
+            mean_a=self.mean_b,
+            mean_b=self.mean_a,
+            difference=-self.difference,
+            low=-self.high,
+            high=-self.low,
+            wins=self.losses,
+            losses=self.wins,
+        )
 
 
 def compare_ranks(

@@ -179,9 +179,14 @@ def read_rankings(files: Sequence[Path], dataset: Dataset) -> list[_Run]:
     counts: dict[tuple[str, str], int] = {}
     for source, split, _, _ in found:
         counts[source, split] = counts.get((source, split), 0) + 1
+    # What all sources share says nothing in a table: qwen3vl/caption and qwen3vl/raw_image are caption and raw_image.
+    families = {source.partition("/")[0] if source.count("/") == 1 else None for source, *_ in found}
+    shared = len(families) == 1 and families != {None}
     runs, used = [], set()
     for source, split, lists, file in found:
-        name = source if counts[source, split] == 1 and source not in baselines.BASELINES else f"{source} ({file.stem})"
+        name = source.partition("/")[2] if shared else source
+        if counts[source, split] > 1 or name in baselines.BASELINES:
+            name = f"{name} ({file.stem})"
         while (name, split) in used:
             name += "'"
         used.add((name, split))
@@ -219,7 +224,7 @@ def _within(inner: Lists, outer: Lists, histories: Mapping[int, tuple[list[int],
         return False
     part = inner.take(np.flatnonzero(common)[:5000])
     users = np.repeat(part.users, part.lengths)
-    inside = outer.contains(users, part.items)
+    inside = outer.for_users(part.users).contains(users, part.items)
     if histories:
         targets = np.array([histories[int(user)][1] if int(user) in histories else 0 for user in part.users])
         inside |= part.items == np.repeat(targets, part.lengths)

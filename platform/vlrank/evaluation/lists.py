@@ -144,7 +144,7 @@ class Lists:
         if not len(users) or not len(self.items):
             return np.zeros(len(users), bool)
         base = int(max(self.items.max(), items.max())) + 1
-        own = np.unique(np.repeat(self.users, self.lengths) * base + self.items)
+        own = np.sort(np.repeat(self.users, self.lengths) * base + self.items)
         asked = users.astype(np.int64) * base + items
         where = np.minimum(np.searchsorted(own, asked), len(own) - 1)
         return own[where] == asked

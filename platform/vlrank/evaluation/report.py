@@ -124,6 +124,7 @@ def _view(config: EvaluateConfig, dataset: Dataset, group: Group, items: _Items)
         "coverage": float(covered.mean()),
         "headline": _headline(group, ndcg, recall),
         "findings": sorted(group.findings, key=_severity),
+        "pairs": [(m, _differences_of(method.name, group)) for m, method in enumerate(group.models)],
         "data": {
             "methods": [_method_data(method, group) for method in group.methods],
             "columns": columns,
@@ -153,19 +154,20 @@ def _headline(group: Group, ndcg: str, recall: str) -> list[str]:
         difference = _difference(group.differences, best.name, name, ndcg)
         if difference is None:
             continue
-        sign = (
-            "better than"
-            if difference.low > 0
-            else "worse than"
-            if difference.high < 0
-            else "not clearly different from"
-        )
+        sign = {"better": "better than", "worse": "worse than", "unclear": "not clearly different from"}
         sentences.append(
-            f"It is {sign} {'the ' if name == RETRIEVER else ''}{display(name)}: {label(ndcg)} "
+            f"It is {sign[difference.verdict]} {'the ' if name == RETRIEVER else ''}{display(name)}: {label(ndcg)} "
             f"{difference.mean_a:.4f} against {difference.mean_b:.4f} "
             f"(difference {difference.difference:+.4f}, 95% interval {difference.low:+.4f} to {difference.high:+.4f})."
         )
     return sentences
+
+
+def _differences_of(name: str, group: Group) -> list[Difference]:
+    """A model's comparisons with all others, from its point of view, in the order of the table."""
+    order = {method.name: place for place, method in enumerate(group.methods)}
+    own = [d if d.a == name else d.flipped() for d in group.differences if name in (d.a, d.b)]
+    return sorted(own, key=lambda d: order[d.b])
 
 
 def _difference(differences: Sequence[Difference], a: str, b: str, metric: str) -> Difference | None:
@@ -175,12 +177,11 @@ def _difference(differences: Sequence[Difference], a: str, b: str, metric: str) 
 def _method_data(method: Method, group: Group) -> dict[str, Any]:
     ranks = method.metrics.ranks
     histogram = np.bincount(ranks, minlength=group.length + 1)[1 : group.length + 1]
-    means = method.expected or method.metrics.means
     return {
         "name": method.name,
         "label": display(method.name),
         "kind": method.kind,
-        "means": {name: round(means[name], 6) for name in method.metrics.means},
+        "means": {name: round(mean, 6) for name, mean in method.metrics.means.items()},
         "intervals": {name: [round(low, 6), round(high, 6)] for name, (low, high) in method.metrics.intervals.items()},
         "curve": [round(float(value), 6) for value in np.cumsum(histogram) / len(ranks)],
     }
@@ -207,15 +208,17 @@ def _model_data(method: Method, group: Group) -> dict[str, Any]:
 
 
 def _position_bias(lists: Lists, group: Group) -> dict[str, Any]:
-    """By place in the retriever's order: how often a model puts that place first, and how often the target is there."""
-    filled = np.flatnonzero(lists.lengths > 0)
-    first = Lists(lists.users[filled], np.arange(len(filled) + 1), lists.items[lists.offsets[filled]])
-    base = group.base.take(filled)
-    chosen = base.rank_of(first.items)
+    """By place in the retriever's order: how often a model puts that place first, and how often the target is there.
+
+    Over the users whose target was retrieved, so that both are shares of the same users.
+    """
     wanted = group.base.rank_of(group.targets)
+    rows = np.flatnonzero((wanted > 0) & (lists.lengths > 0))
+    chosen = group.base.take(rows).rank_of(lists.items[lists.offsets[rows]])
+    shares = {"chosen": chosen, "target": wanted[rows]}
     return {
-        "chosen": (np.bincount(chosen, minlength=group.length + 1)[1:] / max(len(filled), 1)).round(6).tolist(),
-        "target": (np.bincount(wanted, minlength=group.length + 1)[1:] / len(wanted)).round(6).tolist(),
+        name: (np.bincount(places, minlength=group.length + 1)[1:] / max(len(rows), 1)).round(6).tolist()
+        for name, places in shares.items()
     }
 
 

@@ -7,7 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import vlrank
@@ -17,7 +19,7 @@ from vlrank.data.dataset import Dataset
 from vlrank.data.tables import atomic_write_json, atomic_write_text
 from vlrank.errors import UserError
 from vlrank.evaluation.compare import Difference
-from vlrank.evaluation.evaluate import Group, Method, compare_methods, evaluate, main_metrics, read_rankings
+from vlrank.evaluation.evaluate import RETRIEVER, Group, Method, compare_methods, evaluate, main_metrics, read_rankings
 from vlrank.evaluation.metrics import label
 
 
@@ -152,9 +154,11 @@ def _print(groups: Sequence[Group], compared: Sequence[Difference]) -> None:
     out = Console(highlight=False)
     for group in groups:
         metrics = _columns(group)
-        table = Table("method", *(label(name) for name in metrics), "coverage", title=group.title, title_justify="left")
-        for column in table.columns[1:]:
-            column.justify = "right"
+        ceiling = float((group.base.rank_of(group.targets) > 0).mean())
+        table = _table(f"{group.title}, ceiling {ceiling:.1%}", "method", *(label(name) for name in metrics))
+        if out.width < 120:  # the interval goes below its mean
+            for column in table.columns[1:]:
+                column.min_width = column.max_width = 9
         best = {name: max(method.metrics.means[name] for method in group.methods) for name in metrics}
         for method in group.methods:
             cells = [
@@ -163,31 +167,46 @@ def _print(groups: Sequence[Group], compared: Sequence[Difference]) -> None:
                 else _interval(method, name)
                 for name in metrics
             ]
-            style = None if method.kind == "model" else "dim"
-            table.add_row(method.name, *cells, f"{method.metrics.coverage:.1%}", style=style)
+            table.add_row(escape(method.name), *cells, style=None if method.kind == "model" else "dim")
         out.print(table)
-        _print_differences(out, group.differences)
+        _print_differences(out, _shown(group), f"paired differences in {label(_main(group))}")
         for finding in group.findings:
             if finding.level != "note":
                 colour = "red" if finding.level == "error" else "yellow"
-                console.print(f"[{colour}]{finding.level}:[/{colour}] {finding.message}", soft_wrap=True)
+                console.print(f"[{colour}]{finding.level}:[/{colour}] {escape(finding.message)}", soft_wrap=True)
     if compared:
-        _print_differences(out, compared)
+        _print_differences(out, compared, f"{compared[0].a} against {compared[0].b}", metrics=True)
 
 
-def _print_differences(out: Console, differences: Sequence[Difference]) -> None:
+def _shown(group: Group) -> list[Difference]:
+    """Of all comparisons those with the retriever, with chance, and between models; the report has the others."""
+    models = {method.name for method in group.models}
+    rivals = models | {RETRIEVER if group.ordered else "random"}
+    return [d for d in group.differences if d.metric == _main(group) and d.b in rivals]
+
+
+def _print_differences(out: Console, differences: Sequence[Difference], title: str, *, metrics: bool = False) -> None:
     if not differences:
         return
-    table = Table("A", "B", "metric", "A - B", "95% interval", "p", "p (Holm)", "better / worse", title="paired")
-    table.title_justify = "left"
-    for column in table.columns[3:]:
-        column.justify = "right"
+    first = "metric" if metrics else "comparison"
+    table = _table(title, first, "A - B", "95% interval", "p" if metrics else "p (Holm)")
     for d in differences:
-        sure = "bold" if d.low > 0 or d.high < 0 else "dim"
-        interval = f"{d.low:+.4f} to {d.high:+.4f}"
-        numbers = (f"{d.difference:+.4f}", interval, f"{d.p:.4f}", f"{d.p_holm:.4f}", f"{d.wins:,} / {d.losses:,}")
-        table.add_row(d.a, d.b, label(d.metric), *numbers, style=sure)
+        name = label(d.metric) if metrics else f"{d.a} - {d.b}"
+        numbers = (f"{d.difference:+.4f}", f"{d.low:+.4f}, {d.high:+.4f}", f"{d.p_holm:.3f}")
+        table.add_row(escape(name), *numbers, style="dim" if d.verdict == "unclear" else None)
     out.print(table)
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _main(group: Group) -> str:
+    return main_metrics(group.methods[0].metrics.ks, group.length)[0]
 
 
 def _columns(group: Group) -> list[str]:

@@ -36,10 +36,15 @@
     margin: { l: 48, r: 12, t: 8, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: false,
     font: { family: css("--font"), color: css("--ink"), size: 12.5 },
     hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), font: { color: css("--ink"), family: css("--font") } },
-    legend: { orientation: "h", y: -0.24, x: 0, font: { size: 11.5 } }, ...more,
+    legend: { orientation: "h", x: 0, y: 0, yref: "container", yanchor: "bottom", font: { size: 11.5 }, entrywidth: innerWidth < 640 ? 0.5 : 0.33, entrywidthmode: "fraction" }, ...more,
   });
   const draw = (element) => {
     const [traces, look] = charts.get(element)();
+    if (look.showlegend !== false) { // room for the legend below the axis, whatever the number of methods
+      const named = traces.filter((trace) => trace.showlegend !== false).length;
+      const perRow = Math.round(1 / look.legend.entrywidth);
+      look.margin.b += 22 + 19 * Math.ceil(named / perRow);
+    }
     element.dataset.drawn = "yes";
     Plotly.react(element, traces, look, { displayModeBar: false, responsive: true });
   };
@@ -72,9 +77,13 @@
 
     const pairs = section.querySelector("[data-control=pairs]");
     if (pairs) {
-      const show = (metric) => all(".pairs [data-metric]", section).forEach((row) => { row.hidden = row.dataset.metric !== metric; });
+      const model = section.querySelector("[data-control=pair-model]");
+      const show = () => all(".pairs [data-metric]", section).forEach((row) => {
+        row.hidden = row.dataset.metric !== pressed(pairs) || row.dataset.of !== (model?.value ?? "0");
+      });
       segmented(pairs, show);
-      show(pressed(pairs));
+      model?.addEventListener("change", show);
+      show();
     }
 
     const forest = section.querySelector("[data-plot=forest]");
@@ -120,13 +129,13 @@
         position: () => [[
           { x: places, y: model.position.chosen, type: "bar", name: "put first by the model", marker: { color: tint(), opacity: 0.75 }, hovertemplate: "place %{x}: %{y:.1%}<extra></extra>" },
           { x: places, y: model.position.target, type: "scatter", mode: "lines+markers", name: "target is there", line: { color: css("--ink"), width: 1.4 }, marker: { size: 4 }, hovertemplate: "place %{x}: %{y:.1%}<extra></extra>" },
-        ], layout({ bargap: 0.25, xaxis: axis("place in the retriever's order"), yaxis: axis("users", { tickformat: ".0%", rangemode: "tozero" }) })],
+        ], layout({ bargap: 0.25, xaxis: axis("place in the retriever's order", { range: [0.4, group.length + 0.6] }), yaxis: axis("users", { tickformat: ".0%", rangemode: "tozero" }) })],
         ranks: () => {
           const listed = model.ranks.reduce((a, b) => a + b, 0);
           return [[
             { x: places, y: model.ranks, type: "bar", name: "users", marker: { color: tint(), opacity: 0.8 }, hovertemplate: "rank %{x}: %{y} users<extra></extra>" },
             { x: [0.5, group.length + 0.5], y: [listed / group.length, listed / group.length], type: "scatter", mode: "lines", name: "a guess", line: { color: css("--ink"), width: 1.4, dash: "dash" }, hoverinfo: "skip" },
-          ], layout({ bargap: 0.2, showlegend: false, xaxis: axis("rank of the target"), yaxis: axis("users", { rangemode: "tozero" }) })];
+          ], layout({ bargap: 0.2, showlegend: false, xaxis: axis("rank of the target", { range: [0.4, group.length + 0.6] }), yaxis: axis("users", { rangemode: "tozero" }) })];
         },
         calibration: () => {
           const c = model.calibration;
@@ -140,6 +149,10 @@
         },
       }[element.dataset.plot];
       chart(element, make);
+    });
+
+    section.querySelector("[data-control=model]")?.addEventListener("change", (event) => {
+      all("figure[data-of]", section).forEach((figure) => { figure.hidden = figure.dataset.of !== event.target.value; });
     });
 
     const slices = section.querySelector("[data-plot=slices]");
@@ -161,7 +174,7 @@
           };
         }), layout({
           xaxis: axis("", { tickvals: parts.map((_, j) => j), ticktext: parts.map((part) => `${short(part.value, 18)}<br>${part.users.toLocaleString("en")}`), range: [-0.6, parts.length - 0.4], gridcolor: "rgba(0,0,0,0)" }),
-          yaxis: axis(label(name), { rangemode: "tozero" }), margin: { l: 48, r: 12, t: 8, b: 64 },
+          yaxis: axis(label(name), { rangemode: "tozero" }), margin: { l: 48, r: 12, t: 8, b: 60 },
         })];
       });
       by.addEventListener("change", () => draw(slices));
@@ -287,7 +300,7 @@
           const move = then - now;
           placeBox.append(make("small", move > 0 ? "win" : move < 0 ? "loss" : "", move > 0 ? `▲ ${move}` : move < 0 ? `▼ ${-move}` : "="));
         }
-        if (chances && now) placeBox.append(make("br"), make("small", "", `${(100 * chances[now - 1]).toFixed(chances[now - 1] < 0.1 ? 1 : 0)}%`));
+        if (chances && now) placeBox.append(make("small", "", `${(100 * chances[now - 1]).toFixed(chances[now - 1] < 0.1 ? 1 : 0)}%`));
         entry.prepend(placeBox);
         if (id === user.target) { entry.classList.add("target"); entry.querySelector(".title").prepend(make("span", "tag", "target")); }
         list.append(entry);
