@@ -180,6 +180,9 @@ class GenerateConfig(Config):
     retry_failed: bool = Field(False, description="try quarantined items again")
     limit: int | None = Field(None, ge=1, description="only the first items, for a trial")
     sample: int | None = Field(None, ge=1, description="only this many random items, and a contact sheet of them (HTML)")
+    render_workers: int = Field(
+        0, ge=0, description="CPU processes that prepare pictures for vLLM; 0 leaves that to the engine's own process"
+    )
     gpu_hour_price: float | None = Field(None, ge=0, description="for the cost line of the summary")
     engine: EngineConfig = EngineConfig()
     ray: RayConfig = RayConfig()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from vlrank.bulk import BulkResult, Shards, run_bulk
+from vlrank.bulk import BulkResult, Shards, Stages, run_bulk
 from vlrank.config import GenerateConfig
 from vlrank.console import Summary, console
 from vlrank.data import schemas
@@ -99,7 +99,7 @@ def plan(config: GenerateConfig) -> Summary:
         shard_rows = max(1, ESTIMATE_ROWS // 4)
         result = run_bulk(
             sample,
-            partial(build, job=replace(work.job, last=True), engine=config.engine, shard_rows=shard_rows),
+            _stages(config, replace(work.job, last=True), shard_rows),
             trial,
             shard_rows=shard_rows,
             description=f"estimate from {sample.height} items",
@@ -291,7 +291,7 @@ def _passes(config: GenerateConfig, work: _Work) -> tuple[BulkResult, int]:
         job = replace(work.job, attempt=attempt, last=attempt == attempts - 1)
         result = run_bulk(
             work.wanted,
-            partial(build, job=job, engine=config.engine, shard_rows=config.shard_rows),
+            _stages(config, job, config.shard_rows),
             work.shards,
             shard_rows=config.shard_rows,
             description=f"{config.what}" + (f", try {attempt + 1}" if attempt else ""),
@@ -315,6 +315,11 @@ def _passes(config: GenerateConfig, work: _Work) -> tuple[BulkResult, int]:
         retried += len(only)
         console.print(f"{len(only):,} rejected by the quality gate: trying again with another seed")
     return total, retried
+
+
+def _stages(config: GenerateConfig, job: Job, shard_rows: int) -> Stages:
+    workers = config.render_workers if job.sees and job.prompt.image != "none" else 0
+    return partial(build, job=job, engine=config.engine, shard_rows=shard_rows, render_workers=workers)
 
 
 def _cost(config: GenerateConfig, items: int, seconds: float, gpus: float) -> dict[str, object]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 DATA = "__data"
 FAILED = "__inference_error__"  # ray.data.llm skips rows in which this is not ""
-_PREPARE_CPUS = 0.9  # not 1, or Ray Data runs the step inside the engine's actor, one picture after the other
+PREPARE_CPUS = 0.9  # not 1, or Ray Data runs the step inside the engine's actor, one picture after the other
 _RETRY_TEMPERATURE = 0.7  # another seed changes nothing in greedy decoding
 
 
@@ -250,12 +250,20 @@ def engine_gpus(config: EngineConfig) -> float:
     return gpus
 
 
-def build(dataset: ray.data.Dataset, job: Job, engine: EngineConfig, shard_rows: int) -> ray.data.Dataset:
+def build(
+    dataset: ray.data.Dataset, job: Job, engine: EngineConfig, shard_rows: int, render_workers: int = 0
+) -> ray.data.Dataset:
     """All stages: from rows ``item_id, input_hash, text, picture, picture_hash`` to what `vlrank.bulk` commits."""
     # A batch larger than a shard would join shards, and commit fewer and larger ones than asked for.
     engine = engine.model_copy(update={"batch_size": min(engine.batch_size, shard_rows)})
-    stages = _vllm if engine_name(engine) == "vllm" else _transformers
-    dataset = stages(dataset, job, engine)
+    if engine_name(engine) == "transformers":
+        dataset = _transformers(dataset, job, engine)
+    elif render_workers:
+        from vlrank.generation.rendered import rendered_vllm
+
+        dataset = rendered_vllm(dataset, job, engine, render_workers)
+    else:
+        dataset = _vllm(dataset, job, engine)
     return dataset.map_batches(functools.partial(judge, job=job), batch_size=None, num_cpus=0.5)
 
 
@@ -296,7 +304,7 @@ def _vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig) -> ray.data
         batch_size=engine.batch_size,
         concurrency=(engine.replicas, engine.replicas),
         placement_group_config={"bundle_per_worker": bundle},
-        runtime_env=None if gpus else {"env_vars": _cpu_env()},
+        runtime_env=None if gpus else {"env_vars": cpu_env()},
         should_continue_on_error=True,
         log_engine_metrics=False,
         chat_template_stage=False,  # `prepare` did it, in parallel tasks
@@ -304,7 +312,7 @@ def _vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig) -> ray.data
         detokenize_stage=False,
     )
     processor = build_processor(
-        config, preprocess=functools.partial(prepare, job=job), preprocess_map_kwargs={"num_cpus": _PREPARE_CPUS}
+        config, preprocess=functools.partial(prepare, job=job), preprocess_map_kwargs={"num_cpus": PREPARE_CPUS}
     )
     # Without its own last step the processor returns good and failed rows alike, in the column DATA; that step would
     # give the two kinds different columns.
@@ -325,7 +333,7 @@ def _dtype(job: Job, engine: EngineConfig, gpus: float) -> str:
     return "float32" if dtype == "float32" else "auto"
 
 
-def _cpu_env() -> dict[str, str]:
+def cpu_env() -> dict[str, str]:
     """vLLM on CPUs takes a fixed cache size, in GiB; small ones are enough for the models that make sense there."""
     return {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
 
@@ -369,7 +377,7 @@ def _transformers(dataset: ray.data.Dataset, job: Job, engine: EngineConfig) -> 
     from ray.data import ActorPoolStrategy
 
     gpus = engine_gpus(engine)
-    dataset = dataset.map(functools.partial(_with_inputs, job=job), num_cpus=_PREPARE_CPUS)
+    dataset = dataset.map(functools.partial(_with_inputs, job=job), num_cpus=PREPARE_CPUS)
     return dataset.map_batches(
         TransformersGenerator,
         fn_constructor_kwargs={"job": job, "dtype": engine.dtype},
