@@ -428,8 +428,8 @@ def _slices(
     pictured = items["image_path"].is_not_null().to_numpy()[targets - 1]
     category = _categories(items)[targets - 1]
     labels = {
-        "history length": _bins(histories, (3, 5, 10, 20, 50), "items"),
-        "target's popularity in training": _bins(popularity, (1, 5, 20, 100), "interactions"),
+        "history length (items)": _bins(histories, (3, 5, 10, 20, 50)),
+        "target's popularity (training interactions)": _bins(popularity, (1, 5, 20, 100)),
         "target's picture": [(label, pictured == value) for label, value in (("yes", True), ("no", False))],
         "target's category": [(str(name), category == name) for name in _frequent(category, 10)],
     }
@@ -449,14 +449,13 @@ def _slices(
     return result
 
 
-def _bins(values: Ints, edges: Sequence[int], unit: str) -> list[tuple[str, np.ndarray]]:
-    bounds = [0, *edges, int(values.max(initial=0)) + 1]
-    parts = []
-    for low, high in pairwise(bounds):
-        last = high == bounds[-1] and low == bounds[-2]
-        label = f"{low}+ {unit}" if last else (f"{low} {unit}" if high == low + 1 else f"{low} to {high - 1} {unit}")
-        parts.append((label, (values >= low) & (values < high)))
-    return parts
+def _bins(values: Ints, edges: Sequence[int]) -> list[tuple[str, np.ndarray]]:
+    """Labelled masks of values from one edge up to the next: ``0–2``, ``3–4``, ``50+``."""
+    parts = [
+        (str(low) if high == low + 1 else f"{low}–{high - 1}", (values >= low) & (values < high))
+        for low, high in pairwise((0, *edges))
+    ]
+    return [*parts, (f"{edges[-1]}+", values >= edges[-1])]
 
 
 def _categories(items: pl.DataFrame) -> np.ndarray:

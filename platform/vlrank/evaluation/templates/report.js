@@ -36,17 +36,45 @@
     margin: { l: 48, r: 12, t: 8, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: false,
     font: { family: css("--font"), color: css("--ink"), size: 12.5 },
     hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), font: { color: css("--ink"), family: css("--font") } },
-    legend: { orientation: "h", x: 0, y: 0, yref: "container", yanchor: "bottom", font: { size: 11.5 }, entrywidth: innerWidth < 640 ? 0.5 : 0.33, entrywidthmode: "fraction" }, ...more,
+    showlegend: false, ...more, // legends are HTML below the chart: they wrap on a phone
   });
   const draw = (element) => {
     const [traces, look] = charts.get(element)();
-    if (look.showlegend !== false) { // room for the legend below the axis, whatever the number of methods
-      const named = traces.filter((trace) => trace.showlegend !== false).length;
-      const perRow = Math.round(1 / look.legend.entrywidth);
-      look.margin.b += 22 + 19 * Math.ceil(named / perRow);
-    }
+    const named = look.legend === false ? [] : traces.filter((trace) => trace.name && trace.showlegend !== false);
+    delete look.legend;
+    legend(element, named.length > 1 ? named : []);
     element.dataset.drawn = "yes";
     Plotly.react(element, traces, look, { displayModeBar: false, responsive: true });
+  };
+  const DASHES = { dot: "2 3", dash: "6 4", dashdot: "6 3 2 3", longdash: "10 4", longdashdot: "10 3 2 3", "5px,2px": "5 2" };
+  const SHAPES = { circle: "M7 5a4 4 0 1 0 8 0a4 4 0 1 0-8 0", square: "M7.5 1.5h7v7h-7z", diamond: "M11 .5l4.5 4.5l-4.5 4.5l-4.5-4.5z", x: "M8 2l6 6m0-6l-6 6", "triangle-up": "M11 1l4.5 8h-9z", "triangle-down": "M11 9l4.5-8h-9z", pentagon: "M11 .8l4.4 3.2l-1.7 5.2h-5.4l-1.7-5.2z", star: "M11 0l1.3 3.6h3.8l-3 2.4l1.1 3.8l-3.2-2.2l-3.2 2.2l1.1-3.8l-3-2.4h3.8z", bar: "M6.5 1h9v8h-9z" };
+  const NS = "http://www.w3.org/2000/svg";
+  const legend = (element, traces) => {
+    let list = element.nextElementSibling;
+    if (!list?.classList.contains("legend")) {
+      list = document.createElement("ul");
+      list.className = "legend";
+      element.after(list);
+    }
+    list.hidden = !traces.length;
+    list.replaceChildren(...traces.map((trace) => {
+      const entry = document.createElement("li");
+      const swatch = document.createElementNS(NS, "svg");
+      swatch.setAttribute("viewBox", "0 0 22 10");
+      swatch.setAttribute("aria-hidden", "true");
+      const tint = trace.line?.color ?? trace.marker?.color;
+      const path = document.createElementNS(NS, "path");
+      const line = (trace.mode ?? "").includes("lines");
+      const symbol = trace.marker?.symbol ?? "circle";
+      path.setAttribute("d", trace.type === "bar" ? SHAPES.bar : line ? "M0 5h22" : SHAPES[symbol]);
+      const stroked = line || symbol === "x";
+      path.setAttribute("fill", stroked ? "none" : tint);
+      if (stroked) { path.setAttribute("stroke", tint); path.setAttribute("stroke-width", symbol === "x" && !line ? 2.4 : trace.line?.width ?? 2); }
+      if (DASHES[trace.line?.dash]) path.setAttribute("stroke-dasharray", DASHES[trace.line.dash]);
+      swatch.append(path);
+      entry.append(swatch, trace.label ?? trace.name.replace(/&lt;/g, "<").replace(/&gt;/g, ">").replace(/&amp;/g, "&"));
+      return entry;
+    }));
   };
   const redraw = () => charts.forEach((_, element) => { if (element.dataset.drawn) draw(element); });
   const watcher = new IntersectionObserver((entries) => entries.forEach((entry) => {
@@ -100,14 +128,14 @@
           error_x: { ...errors([method.means[name]], [low], [high]), color: hue.get(method.name)() },
           hovertemplate: `%{x:.4f}<br>${low.toFixed(4)} to ${high.toFixed(4)}<extra>${short(method.label, 40)}</extra>`,
         };
-      }), layout({ showlegend: false, xaxis: axis(label(name), { rangemode: "tozero" }), yaxis: axis("", { gridcolor: "rgba(0,0,0,0)", tickfont: { size: 12, color: css("--ink") } }) })];
+      }), layout({ legend: false, xaxis: axis(label(name), { rangemode: "tozero" }), yaxis: axis("", { gridcolor: "rgba(0,0,0,0)", tickfont: { size: 12, color: css("--ink") } }) })];
     });
     segmented(metric, () => draw(forest));
 
     const curve = section.querySelector("[data-plot=curve]");
     curve.style.height = forest.style.height;
     chart(curve, () => [methods.map((method) => ({
-      x: method.curve.map((_, i) => i + 1), y: method.curve, type: "scatter", mode: "lines", name: short(method.label),
+      x: method.curve.map((_, i) => i + 1), y: method.curve, type: "scatter", mode: "lines", name: plain(method.label),
       line: { color: hue.get(method.name)(), width: method.kind === "model" ? 2.6 : 1.4, dash: DASH[method.name] ?? "solid" },
       hovertemplate: `first %{x}: %{y:.1%}<extra>${short(method.label, 40)}</extra>`,
     })), layout({ xaxis: axis("K"), yaxis: axis("users", { tickformat: ".0%", rangemode: "tozero" }) })]);
@@ -124,7 +152,7 @@
               colorscale: [[0, css("--soft")], [1, tint()]], zmin: 0, zmax: Math.log10(1 + flat), xgap: 1, ygap: 1,
               hovertemplate: "retriever %{x}, now %{y}: %{customdata} users<extra></extra>" },
             { x: [0.5, group.length + 0.5], y: [0.5, group.length + 0.5], mode: "lines", type: "scatter", line: { color: css("--muted"), width: 1, dash: "dot" }, hoverinfo: "skip" },
-          ], layout({ showlegend: false, xaxis: axis("rank by the retriever", { range: [0.5, group.length + 0.5], showgrid: false }), yaxis: axis("new rank", { range: [group.length + 0.5, 0.5], showgrid: false }) })];
+          ], layout({ xaxis: axis("rank by the retriever", { range: [0.5, group.length + 0.5], showgrid: false }), yaxis: axis("new rank", { range: [group.length + 0.5, 0.5], showgrid: false }) })];
         },
         position: () => [[
           { x: places, y: model.position.chosen, type: "bar", name: "put first by the model", marker: { color: tint(), opacity: 0.75 }, hovertemplate: "place %{x}: %{y:.1%}<extra></extra>" },
@@ -135,7 +163,7 @@
           return [[
             { x: places, y: model.ranks, type: "bar", name: "users", marker: { color: tint(), opacity: 0.8 }, hovertemplate: "rank %{x}: %{y} users<extra></extra>" },
             { x: [0.5, group.length + 0.5], y: [listed / group.length, listed / group.length], type: "scatter", mode: "lines", name: "a guess", line: { color: css("--ink"), width: 1.4, dash: "dash" }, hoverinfo: "skip" },
-          ], layout({ bargap: 0.2, showlegend: false, xaxis: axis("rank of the target", { range: [0.4, group.length + 0.6] }), yaxis: axis("users", { rangemode: "tozero" }) })];
+          ], layout({ bargap: 0.2, legend: false, xaxis: axis("rank of the target", { range: [0.4, group.length + 0.6] }), yaxis: axis("users", { rangemode: "tozero" }) })];
         },
         calibration: () => {
           const c = model.calibration;
@@ -145,7 +173,7 @@
             { x: [0, top], y: [0, top], mode: "lines", type: "scatter", line: { color: css("--muted"), width: 1, dash: "dot" }, hoverinfo: "skip" },
             { x: c.predicted, y: c.observed, customdata: c.counts, mode: "lines+markers", type: "scatter", line: { color: tint(), width: 1.6 },
               marker: { color: tint(), size: c.counts.map((n) => 6 + 14 * Math.sqrt(n / largest)), opacity: 0.85 }, hovertemplate: "says %{x:.1%}, is %{y:.1%}<br>%{customdata} candidates<extra></extra>" },
-          ], layout({ showlegend: false, xaxis: axis("probability given", { tickformat: ".0%", range: [0, top] }), yaxis: axis("was the target", { tickformat: ".0%", range: [0, top] }) })];
+          ], layout({ xaxis: axis("probability given", { tickformat: ".0%", range: [0, top] }), yaxis: axis("was the target", { tickformat: ".0%", range: [0, top] }) })];
         },
       }[element.dataset.plot];
       chart(element, make);
@@ -167,13 +195,13 @@
           const rows = parts.map((part) => part.metrics[name][method.name]);
           const shift = methods.length > 1 ? (i / (methods.length - 1) - 0.5) * spread : 0;
           return {
-            x: parts.map((_, j) => j + shift), y: rows.map((row) => row[0]), type: "scatter", mode: "markers", name: short(method.label),
+            x: parts.map((_, j) => j + shift), y: rows.map((row) => row[0]), type: "scatter", mode: "markers", name: plain(method.label),
             marker: { size: method.kind === "model" ? 9 : 7, color: hue.get(method.name)(), symbol: SYMBOL[method.name] ?? "circle" },
             error_y: { ...errors(rows.map((r) => r[0]), rows.map((r) => r[1]), rows.map((r) => r[2])), color: hue.get(method.name)(), thickness: 1.2 },
             hovertemplate: `%{y:.4f}<extra>${short(method.label, 40)}</extra>`,
           };
         }), layout({
-          xaxis: axis("", { tickvals: parts.map((_, j) => j), ticktext: parts.map((part) => `${short(part.value, 18)}<br>${part.users.toLocaleString("en")}`), range: [-0.6, parts.length - 0.4], gridcolor: "rgba(0,0,0,0)" }),
+          xaxis: axis(plain(by.value), { tickvals: parts.map((_, j) => j), ticktext: parts.map((part) => `${short(part.value, 18)}<br>${part.users.toLocaleString("en")}`), range: [-0.6, parts.length - 0.4], gridcolor: "rgba(0,0,0,0)", tickangle: parts.length > 5 && innerWidth < 900 ? -40 : 0 }),
           yaxis: axis(label(name), { rangemode: "tozero" }), margin: { l: 48, r: 12, t: 8, b: 60 },
         })];
       });
@@ -186,13 +214,13 @@
 
   // ---- training and tuning
   const lines = (pick) => DATA.runs.flatMap((run, i) => Object.entries(run.series).filter(([name]) => pick(name)).map(([name, points], j) => ({
-    x: points.map((p) => p[0]), y: points.map((p) => p[1]), type: "scatter", mode: "lines+markers", name: short(`${run.name}: ${label(name.replace(/^(val|eval)_/, ""))}`, 34),
+    x: points.map((p) => p[0]), y: points.map((p) => p[1]), type: "scatter", mode: "lines+markers", name: plain(`${run.name}: ${label(name.replace(/^(val|eval)_/, ""))}`),
     line: { color: css(`--p${i % 5}`), width: 2, dash: ["solid", "dot", "dash", "dashdot"][j % 4] }, marker: { size: 5 }, hovertemplate: "%{x}: %{y:.4f}<extra></extra>",
   })));
   const xname = DATA.runs[0]?.axis ?? "epoch";
   const place = (name, make) => { const element = document.querySelector(`[data-plot=${name}]`); if (element) chart(element, make); };
-  place("runs-metric", () => [lines((name) => name.includes("@")), layout({ showlegend: true, xaxis: axis(xname), yaxis: axis("validation", { rangemode: "tozero" }) })]);
-  place("runs-loss", () => [lines((name) => name.includes("loss")), layout({ showlegend: true, xaxis: axis(xname), yaxis: axis("loss") })]);
+  place("runs-metric", () => [lines((name) => name.includes("@")), layout({ xaxis: axis(xname), yaxis: axis("validation", { rangemode: "tozero" }) })]);
+  place("runs-loss", () => [lines((name) => name.includes("loss")), layout({ xaxis: axis(xname), yaxis: axis("loss") })]);
   const sweep = DATA.sweep ?? [];
   const modes = [...new Set(sweep.map((trial) => trial.mode))];
   const about = (trial) => plain(Object.entries(trial.config).map(([k, v]) => `${k} ${typeof v === "number" ? Number(v.toPrecision(3)) : v}`).join(", "));
@@ -207,7 +235,7 @@
       x: trials.map((trial) => trial.config.lr), y: trials.map((trial) => Math.max(...trial.points.map((p) => p[1]))), text: trials.map(about), type: "scatter", mode: "markers", name: plain(mode),
       marker: { size: 10, color: css(`--p${i % 5}`), opacity: 0.85 }, hovertemplate: "%{y:.4f}<br>%{text}<extra></extra>",
     };
-  }), layout({ showlegend: true, xaxis: axis("learning rate", { type: "log" }), yaxis: axis(label(sweep[0]?.metric ?? "metric"), { rangemode: "tozero" }) })]);
+  }), layout({ xaxis: axis("learning rate", { type: "log" }), yaxis: axis(label(sweep[0]?.metric ?? "metric"), { rangemode: "tozero" }) })]);
 
   // ---- users
   function make(tag, className, text) {
