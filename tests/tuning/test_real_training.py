@@ -1,0 +1,77 @@
+"""A sweep over all four modes with real training of tiny models: Ray Tune over Ray Train, ASHA, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vlrank.config import MODES, TrainConfig, TuneConfig, load_config
+from vlrank.data.dataset import Dataset
+from vlrank.tuning.run import run
+from vlrank.tuning.trials import Sweep
+
+pytestmark = pytest.mark.stack
+
+
+@pytest.fixture(scope="module")
+def finished(
+    shop: Dataset, tiny_text_model: Path, tiny_vision_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TuneConfig]:
+    import ray
+
+    folder = tmp_path_factory.mktemp("sweep")
+    shutil.copytree(shop.path, folder / "shop")
+    dataset = Dataset.open(folder / "shop")
+    for what in ("caption", "semantic_summary"):
+        rows = [
+            {"item_id": item, "text": f"picture {item % 7}", "model": "m", "prompt_id": "p", "input_hash": "h"}
+            for item in dataset.items()["item_id"]
+        ]
+        dataset.add_generated(what, rows)  # type: ignore[arg-type]
+    vision, text = {"model": str(tiny_vision_model)}, {"model": str(tiny_text_model)}
+    config = load_config(
+        TuneConfig,
+        dataset=folder / "shop",
+        out=folder / "sweep",
+        modes="all",
+        trials=2,
+        space={"batch_size": {"choice": [8, 16]}},
+        train={"epochs": 2, "val_users": 24, "negatives": 4, "metric": "recall@1", "ranking": {"max_history": 4}},
+        per_mode={mode: text if mode == "semantic_summary_small" else vision for mode in MODES},
+        max_concurrent_trials=2,
+    )
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    run(config)
+    yield config
+    ray.shutdown()
+
+
+def test_every_mode_has_a_winner_with_a_curve_and_a_checkpoint(finished: TuneConfig) -> None:
+    sweep = Sweep(finished.out / "trials.jsonl")
+    best = json.loads((finished.out / "best.json").read_text())
+    assert sorted(best) == sorted(MODES)
+    for trial in sweep:
+        assert trial.status in ("completed", "stopped"), trial
+        assert trial.users > 0
+        assert [entry["epoch"] for entry in trial.epochs] == list(range(1, int(trial.epochs_run) + 1))
+    for mode in MODES:
+        winner = finished.out / "runs" / best[mode]["trial_id"]
+        facts = json.loads((winner / "best.json").read_text())
+        assert facts["value"] == best[mode]["value"]
+        assert (winner / facts["checkpoint"]).is_dir()
+        for loser in sweep.of(mode):
+            if loser.trial_id != best[mode]["trial_id"]:
+                assert not list((finished.out / "runs" / loser.trial_id).glob("*/checkpoint-*"))
+
+
+def test_the_best_yaml_trains_to_exactly_the_same_validation_number(finished: TuneConfig) -> None:
+    from vlrank.training.run import run as train
+
+    best = json.loads((finished.out / "best.json").read_text())["semantic_summary_small"]
+    train(load_config(TrainConfig, file=Path(best["config"])))
+    again = json.loads((finished.out / "best" / "semantic_summary_small" / "best.json").read_text())
+    assert (again["metric"], again["value"]) == (best["metric"], best["value"])
