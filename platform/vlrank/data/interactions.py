@@ -238,8 +238,9 @@ def temporal_cuts(
     times = np.sort(timestamps)
     n = len(times)
     if cuts is None:
-        test_from = int(times[min(n - 1, int(np.ceil(n * (1 - test_fraction))))])
-        val_from = int(times[min(n - 1, int(np.ceil(n * (1 - test_fraction - val_fraction))))])
+        first_test = n - max(1, round(n * test_fraction))
+        first_val = max(0, first_test - max(1, round(n * val_fraction)))
+        val_from, test_from = int(times[first_val]), int(times[max(0, first_test)])
     else:
         val_from, test_from = cuts
     before_val, before_test = np.searchsorted(times, [val_from, test_from])

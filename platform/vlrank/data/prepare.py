@@ -43,7 +43,7 @@ from vlrank.data.interactions import (
     temporal_cuts,
 )
 from vlrank.data.metadata import Item, items
-from vlrank.data.rawfiles import Rejects
+from vlrank.data.rawfiles import Rejects, estimate_rows
 from vlrank.data.sources import RawOptions, interactions
 from vlrank.data.summary import describe
 from vlrank.data.tables import disk_errors, file_sha256, read_parquet, write_parquet_atomic
@@ -53,6 +53,8 @@ from vlrank.errors import UserError
 # Keys that say where things are or how pictures are had, and so do not change the tables.
 _NOT_OPTIONS = {"reviews", "meta", "out", "dataset_code", "release", "raw_dir", "download", "overwrite", "use_image"}
 _NOT_OPTIONS |= {"retry_failed", "pictures", "ray"}
+
+_ROWS_PER_SECOND = 100_000  # an order of magnitude for `plan`; bench/results/kcore.json has measurements
 
 _CLEAN_ITEMS = pa.schema(
     [
@@ -92,6 +94,30 @@ def run(config: PrepareConfig) -> Summary:
         dataset = _build(config, writer, options, inputs)
     shutil.rmtree(pictures.work_folder(target), ignore_errors=True)
     return describe(dataset, title, time.monotonic() - started)
+
+
+def plan(config: PrepareConfig) -> Summary:
+    """What `run` would read, with an estimate from the first block of each file; reads and writes nothing else."""
+    if config.dataset_code is not None:
+        try:
+            reviews, meta = locate(config.dataset_code, config.release, config.raw_dir, allow_download=False)
+        except UserError as error:
+            if not config.download:
+                raise
+            return Summary("prepare: dry run", {"would download first": error.remedy})
+        config = config.model_copy(update={"reviews": (reviews,), "meta": (meta,)})
+    lines: dict[str, object] = {}
+    total = 0
+    for role, paths in (("reviews", config.reviews), ("meta", config.meta)):
+        rows = [estimate_rows(path) for path in paths]
+        total += sum(rows)
+        lines[role] = ", ".join(f"{path} (about {n:,} rows)" for path, n in zip(paths, rows, strict=True)) or "none"
+    options = {"min_rating": config.min_rating, "min_uc": config.min_uc, "min_sc": config.min_sc, "split": config.split}
+    lines["filters"] = ", ".join(f"{key} {value}" for key, value in options.items())
+    lines["pictures"] = "copied or downloaded" if config.use_image else "no (--use_image)"
+    lines["estimate"] = f"{max(1, round(total / _ROWS_PER_SECOND)):,} s without pictures"
+    state = "exists" if (config.folder / "manifest.json").is_file() else "new"
+    return Summary("prepare: dry run, nothing was done", lines | {"dataset": f"{config.folder} ({state})"})
 
 
 def _with_files(config: PrepareConfig) -> PrepareConfig:
