@@ -87,6 +87,10 @@ def resolve_base(config: TrainConfig) -> Base:
     installed = find_spec("unsloth") is not None
     if config.backend == "unsloth" and not installed:
         raise UserError("backend: unsloth, but Unsloth is not installed", "pip install 'vlrank[gpu]'")
+    if installed and config.backend == "auto" and config.packing:
+        installed = False  # Unsloth pads
+    if config.backend == "unsloth" and config.packing:
+        raise UserError("Unsloth pads its batches, packing: true is not for it", "Set backend: transformers.")
     in_4bit = config.load_in_4bit if config.load_in_4bit is not None else find_spec("bitsandbytes") is not None
     return Base(name, "text", method, unsloth=installed and config.backend != "transformers", in_4bit=in_4bit)
 
@@ -177,8 +181,9 @@ def _load_transformers(config: TrainConfig, base: Base, device: torch.device, dt
         task_type="CAUSAL_LM",
         exclude_modules=r".*\.visual\..*" if base.family == "vision" else None,
     )
-    # Adapters stay float32, because bfloat16 swallows AdamW's small updates; autocast computes them in bfloat16.
-    return get_peft_model(model, lora)
+    # Adapters in the weights' type: float32 ones make every activation be cast to float32 and back. The optimizer keeps
+    # float32 masters of them (see `MasterAdamW`).
+    return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
 def _load_unsloth(config: TrainConfig, base: Base, device: torch.device, dtype: torch.dtype) -> Any:

@@ -23,7 +23,8 @@ from vlrank.engines.transformers import score_labels
 from vlrank.errors import UserError
 from vlrank.training.batches import StepLoader, Steps, to_device
 from vlrank.training.data import Plan
-from vlrank.training.model import Base, Trainable
+from vlrank.training.model import AnswerHead, Base, Trainable
+from vlrank.training.optim import MasterAdamW
 from vlrank.training.validation import encode_samples, rank_metrics, validation_ranks
 
 CHECKPOINT_FILE = "vlrank.json"
@@ -166,10 +167,7 @@ class RerankTrainer(Trainer):
 
     def token_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Cross-entropy in float32 of each learned token, [n]; the head runs on their places only."""
-        inputs = {name: value for name, value in batch.items() if name not in ("answer_index", "targets", "cu_seqlens")}
-        with self.head.at(batch["answer_index"]):
-            logits = model(**inputs, use_cache=False).logits[0]
-        return torch.nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="none")
+        return token_losses(model, self.head, batch)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         # Called once per step, after all gradients are there and before they are used.
@@ -183,6 +181,21 @@ class RerankTrainer(Trainer):
             self._meter.loss = logs["loss"]
             self._stability.check_loss(logs["loss"], self.state.global_step)
         super().log(logs, start_time)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with float32 masters where weights are bfloat16; see `TrainConfig.optim` for the others."""
+        if self.optimizer is None and self.config.optim in ("auto", "adamw") and self.config.parallel == "ddp":
+            trained = [p for p in (model or self.model).parameters() if p.requires_grad]
+            if any(p.dtype == torch.bfloat16 for p in trained):
+                decayed = set(self.get_decay_parameter_names(model or self.model))
+                named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+                groups = [
+                    {"params": [p for n, p in named if n in decayed], "weight_decay": self.args.weight_decay},
+                    {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+                ]
+                self.optimizer = MasterAdamW(groups, lr=self.args.learning_rate)
+                return self.optimizer
+        return super().create_optimizer(model)
 
     # ---- validation -------------------------------------------------------------------------------------------------
 
@@ -259,6 +272,22 @@ class RerankTrainer(Trainer):
             inserted=inserted / max(1.0, samples),
             bad=bad,
         )
+
+
+def token_losses(model: Any, head: AnswerHead, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy in float32 of each learned token of a micro-batch, [n].
+
+    ``use_cache`` is off in every pass: with a cache, packed documents would see each other.
+    """
+    inputs: dict[str, Any] = {
+        name: value for name, value in batch.items() if name not in ("answer_index", "targets", "cu_seqlens")
+    }
+    if "cu_seqlens" in batch:
+        # The longest document is bounded by the row: a constant, so that compiled layers are compiled once.
+        inputs |= {"packed_cu_seqlens": batch["cu_seqlens"], "packed_longest": batch["input_ids"].shape[1]}
+    with head.at(batch["answer_index"]):
+        logits = model(**inputs, use_cache=False).logits[0]
+    return torch.nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="none")
 
 
 def write_checkpoint_facts(folder: Path, config: TrainConfig, base: Base) -> None:

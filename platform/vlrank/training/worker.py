@@ -62,7 +62,7 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
     from vlrank.training.batches import Steps
-    from vlrank.training.model import load_trainable, weight_dtype
+    from vlrank.training.model import core, load_trainable, weight_dtype
     from vlrank.training.trainer import Outcome, ReportCallback, RerankTrainer, patience_spent, quiet_libraries
 
     quiet_libraries()
@@ -77,6 +77,12 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
     trainable = load_trainable(config, base, device)
     encoder, training_encoder, pictures, data, run_plan = _prepare_pictures(config, trainable, data, rank, world, show)
     packing = config.packing if config.packing is not None else on_gpu and not base.unsloth
+    if packing:
+        from vlrank.training.attention import compile_layers, use_packed_attention
+
+        use_packed_attention(core(trainable.model))
+        if config.compile if config.compile is not None else on_gpu:
+            compile_layers(core(trainable.model))
     own_share = -(-config.batch_size // world)
     steps = Steps(
         run_plan.samples,
