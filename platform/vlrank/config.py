@@ -368,12 +368,22 @@ class RerankConfig(Config):
     limit: int | None = Field(None, ge=1, description="only the first users")
     negatives: int = Field(19, ge=1, description="for candidates: ground_truth")
     ranking: dict[str, Any] = Field(default_factory=dict, description="overrides of the run's ranking settings")
-    fusion_weight: float | None = Field(None, ge=0, le=1, description="weight of the retriever's scores; unset: none")
-    shard_rows: int = Field(256, ge=1)
-    retry_failed: bool = False
+    as_mode: Mode | None = Field(None, description="the mode of a model that vlrank did not train")
+    fusion_weight: Literal["auto"] | float | None = Field(
+        None, description="weight 0..1 of the retriever's scores; auto chooses it on validation users; unset: none"
+    )
+    fusion_users: int = Field(1000, ge=1, description="validation users that fusion_weight=auto looks at")
+    shard_rows: int = Field(256, ge=1, description="users committed at once: what a crash can cost at most")
+    retry_failed: bool = Field(False, description="try quarantined users again")
     seed: int = 0
     engine: EngineConfig = EngineConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _weight_is_a_share(self) -> RerankConfig:
+        if isinstance(self.fusion_weight, float) and not 0 <= self.fusion_weight <= 1:
+            raise ValueError(f"fusion_weight must be between 0 and 1 or auto, got {self.fusion_weight}")
+        return self
 
 
 class EvaluateConfig(Config):

@@ -1,0 +1,473 @@
+"""Bulk reranking on Ray Data: candidates in, full rankings out, resumable shard by shard.
+
+One row per user runs through a fixed pool of engines; `vlrank.bulk` commits, resumes and quarantines as in generation.
+The committed rows hold the model's own scores; fusion with the retriever happens when the output file is written, so
+another weight costs no inference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from vlrank.bulk import ENGINE_SECONDS, ERROR, ERROR_TYPE, TOKENS_IN, BulkResult, Shards, run_bulk
+from vlrank.config import EngineConfig, RankingConfig, RerankConfig, Split, merge, validate
+from vlrank.console import Summary
+from vlrank.data.candidates_io import write_rankings
+from vlrank.data.dataset import Dataset
+from vlrank.data.schemas import RANKINGS
+from vlrank.data.tables import atomic_write_json
+from vlrank.engines.base import ModelFolder, engine_name, open_model
+from vlrank.errors import UserError
+from vlrank.reranking.modes import ItemMeta, ModeSpec, mode_spec, shows
+from vlrank.reranking.ranker import Ranking, UserLists
+from vlrank.reranking.reranker import open_ranker
+from vlrank.reranking.windows import fuse, stable_order, windows
+from vlrank.runtime import cluster_gpus, ray_session
+
+if TYPE_CHECKING:
+    import ray.data
+
+_COUNTS = ("prompts", "history_cut", "dropped", "requests", "cached_tokens")
+_SHARD = pa.schema([*RANKINGS, ("input_hash", pa.string()), *((name, pa.int64()) for name in _COUNTS)])
+_WEIGHTS = tuple(i / 20 for i in range(21))
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One split's users.
+
+    Attributes:
+        wanted: ``user_id``, ``input_hash``, ``history``, ``candidates``.
+        retrieved: user id -> item id -> the retriever's score; empty for sampled candidates.
+        skipped: Users without a target or history, or whose target the mode cannot show.
+    """
+
+    wanted: pl.DataFrame
+    retrieved: Mapping[int, Mapping[int, float]]
+    skipped: int
+
+
+def run(config: RerankConfig) -> Summary:
+    """Rank every user's candidates.
+
+    Raises:
+        UserError: an unusable dataset, model, candidates table or setting.
+    """
+    started = time.monotonic()
+    dataset, folder, spec = _open(config)
+    _check_output(config)
+    meta = _checked_meta(dataset, spec, folder.ranking)
+    work = _plan(config, dataset, folder, spec, meta, config.split, config.limit)
+    with ray_session(config.ray):
+        result, rows = _rank(config, dataset, folder, work, config.split)
+        weight = _fusion_weight(config, dataset, folder, spec, meta)
+    source = _source(config, spec, folder.ranking, weight)
+    table = _fused(rows, work, weight, source)
+    write_rankings(table, config.out, dataset=dataset)
+    atomic_write_json(
+        config.out.with_name(config.out.name + ".json"),
+        {"source": source, "fusion_weight": weight, "model": config.model, "ranking": folder.ranking.model_dump()},
+    )
+    lines: dict[str, object] = {
+        "model": f"{folder.path} ({spec.name})",
+        "engine": engine_name(config.engine),
+        "source": source,
+        "users": table.height,
+        "done": result.done,
+        "reused": result.reused,
+        "quarantined": result.quarantined + result.failed_before,
+    }
+    if work.skipped:
+        lines["users without a usable history or target"] = work.skipped
+    if cut := int((rows["history_cut"] > 0).sum()):
+        lines["users whose history was cut to fit"] = cut
+    if dropped := int(rows["dropped"].sum()):
+        lines[f"candidates without {spec.shows}, left out"] = dropped
+    seconds = result.working_seconds or result.seconds
+    prompts = int(rows["prompts"].sum())
+    if result.done and seconds:
+        lines["users/s, prompt tokens/s"] = f"{result.done / seconds:,.1f}, {result.tokens_in / seconds:,.0f}"
+    if requests := int(rows["requests"].sum()):
+        asked = f"{prompts:,} prompts, {requests:,} requests"
+        lines["asked"] = f"{asked}, {int(rows['cached_tokens'].sum()):,} prompt tokens from the cache"
+    if weight is not None:
+        lines["fusion weight"] = weight
+    lines["time"] = f"{time.monotonic() - started:,.1f} s"
+    counts = {
+        "users": table.height,
+        "done": result.done,
+        "reused": result.reused,
+        "quarantined": result.quarantined,
+        "failed_before": result.failed_before,
+        "skipped": work.skipped,
+        "histories_cut": cut,
+        "candidates_dropped": dropped,
+        "prompts": prompts,
+        "tokens_in": result.tokens_in,
+    }
+    return Summary(f"rerank: {config.split} users of {config.dataset}", lines, config.out, counts)
+
+
+def plan(config: RerankConfig) -> Summary:
+    """What a run would do, and how much: prompts, engine requests and label-trie reads."""
+    dataset, folder, spec = _open(config)
+    _check_output(config)
+    meta = _checked_meta(dataset, spec, folder.ranking)
+    work = _plan(config, dataset, folder, spec, meta, config.split, config.limit)
+    pending = _shards(config, dataset, config.split).pending(work.wanted, retry_failed=config.retry_failed)
+    ranking = folder.ranking
+    sizes = pending["candidates"].list.len().to_list()
+    per_user = [len(list(windows(n, ranking.window, ranking.stride))) * ranking.permutations for n in sizes]
+    lines: dict[str, object] = {
+        "model": f"{folder.path} ({spec.name})",
+        "engine": engine_name(config.engine),
+        "users": work.wanted.height,
+        "to do": pending.height,
+        "candidates per user": f"{np.mean(sizes):.1f}" if sizes else 0,
+        "prompts": sum(per_user),
+    }
+    if work.skipped:
+        lines["users without a usable history or target"] = work.skipped
+    counts = {"users": work.wanted.height, "pending": pending.height, "prompts": sum(per_user), "skipped": work.skipped}
+    return Summary(f"rerank (dry run): {config.split} users of {config.dataset}", lines, config.out, counts)
+
+
+# ---- what to do ------------------------------------------------------------------------------------------------------
+
+
+def _open(config: RerankConfig) -> tuple[Dataset, ModelFolder, ModeSpec]:
+    dataset = Dataset.open(config.dataset)
+    folder = open_model(config.model, config.as_mode)
+    if folder.mode is None:
+        raise UserError(f"{folder.path} has no vlrank.json, so its mode is unknown", "Give as_mode=... as well.")
+    ranking = validate(RankingConfig, merge(folder.ranking.model_dump(), config.ranking))
+    # Workers have another working directory.
+    path, base = (str(Path(name).resolve()) if Path(name).is_dir() else name for name in (folder.path, folder.base))
+    return dataset, replace(folder, path=path, base=base, ranking=ranking), mode_spec(folder.mode)
+
+
+def _check_output(config: RerankConfig) -> None:
+    if config.out.suffix.lower() not in (".parquet", ".jsonl", ".trec", ".run", ".txt"):
+        raise UserError(f"out {config.out} has an unknown ending", "Use .parquet, .jsonl or .trec.")
+    if config.fusion_weight is not None and config.candidates == "ground_truth":
+        raise UserError("fusion_weight needs a retriever's scores", "Set candidates=NAME of `vlrank retrieve`.")
+
+
+def _checked_meta(dataset: Dataset, spec: ModeSpec, ranking: RankingConfig) -> dict[int, ItemMeta]:
+    meta = dataset.item_meta()
+    if ranking.missing == "drop" and not any(shows(spec, item) for item in meta.values()):
+        raise UserError(
+            f"no item of {dataset.path} has what mode {spec.name} shows ({spec.shows})", f"Make it: {spec.remedy}"
+        )
+    return meta
+
+
+def _plan(
+    config: RerankConfig,
+    dataset: Dataset,
+    folder: ModelFolder,
+    spec: ModeSpec,
+    meta: Mapping[int, ItemMeta],
+    split: Split,
+    limit: int | None,
+) -> _Work:
+    usable = {item for item, entry in meta.items() if folder.ranking.missing == "text" or shows(spec, entry)}
+    histories = dataset.histories(split)
+    retrieved: dict[int, dict[int, float]] = {}
+    listed: dict[int, list[int]] = {}
+    if config.candidates == "ground_truth":
+        known = dict(dataset.sequences().select("user_id", "item_ids").iter_rows())
+        pool = np.asarray(sorted(usable), dtype=np.int64)
+        for user in sorted(histories)[:limit]:
+            target = histories[user][1]
+            if target in usable:
+                listed[user] = sampled_candidates(target, known[user], pool, config.negatives, [config.seed, user])
+        considered = len(histories) if limit is None else min(limit, len(histories))
+    else:
+        table = dataset.candidates(config.candidates).filter(pl.col("split") == split).sort("user_id")
+        if table.is_empty():
+            raise UserError(
+                f"candidates {config.candidates!r} of {dataset.path} hold no {split} users",
+                f"Make them: vlrank retrieve {dataset.path} --name {config.candidates}",
+            )
+        table = table.head(limit) if limit is not None else table
+        for user, items, scores in table.select("user_id", "item_ids", "scores").iter_rows():
+            if len(set(items)) != len(items):
+                raise UserError(f"candidates {config.candidates!r} repeat an item for user {user}", "Make them again.")
+            if user in histories:
+                listed[user] = items[: folder.ranking.top_k]
+                retrieved[user] = dict(zip(items, scores, strict=True)) if scores else {}
+        considered = table.height
+    if not listed:
+        raise UserError(f"no {split} user of {dataset.path} can be ranked", "Check the dataset and its candidates.")
+    model, items_of = _fingerprint(folder), _item_hashes(meta, spec)
+    rows = []
+    for user, candidates in listed.items():
+        history = histories[user][0][-_reach(folder.ranking) :]
+        shown = [items_of.get(item, "") for item in (*history, *candidates)]
+        text = json.dumps([model, config.seed, history, candidates, shown])
+        rows.append((user, hashlib.sha256(text.encode()).hexdigest()[:32], history, candidates))
+    wanted = pl.DataFrame(
+        rows,
+        schema={
+            "user_id": pl.Int32,
+            "input_hash": pl.String,
+            "history": pl.List(pl.Int32),
+            "candidates": pl.List(pl.Int32),
+        },
+        orient="row",
+    )
+    return _Work(wanted, retrieved, considered - len(listed))
+
+
+def sampled_candidates(target: int, known: Sequence[int], pool: np.ndarray, n: int, seed: Sequence[int]) -> list[int]:
+    """The target among ``n`` items that the user does not know, in random order; a pure function of its arguments.
+
+    Args:
+        target: The item to find.
+        known: All items of the user.
+        pool: Items that can be shown, ascending.
+        n: Negatives; fewer where the pool has no more.
+        seed: Of this user.
+    """
+    rng = np.random.default_rng(seed)
+    outside = np.setdiff1d(pool, np.asarray([*known, target]), assume_unique=False)
+    negatives = rng.choice(outside, size=min(n, len(outside)), replace=False)
+    return rng.permutation(np.append(negatives, target)).tolist()
+
+
+def _reach(ranking: RankingConfig) -> int:
+    # Items that the mode cannot show make room for older ones: hand over more than max_history.
+    return ranking.max_history * (1 if ranking.missing == "text" else 4)
+
+
+def _fingerprint(folder: ModelFolder) -> str:
+    """Of everything about the model that changes rankings: its settings, and its files."""
+    parts: list[Any] = [folder.mode, folder.ranking.model_dump()]
+    for path in dict.fromkeys((folder.path, folder.base)):
+        if not Path(path).is_dir():
+            parts.append(path)  # a name on the hub
+            continue
+        for file in sorted(Path(path).iterdir()):
+            if file.suffix == ".safetensors":
+                with file.open(
+                    "rb"
+                ) as content:  # the ends of a weights file tell trainings apart; whole ones are large
+                    head = content.read(1 << 20)
+                    content.seek(max(0, file.stat().st_size - (1 << 20)))
+                    data = head + content.read()
+                parts.append([file.name, file.stat().st_size, hashlib.sha256(data).hexdigest()])
+            elif file.suffix in (".json", ".jinja") and file.is_file():
+                parts.append([file.name, hashlib.sha256(file.read_bytes()).hexdigest()])
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _item_hashes(meta: Mapping[int, ItemMeta], spec: ModeSpec) -> dict[int, str]:
+    # A picture's file name is the hash of its content.
+    return {
+        item: hashlib.sha256(f"{entry['text']}\0{entry.get(spec.shows)}".encode()).hexdigest()[:16]
+        for item, entry in meta.items()
+    }
+
+
+def _shards(config: RerankConfig, dataset: Dataset, split: Split) -> Shards:
+    name = f"rerank-{config.out.stem}" + ("" if split == config.split else f"-{split}")
+    return Shards(
+        folder=config.out.with_name(config.out.name + ".shards") / split,
+        schema=_SHARD,
+        key="user_id",
+        quarantine=dataset.path / "quarantine" / name,
+        stage=name,
+    )
+
+
+# ---- inference -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What an engine's worker needs to know."""
+
+    dataset: str
+    folder: ModelFolder
+    engine: EngineConfig
+    split: str
+    source: str
+    seed: int
+
+
+def _rank(
+    config: RerankConfig, dataset: Dataset, folder: ModelFolder, work: _Work, split: Split
+) -> tuple[BulkResult, pl.DataFrame]:
+    """Run what is missing; returns the result and the wanted rows that are committed."""
+    shards = _shards(config, dataset, split)
+    job = _Job(str(dataset.path.resolve()), folder, config.engine, split, f"qwen3vl/{folder.mode}", config.seed)
+    result = run_bulk(
+        work.wanted,
+        partial(_stages, job=job),
+        shards,
+        shard_rows=config.shard_rows,
+        description="rerank" if split == config.split else f"rerank {split} users",
+        retry_failed=config.retry_failed,
+    )
+    keys = work.wanted.select("user_id", "input_hash")
+    return result, shards.committed().join(keys, on=["user_id", "input_hash"], how="semi", maintain_order="left")
+
+
+def _stages(dataset: ray.data.Dataset, job: _Job) -> ray.data.Dataset:
+    from ray.data import ActorPoolStrategy
+
+    config = job.engine
+    gpus = config.gpus if config.gpus is not None else float(cluster_gpus() > 0)
+    return dataset.map_batches(
+        _Worker,
+        fn_constructor_args=(job,),
+        batch_size=None,  # a shard at a time
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=config.replicas),
+        num_cpus=config.cpus,
+        num_gpus=math.ceil(gpus * config.tensor_parallel_size) if gpus >= 1 else gpus,
+    )
+
+
+class _Worker:
+    """One engine of the pool."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+        self.ranker = open_ranker(job.folder, job.engine, Dataset.open(job.dataset).item_meta())
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        started = time.monotonic()
+        rows = batch.to_pylist()
+        engine: Any = self.ranker.engine
+        before = getattr(engine, "requests", 0), getattr(engine, "cached_tokens", 0)
+        users = [
+            UserLists(row["history"], row["candidates"], _user_seed(self.job.seed, row["user_id"])) for row in rows
+        ]
+        outcomes = [self._row(row, outcome) for row, outcome in zip(rows, self.ranker.rank(users), strict=True)]
+        # The engine counts for all its users at once: the shard's first row carries it.
+        outcomes[0]["requests"] = getattr(engine, "requests", 0) - before[0]
+        outcomes[0]["cached_tokens"] = getattr(engine, "cached_tokens", 0) - before[1]
+        for outcome in outcomes:
+            outcome[ENGINE_SECONDS] = time.monotonic() - started
+        return pa.Table.from_pylist(outcomes, schema=_OUTCOME)
+
+    def _row(self, row: Mapping[str, Any], outcome: Ranking | Exception) -> dict[str, Any]:
+        common = {"split": self.job.split, "user_id": row["user_id"], "input_hash": row["input_hash"]}
+        common |= dict.fromkeys(_COUNTS, 0)
+        if isinstance(outcome, Exception):
+            return {**common, ERROR_TYPE: type(outcome).__name__, ERROR: str(outcome) or repr(outcome)}
+        return {
+            **common,
+            "item_ids": outcome.item_ids,
+            "scores": outcome.scores.tolist(),
+            "source": self.job.source,
+            "prompts": outcome.prompts,
+            "history_cut": outcome.history_cut,
+            "dropped": outcome.dropped,
+            TOKENS_IN: outcome.tokens,
+        }
+
+
+_OUTCOME = pa.schema(
+    [
+        *_SHARD,
+        (ERROR_TYPE, pa.string()),
+        (ERROR, pa.string()),
+        (TOKENS_IN, pa.int64()),
+        (ENGINE_SECONDS, pa.float64()),
+    ]
+)
+
+
+def _user_seed(seed: int, user: int) -> int:
+    return seed * 1_000_003 + user
+
+
+# ---- fusion ----------------------------------------------------------------------------------------------------------
+
+
+def _fusion_weight(
+    config: RerankConfig, dataset: Dataset, folder: ModelFolder, spec: ModeSpec, meta: Mapping[int, ItemMeta]
+) -> float | None:
+    """The configured weight, or the one that ranks validation users best."""
+    if config.fusion_weight != "auto":
+        return config.fusion_weight
+    if config.split == "val":
+        raise UserError(
+            "fusion_weight=auto on split val would choose the weight on the users it ranks", "Give a number."
+        )
+    work = _plan(config, dataset, folder, spec, meta, "val", config.fusion_users)
+    _, rows = _rank(config, dataset, folder, work, "val")
+    targets = {user: target for user, (_, target) in dataset.histories("val").items()}
+    return best_weight(
+        [
+            (items, scores, [work.retrieved[user].get(item, 0.0) for item in items], targets[user])
+            for user, items, scores in rows.select("user_id", "item_ids", "scores").iter_rows()
+        ]
+    )
+
+
+def best_weight(lists: Sequence[tuple[Sequence[int], Sequence[float], Sequence[float], int]], k: int = 10) -> float:
+    """The fusion weight in steps of 0.05 with the highest mean NDCG@k; of equals the smallest.
+
+    Args:
+        lists: (items, model scores, retriever scores, target) per validation user.
+        k: Cut-off.
+    """
+
+    def gain(weight: float) -> float:
+        total = 0.0
+        for items, model, retriever, target in lists:
+            if target in items:
+                scores, order = fuse(model, retriever, weight), stable_order(retriever)
+                ranked = [order[i] for i in stable_order(scores[order])]
+                rank = ranked.index(list(items).index(target)) + 1
+                total += 1 / math.log2(rank + 1) if rank <= k else 0.0
+        return total
+
+    return max(_WEIGHTS, key=lambda weight: (round(gain(weight), 9), -weight))
+
+
+def _fused(rows: pl.DataFrame, work: _Work, weight: float | None, source: str) -> pl.DataFrame:
+    """The output table; ties of fused scores keep the retriever's order."""
+    table = rows.select(RANKINGS.names).with_columns(source=pl.lit(source))
+    if weight is None:
+        return table
+    items, scores = [], []
+    for user, listed, model in table.select("user_id", "item_ids", "scores").iter_rows():
+        retriever = [work.retrieved[user].get(item, 0.0) for item in listed]
+        before = stable_order(retriever)
+        fused = fuse(model, retriever, weight)
+        order = [before[i] for i in stable_order(fused[before])]
+        items.append([listed[i] for i in order])
+        scores.append(fused[order].tolist())
+    return table.with_columns(
+        item_ids=pl.Series(items, dtype=pl.List(pl.Int32)), scores=pl.Series(scores, dtype=pl.List(pl.Float32))
+    )
+
+
+def _source(config: RerankConfig, spec: ModeSpec, ranking: RankingConfig, weight: float | None) -> str:
+    parts = [f"qwen3vl/{spec.name}"]
+    if config.candidates != "ground_truth":
+        parts.append(f"candidates={config.candidates}")
+        if ranking.top_k > ranking.window:
+            parts.append(f"windows={ranking.window}/{ranking.stride}")
+    if ranking.permutations > 1:
+        parts.append(f"permutations={ranking.permutations}")
+    if weight is not None:
+        parts.append(f"fusion={weight:g}")
+    return " ".join(parts)

@@ -1,0 +1,212 @@
+"""Bulk jobs must come out whole, once, and the same however often they were interrupted."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from vlrank.config import EngineConfig, RayConfig, RerankConfig, load_config
+from vlrank.data.dataset import Dataset
+from vlrank.data.schemas import CANDIDATES, RANKINGS
+from vlrank.data.tables import atomic_write_json
+from vlrank.errors import UserError
+from vlrank.reranking.pipeline import best_weight, plan, run, sampled_candidates
+from vlrank.reranking.reranker import Qwen3VLReranker
+
+TRANSFORMERS = EngineConfig(name="transformers", cpus=1)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As training leaves it: a run folder with a checkpoint that says what it was trained for."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    checkpoint = folder / "qwen3vl_rerank" / "checkpoint-3"
+    shutil.copytree(tiny_text_model, checkpoint)
+    ranking = {"top_k": 50, "max_history": 5, "max_item_chars": 60}
+    details = {"mode": "semantic_summary_small", "family": "text", "ranking": ranking, "method": "full"}
+    atomic_write_json(checkpoint / "vlrank.json", details)
+    atomic_write_json(folder / "best.json", {"checkpoint": "qwen3vl_rerank/checkpoint-3"})
+    return folder
+
+
+@pytest.fixture
+def dataset(shop: Dataset, tmp_path: Path) -> Dataset:
+    """A copy with summaries and with the candidates of a made-up retriever that always finds the target."""
+    path = tmp_path / "dataset"
+    shutil.copytree(shop.path, path)
+    copy = Dataset.open(path)
+    rows = [
+        {"item_id": i, "text": f"summary {i}", "model": "m", "prompt_id": "p", "input_hash": str(i)}
+        for i in range(1, copy.n_items + 1)
+    ]
+    copy.add_generated("semantic_summary", pl.DataFrame(rows, schema_overrides={"item_id": pl.Int32}))
+    lists = []
+    for split in ("val", "test"):
+        for user, (history, target) in copy.histories(split).items():  # type: ignore[arg-type]
+            others = [item for item in range(1, copy.n_items + 1) if item not in (*history, target)][:24]
+            lists.append((split, user, [target, *others], np.linspace(1, 0, len(others) + 1).tolist()))
+    schema = pl.from_arrow(CANDIDATES.empty_table()).schema  # type: ignore[union-attr]
+    copy.write_candidates("found", pl.DataFrame(lists, schema=schema, orient="row"))
+    return Dataset.open(path)
+
+
+def config(dataset: Dataset, model: Path, out: Path, **more: object) -> RerankConfig:
+    values = {"limit": 12, "shard_rows": 5, "engine": TRANSFORMERS, "ray": RayConfig(num_cpus=8), **more}
+    return load_config(RerankConfig, dataset=dataset.path, model=str(model), out=out, **values)
+
+
+# ---- without Ray -----------------------------------------------------------------------------------------------------
+
+
+def test_sampled_candidates_are_the_target_among_the_unknown() -> None:
+    pool = np.arange(1, 101)
+    first = sampled_candidates(7, [1, 2, 3, 7], pool, 19, [0, 5])
+    assert first == sampled_candidates(7, [1, 2, 3, 7], pool, 19, [0, 5])
+    assert len(set(first)) == 20
+    assert 7 in first
+    assert not {1, 2, 3} & set(first)
+    assert first != sampled_candidates(7, [1, 2, 3, 7], pool, 19, [0, 6])
+    assert sorted(sampled_candidates(2, [], np.arange(1, 4), 19, [0])) == [1, 2, 3]
+    places = [sampled_candidates(7, [7], pool, 19, [0, user]).index(7) for user in range(2000)]
+    assert np.bincount(places, minlength=20).min() > 60  # about 100 at each place: the target hides everywhere
+
+
+def test_the_fusion_weight_is_the_best_on_validation() -> None:
+    # The retriever knows the target of the first user, the model that of the second; the model is surer.
+    retriever_right = ([1, 2, 3], [-1.0, -0.9, -1.1], [0.9, 0.0, 0.1], 1)
+    model_right = ([1, 2, 3], [-0.1, -4.0, -5.0], [0.5, 0.51, 0.49], 1)
+    assert best_weight([model_right]) == 0.0  # several weights do: the smallest
+    assert best_weight([retriever_right]) > 0.0
+    assert best_weight([retriever_right, model_right] * 3) > 0.0
+
+
+def test_a_dry_run_says_how_much(dataset: Dataset, model: Path, tmp_path: Path) -> None:
+    summary = plan(config(dataset, model, tmp_path / "r.parquet", candidates="found"))
+    # 25 candidates: windows [5, 25) and [0, 20).
+    assert summary.counts == {"users": 12, "pending": 12, "prompts": 24, "skipped": 0}
+    assert not (tmp_path / "r.parquet.shards").exists()
+
+
+def test_mistakes_are_named_before_anything_starts(dataset: Dataset, model: Path, shop: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "r.parquet"
+    with pytest.raises(UserError, match=r"vlrank retrieve"):
+        run(config(dataset, model, out, candidates="absent"))
+    with pytest.raises(UserError, match="unknown ending"):
+        run(config(dataset, model, tmp_path / "r.xlsx"))
+    with pytest.raises(UserError, match="needs a retriever's scores"):
+        run(config(dataset, model, out, fusion_weight=0.5))
+    with pytest.raises(UserError, match="between 0 and 1"):
+        config(dataset, model, out, fusion_weight=1.5)
+    with pytest.raises(UserError, match="windw"):
+        run(config(dataset, model, out, ranking={"windw": 5}))
+    bare = tmp_path / "bare"
+    shutil.copytree(shop.path, bare, ignore=shutil.ignore_patterns("semantic_summaries"))
+    with pytest.raises(UserError, match="--what semantic_summary"):
+        run(config(Dataset.open(bare), model, out))
+    assert not out.exists()
+
+
+# ---- with Ray --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    from vlrank.runtime import ray_session
+
+    with ray_session(RayConfig(address="local", num_cpus=8)):
+        yield
+
+
+@pytest.mark.stack
+def test_rankings_equal_the_notebooks_and_a_second_run_does_nothing(
+    cluster: None, dataset: Dataset, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "r.parquet"
+    first = run(config(dataset, model, out, candidates="found"))
+    assert first.counts["done"] == 12
+    table = pl.read_parquet(out)
+    assert table.columns == RANKINGS.names
+    assert table["user_id"].is_sorted()
+    assert table["user_id"].n_unique() == table.height == 12
+    assert set(table["source"]) == {"qwen3vl/semantic_summary_small candidates=found windows=20/10"}
+    reranker = Qwen3VLReranker.load(model, item_meta=dataset.item_meta())
+    found = dataset.candidates("found").filter(pl.col("split") == "test")
+    histories = dataset.histories("test")
+    for user, items, scores in table.select("user_id", "item_ids", "scores").head(3).iter_rows():
+        listed = found.filter(pl.col("user_id") == user)["item_ids"][0].to_list()
+        ranked = reranker.rerank(histories[user][0], listed)
+        assert [item for item, _ in ranked] == items
+        np.testing.assert_allclose([score for _, score in ranked], scores, atol=1e-3)
+        assert sorted(items) == sorted(listed)
+    again = run(config(dataset, model, out, candidates="found"))
+    assert (again.counts["done"], again.counts["reused"]) == (0, 12)
+    assert pl.read_parquet(out).equals(table)
+    changed = run(config(dataset, model, out, candidates="found", ranking={"max_history": 2}))
+    assert changed.counts["done"] == 12  # another question is noticed
+
+    fused = run(config(dataset, model, tmp_path / "f.parquet", candidates="found", fusion_weight="auto", fusion_users=10))
+    by_retriever = pl.read_parquet(tmp_path / "f.parquet")
+    # This retriever puts every target first: leaning on it is what validation says.
+    assert float(str(fused.lines["fusion weight"])) > 0
+    targets = [histories[user][1] for user in by_retriever["user_id"]]
+    assert np.mean([items[0] == t for items, t in zip(by_retriever["item_ids"], targets, strict=True)]) > 0.8
+    assert "fusion=" in by_retriever["source"][0]
+
+
+@pytest.mark.stack
+def test_a_bad_picture_costs_its_user_and_can_be_retried(
+    cluster: None, shop: Dataset, tiny_vision_model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "dataset"
+    shutil.copytree(shop.path, path)
+    data = Dataset.open(path)
+    victim = Path(str(data.item_meta()[1]["image_path"]))
+    intact = victim.read_bytes()
+    victim.write_bytes(intact[:50])
+    more = {"as_mode": "raw_image", "ranking": {"max_history": 3}, "negatives": 30, "limit": 6}
+    settings = config(data, tiny_vision_model, tmp_path / "r.parquet", **more)
+    first = run(settings)
+    assert first.counts["quarantined"] > 0
+    assert first.counts["done"] + first.counts["quarantined"] == 6
+    reasons = data.quarantine("rerank-r")
+    assert set(reasons["error_type"]) <= {"UnidentifiedImageError", "OSError"}
+    victim.write_bytes(intact)
+    assert run(settings).counts["done"] == 0
+    retried = run(settings.model_copy(update={"retry_failed": True}))
+    assert retried.counts["done"] == first.counts["quarantined"]
+    assert pl.read_parquet(tmp_path / "r.parquet").height == 6
+
+
+@pytest.mark.stack
+def test_killed_and_resumed_equals_unbroken(cluster: None, dataset: Dataset, model: Path, tmp_path: Path) -> None:
+    unbroken, out = tmp_path / "unbroken.parquet", tmp_path / "r.parquet"
+    run(config(dataset, model, unbroken, limit=40))
+    code = (
+        "import sys; from vlrank.cli import main; sys.argv[1:] = ["
+        f"'rerank', {str(dataset.path)!r}, '--model', {str(model)!r}, '--out', {str(out)!r}, 'limit=40', 'shard_rows=2', "
+        "'engine.name=transformers', 'ray.address=local', 'ray.num_cpus=8']; main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    shards = tmp_path / "r.parquet.shards" / "test"
+    while process.poll() is None and len(list(shards.glob("[!.]*.parquet"))) < 2:
+        time.sleep(0.02)
+    interrupted = process.poll() is None
+    if interrupted:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed = run(config(dataset, model, out, limit=40, shard_rows=2))
+    assert resumed.counts["done"] + resumed.counts["reused"] == 40
+    assert resumed.counts["reused"] >= 2
+    assert not interrupted or resumed.counts["done"] > 0
+    left, right = pl.read_parquet(out), pl.read_parquet(unbroken)
+    assert left.drop("scores").equals(right.drop("scores"))
+    for a, b in zip(left["scores"], right["scores"], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)

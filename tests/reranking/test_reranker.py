@@ -1,0 +1,152 @@
+"""The few lines of the public API, in one process and without Ray."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+import vlrank
+from vlrank import Qwen3VLReranker
+from vlrank.config import RankingConfig
+from vlrank.errors import UserError
+from vlrank.reranking.encoding import Encoded, Encoder
+from vlrank.reranking.modes import ItemMeta, mode_spec
+from vlrank.reranking.ranker import NoCandidates, Ranker, Ranking, UserLists
+
+from .tokenizers_zoo import digits
+
+META: dict[int, ItemMeta] = {i: {"text": f"item {i}", "semantic_summary": f"summary {i}"} for i in range(1, 80)}
+
+
+class Fixed:
+    """An engine with one opinion: a function from the number of candidates to log-probabilities."""
+
+    def __init__(self, opinion: Any) -> None:
+        self.opinion = opinion
+        self.asked: list[int] = []
+
+    def score_labels(self, encoder: Encoder, requests: list[Encoded]) -> list[Any]:
+        self.asked += [request.n_candidates for request in requests]
+        return [self.opinion(request.n_candidates) for request in requests]
+
+
+def ranker(opinion: Any, **ranking: Any) -> Ranker:
+    spec, config = mode_spec("semantic_summary_small"), RankingConfig(**ranking)
+    engine: Any = Fixed(opinion)
+    return Ranker(engine, Encoder(digits(), spec, config), spec, config, META)
+
+
+def test_a_constant_model_keeps_the_retrievers_order() -> None:
+    ranks = ranker(lambda n: np.full(n, -np.log(n), dtype=np.float32), top_k=70, permutations=3)
+    [ranking] = ranks.rank([UserLists([1], list(range(60, 9, -1)))])
+    assert isinstance(ranking, Ranking)
+    assert ranking.item_ids == list(range(60, 9, -1))
+    assert ranking.prompts == 5 * 3  # windows [31, 51) [21, 41) [11, 31) [1, 21) [0, 20), three orders each
+
+
+def test_top_k_is_the_retrievers_best() -> None:
+    [ranking] = ranker(lambda n: np.zeros(n), top_k=5).rank([UserLists([], list(range(1, 30)))])
+    assert isinstance(ranking, Ranking)
+    assert ranking.item_ids == [1, 2, 3, 4, 5]
+
+
+def test_items_without_what_the_mode_shows_are_left_out_and_counted() -> None:
+    ranks = ranker(lambda n: np.zeros(n))
+    ranks.item_meta = {**META, 3: {"text": "bare", "semantic_summary": None}}
+    first, second = ranks.rank([UserLists([3], [1, 3, 2]), UserLists([], [3])])
+    assert isinstance(first, Ranking)
+    assert (first.item_ids, first.dropped) == ([1, 2], 1)
+    assert isinstance(second, NoCandidates)
+    shown = ranker(lambda n: np.zeros(n), missing="text")
+    shown.item_meta = ranks.item_meta
+    [third] = shown.rank([UserLists([3], [1, 3, 2])])
+    assert isinstance(third, Ranking)
+    assert third.item_ids == [1, 3, 2]
+
+
+def test_one_bad_user_does_not_stop_the_others() -> None:
+    ranks = ranker(lambda n: np.zeros(n) if n != 4 else OSError("broken picture"))
+    good, bad = ranks.rank([UserLists([], [1, 2, 3]), UserLists([], [1, 2, 3, 4])])
+    assert isinstance(good, Ranking)
+    assert isinstance(bad, OSError)
+
+
+def test_cut_histories_are_counted() -> None:
+    ranks = ranker(lambda n: np.zeros(n), max_prompt_tokens=500)
+    [ranking] = ranks.rank([UserLists(list(range(20, 40)), [1, 2, 3])])
+    assert isinstance(ranking, Ranking)
+    assert 0 < ranking.history_cut < 20
+
+
+@pytest.fixture(scope="module")
+def reranker(tiny_text_model: Path) -> Qwen3VLReranker:
+    return Qwen3VLReranker(mode="semantic_summary_small", model=tiny_text_model, top_k=30)
+
+
+def test_rerank_returns_log_probabilities_best_first(reranker: Qwen3VLReranker) -> None:
+    ranked = reranker.rerank([1, 2, 3], [10, 11, 12, 13, 14], META)
+    assert sorted(item for item, _ in ranked) == [10, 11, 12, 13, 14]
+    scores = [score for _, score in ranked]
+    assert scores == sorted(scores, reverse=True)
+    assert np.exp(scores).sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_many_users_equal_each_alone(reranker: Qwen3VLReranker) -> None:
+    histories, candidates = [[1], [], [5, 6]], [list(range(20, 50)), [7], [9, 8, 30]]
+    together = reranker.rerank_batch(histories, candidates, META)
+    for history, listed, ranked in zip(histories, candidates, together, strict=True):
+        alone = reranker.rerank(history, listed, META)
+        assert [item for item, _ in alone] == [item for item, _ in ranked]
+        np.testing.assert_allclose([s for _, s in alone], [s for _, s in ranked], atol=1e-4)
+
+
+def test_frames_as_rectools_has_them(reranker: Qwen3VLReranker) -> None:
+    frame = pl.DataFrame({"user_id": [5, 5, 2], "item_id": [10, 11, 12], "score": [0.5, 0.7, 0.1]})
+    ranked = reranker.rerank_frame(frame, {5: [1, 2]}, META)
+    assert ranked.columns == ["user_id", "item_id", "rank", "score"]
+    assert ranked["user_id"].to_list() == [5, 5, 2]
+    assert ranked["rank"].to_list() == [1, 2, 1]
+    assert [(i, pytest.approx(s, abs=1e-5)) for i, s in reranker.rerank([1, 2], [11, 10], META)] == [
+        (row[1], row[3]) for row in ranked.rows()[:2]
+    ]
+
+
+def test_saved_and_loaded_it_says_the_same(reranker: Qwen3VLReranker, tmp_path: Path) -> None:
+    expected = reranker.rerank([1], [10, 11, 12], META)
+    saved = reranker.save(tmp_path / "saved")
+    loaded = Qwen3VLReranker.load(saved, item_meta=META)
+    assert (loaded.mode, loaded.ranking.top_k) == ("semantic_summary_small", 30)
+    assert loaded.rerank([1], [10, 11, 12]) == expected
+    with pytest.raises(UserError, match="not empty"):
+        reranker.save(saved)
+
+
+def test_mistakes_are_named(reranker: Qwen3VLReranker, tiny_text_model: Path) -> None:
+    with pytest.raises(UserError, match="item 999 is not in item_meta"):
+        reranker.rerank([], [999], META)
+    with pytest.raises(UserError, match="item 7 more than once"):
+        reranker.rerank([], [7, 8, 7], META)
+    with pytest.raises(UserError, match="no item_meta"):
+        reranker.rerank([], [7])
+    with pytest.raises(UserError, match="no candidates"):
+        reranker.rerank([], [], META)
+    with pytest.raises(UserError, match="unknown mode 'captions'"):
+        Qwen3VLReranker(mode="captions")
+    with pytest.raises(UserError, match="mode is unknown"):
+        Qwen3VLReranker.load(tiny_text_model)
+    with pytest.raises(UserError, match="no image processor"):
+        Qwen3VLReranker(mode="raw_image", model=tiny_text_model).rerank([], [7, 8], META)
+
+
+def test_importing_costs_nothing() -> None:
+    code = (
+        "import sys, vlrank, vlrank.reranking.labels, vlrank.reranking.encoding, vlrank.reranking.windows, "
+        "vlrank.reranking.reranker, vlrank.reranking.ranker; vlrank.Qwen3VLReranker; "
+        "print([m for m in ('torch', 'ray', 'transformers', 'vllm') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert vlrank.Qwen3VLReranker is Qwen3VLReranker
