@@ -204,7 +204,8 @@ def save_model(
         processor = Qwen3VLProcessor(
             image_processor=Qwen2VLImageProcessor(size=size, **shape, **mean),
             tokenizer=AutoTokenizer.from_pretrained(path),
-            video_processor=Qwen3VLVideoProcessor(size=size, **shape, **mean),
+            # vLLM measures videos even where none is allowed, and divides by zero when a frame is smaller than a token.
+            video_processor=Qwen3VLVideoProcessor(size={**size, "longest_edge": 8 * image_pixels}, **shape, **mean),
             chat_template=CHAT_TEMPLATE,
         )
         processor.save_pretrained(path)
