@@ -151,8 +151,7 @@ def absolute_paths(config: Config, workdir: str | None) -> dict[str, Any]:
         return str(Path(workdir) / path)
 
     values = config.model_dump(mode="json", exclude_unset=True)
-    for key in config.model_fields_set:
-        value = getattr(config, key)
+    for key, value in ((key, getattr(config, key)) for key in type(config).model_fields if key in values):
         if isinstance(value, Path):
             values[key] = resolved(key, value)
         elif isinstance(value, tuple) and value and all(isinstance(part, Path) for part in value):

@@ -208,6 +208,7 @@ def _search(
     import ray
     from ray import tune
 
+    from vlrank.tuning.gauges import SweepGauges
     from vlrank.tuning.search import AshaPerMode, PendingTrials, Recorder, optuna_point
 
     by_mode = {plan.mode: plan for plan in plans}
@@ -262,7 +263,7 @@ def _search(
                 name=".tune",
                 storage_path=str(config.out.resolve()),
                 failure_config=tune.FailureConfig(max_failures=config.trial_retries),
-                callbacks=[Recorder(sweep, epochs, failure, finished)],
+                callbacks=[Recorder(sweep, epochs, failure, finished, SweepGauges().show)],
                 verbose=0,
             ),
         )

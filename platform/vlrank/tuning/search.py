@@ -134,6 +134,7 @@ class Recorder(Stateless, Callback):
         epochs: How many a trial is to run.
         failure: Why a trial failed; Tune tells its callbacks only later.
         on_finish: Called with each trial that completed, was stopped or failed for good.
+        show: Called after every event.
     """
 
     def __init__(
@@ -142,11 +143,13 @@ class Recorder(Stateless, Callback):
         epochs: Callable[[Trial], int],
         failure: Callable[[Trial], str],
         on_finish: Callable[[Trial], None],
+        show: Callable[[Sweep, Trial], None],
     ) -> None:
         self._sweep = sweep
         self._epochs = epochs
         self._failure = failure
         self._on_finish = on_finish
+        self._show = show
         self._since: dict[str, float] = {}
 
     def _known(self, trial: Any) -> Trial:
@@ -162,7 +165,7 @@ class Recorder(Stateless, Callback):
         known = self._known(trial)
         known.status, known.stop_reason = "running", None
         known.attempts += 1
-        self._sweep.save()
+        self._save(known)
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         """See `Callback`."""
@@ -171,7 +174,7 @@ class Recorder(Stateless, Callback):
             return
         more = {"step": int(result["step"])} if "step" in result else {}
         known.record(result["epoch"], float(result[known.metric]), seconds=round(known.seconds, 2), **more)
-        self._sweep.save()
+        self._save(known)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """See `Callback`."""
@@ -193,8 +196,12 @@ class Recorder(Stateless, Callback):
 
     def _finish(self, known: Trial) -> None:
         self._since.pop(known.trial_id, None)
-        self._sweep.save()
+        self._save(known)
         self._on_finish(known)
+
+    def _save(self, known: Trial) -> None:
+        self._sweep.save()
+        self._show(self._sweep, known)
 
 
 def optuna_point(
