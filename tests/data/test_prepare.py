@@ -265,6 +265,17 @@ def test_bad_rows_are_counted_and_kept_with_their_reason(tmp_path: Path) -> None
     assert "BadInteraction" in str(summary.lines["quarantine: reviews"])
 
 
+def test_lines_of_ten_megabytes_and_of_several_encodings_lose_nothing(tmp_path: Path) -> None:
+    options = toy(tmp_path, [row("u", "a", 1, text="x" * 10_000_000), row("u", "b", 2), row("u", "c", 3)])
+    long = json.dumps({"item": "a", "title": "Long", "description": "word " * 2_000_000}).encode()
+    utf8 = '{"item": "b", "title": "Café “b”"}'
+    options["meta"][0].write_bytes(b"\n".join([long, utf8.encode("cp1252"), utf8.replace("b", "c").encode()]))
+    dataset = prepare(**options)
+    assert dataset.items()["title"].to_list() == ["Long", "Café “b”", "Café “c”"]
+    assert dataset.items()["text"].str.len_chars().to_list()[0] <= 600
+    assert dataset.quarantine_stages() == []
+
+
 @pytest.mark.parametrize("pack", ["gzip", "plain"])
 def test_input_without_a_single_usable_row_is_named(tmp_path: Path, pack: str) -> None:
     path = tmp_path / ("r.json.gz" if pack == "gzip" else "r.json")

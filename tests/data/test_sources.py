@@ -169,6 +169,8 @@ def test_bad_lines_among_good_ones_are_named_by_line_and_reason(tmp_path: Path) 
         good | {"timestamp": "yesterday"},
         good | {"timestamp": 1e300},
         good | {"rating": "five"},
+        good | {"rating": "N/A"},
+        '{"user": NaN, "item": "i", "timestamp": 1}',
         "[]",
         {"user": 7, "item": 8.0, "timestamp": "1"},
         '{"user": "\\ud800", "item": "i", "timestamp": 1}',
@@ -176,9 +178,9 @@ def test_bad_lines_among_good_ones_are_named_by_line_and_reason(tmp_path: Path) 
     ]
     path = write_lines(tmp_path / "r.jsonl", lines)
     rows, bad = read(path)
-    assert [row[:3] for row in rows] == [("u", "i", 1000), ("7", "8", 1000), ("?", "i", 1000)]
+    assert [row[:3] for row in rows] == [("u", "i", 1000), ("u", "i", 1000), ("7", "8", 1000), ("?", "i", 1000)]
     reasons = {int(row["key"].rsplit(":", 1)[1]): row["message"] for row in bad}
-    assert sorted(reasons) == [2, 4, 5, 6, 7, 8, 9, 10, 13]
+    assert sorted(reasons) == [2, 4, 5, 6, 7, 8, 9, 11, 12, 15]
     assert "no user id" in reasons[4]
     assert "the item id is a list" in reasons[6]
     assert "is not a number" in reasons[9]

@@ -68,7 +68,7 @@ def fetch(target: Path, sources: Sequence[str], config: PrepareConfig) -> dict[s
                 known |= _commit(work, shard_rows)
                 failed += sum(row.data is None for row in shard_rows)
                 bar.advance(len(shard_rows), note=f"{failed} failed" if failed else None)
-    return {source: known[source] for source in wanted}
+    return {source: known[source] for source in wanted if source in known}
 
 
 def _known(root: Path, table: Path, schema: object) -> dict[str, Known]:

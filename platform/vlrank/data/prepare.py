@@ -82,7 +82,7 @@ def run(config: PrepareConfig) -> Summary:
         dataset = Dataset.open(target)
         difference = _difference(dataset.manifest, options, inputs)
         if not difference:
-            changed = config.use_image and _complete_pictures(dataset, config)
+            changed = _wants_pictures(config) and _complete_pictures(dataset, config)
             note = "pictures completed" if changed else "nothing to do, it exists"
             return describe(dataset, f"{title} ({note})", time.monotonic() - started)
         if not config.overwrite:
@@ -114,7 +114,7 @@ def plan(config: PrepareConfig) -> Summary:
         lines[role] = ", ".join(f"{path} (about {n:,} rows)" for path, n in zip(paths, rows, strict=True)) or "none"
     options = {"min_rating": config.min_rating, "min_uc": config.min_uc, "min_sc": config.min_sc, "split": config.split}
     lines["filters"] = ", ".join(f"{key} {value}" for key, value in options.items())
-    lines["pictures"] = "copied or downloaded" if config.use_image else "no (--use_image)"
+    lines["pictures"] = "copied or downloaded" if _wants_pictures(config) else "no (--use_image)"
     lines["estimate"] = f"{max(1, round(total / _ROWS_PER_SECOND)):,} s without pictures"
     state = "exists" if (config.folder / "manifest.json").is_file() else "new"
     return Summary("prepare: dry run, nothing was done", lines | {"dataset": f"{config.folder} ({state})"})
@@ -126,6 +126,10 @@ def _with_files(config: PrepareConfig) -> PrepareConfig:
         return config
     reviews, meta = locate(config.dataset_code, config.release, config.raw_dir, allow_download=config.download)
     return config.model_copy(update={"reviews": (reviews,), "meta": (meta,)})
+
+
+def _wants_pictures(config: PrepareConfig) -> bool:
+    return config.use_image or config.retry_failed
 
 
 def _options(config: PrepareConfig) -> dict[str, Any]:
@@ -198,7 +202,7 @@ def _build(
     table = _items_table(clean_items, built, config.max_text_chars)
     clean_items.unlink()
     wanted = table.filter(pl.col("image").is_not_null()).select("item_id", source="image")
-    found = pictures.fetch(config.folder, wanted["source"].to_list(), config) if config.use_image else {}
+    found = pictures.fetch(config.folder, wanted["source"].to_list(), config) if _wants_pictures(config) else {}
     pictures.adopt(found.values(), writer.folder)
     pictures_table = pictures.pictures_table(wanted, found)
     write_parquet_atomic(pictures_table, writer.folder / "pictures.parquet", schemas.PICTURES)
@@ -211,7 +215,7 @@ def _build(
         extra={
             "inputs": inputs,
             "stages": stages.rows,
-            "pictures": pictures.counts(pictures_table, asked=config.use_image),
+            "pictures": pictures.counts(pictures_table, asked=_wants_pictures(config)),
         },
     )
 

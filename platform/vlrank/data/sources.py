@@ -67,6 +67,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 _MILLISECONDS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 _MAX_TIME_MS = 253_402_300_800_000  # the year 10000
+_NO_RATING = {"", "na", "n/a", "nan", "null", "none"}
 _PARQUET_ROWS = 1 << 20
 
 
@@ -273,8 +274,10 @@ def identifier(value: Any, role: str) -> str:
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value in ("", None):
         raise ValueError(f"no {role} id" if value in ("", None) else f"the {role} id is a {type(value).__name__}")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"no {role} id")
+        value = int(value) if value.is_integer() else value
     return printable(str(value))
 
 
@@ -307,7 +310,7 @@ def _date(text: str) -> int:
 
 
 def _rating(value: Any) -> float:
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and value.strip().lower() in _NO_RATING):
         return math.nan
     try:
         return float(value) if not isinstance(value, bool) else math.nan
@@ -472,7 +475,9 @@ def _fast_delimited(
             io.BytesIO(block),
             read_options=pyarrow.csv.ReadOptions(column_names=list(layout.header), block_size=len(block) + 1),
             parse_options=pyarrow.csv.ParseOptions(delimiter=layout.delimiter, quote_char=False),
-            convert_options=pyarrow.csv.ConvertOptions(column_types=dict(types), include_columns=list(types)),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=dict(types), include_columns=list(types), null_values=[""]
+            ),
         )
         columns = {role: table[name].combine_chunks() for role, name in layout.roles.items()}
         if pa.types.is_string(columns["timestamp"].type):
