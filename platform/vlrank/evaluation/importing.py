@@ -161,7 +161,8 @@ def _map_ids(raw: pl.DataFrame, dataset: Dataset, ours: bool | None, path: Path)
         _reject(user, "UnknownSplit", f"split {split!r} is neither val nor test")
         for user, split in raw.filter(~split_ok.fill_null(False)).select("user", "split").iter_rows()
     ]
-    raw = raw.filter(split_ok).with_columns(
+    raw = raw.filter(split_ok).with_columns(pl.col("scores").cast(pl.List(pl.Float32)))
+    raw = raw.with_columns(
         scores=pl.when(pl.col("scores").list.len() == pl.col("items").list.len())
         .then("scores")
         # Without scores the order alone counts: falling numbers keep it for whoever sorts by score.

@@ -1,0 +1,214 @@
+"""`vlrank evaluate`: the same users, the same lists, the right protocol, and a report that says so."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from vlrank.config import EvaluateConfig, RetrieveConfig, load_config
+from vlrank.data import schemas
+from vlrank.data.dataset import Dataset
+from vlrank.data.tables import write_parquet_atomic
+from vlrank.errors import UserError
+from vlrank.evaluation.lists import Lists
+from vlrank.evaluation.metrics import ranking_metrics
+from vlrank.evaluation.retrieve import run as retrieve
+from vlrank.evaluation.run import plan, run
+
+RIVALS = ("identity", "random", "popularity")
+
+
+@pytest.fixture(scope="module")
+def data(world: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The small world with candidates of two retrievers."""
+    path = tmp_path_factory.mktemp("evaluate") / "data"
+    shutil.copytree(world.path, path)
+    for name in ("item_knn", "popularity"):
+        retrieve(RetrieveConfig(dataset=path, method=name, top_k=15))
+    return Dataset.open(path)
+
+
+def write(path: Path, lists: Lists, source: str, split: str = "test") -> Path:
+    table = lists.to_frame(split=split, source=source).select(schemas.RANKINGS.names)
+    write_parquet_atomic(table, path, schemas.RANKINGS)
+    return path
+
+
+def reranked(data: Dataset, path: Path, source: str, seed: int | None, name: str = "item_knn") -> Path:
+    """Candidates in a new order with probabilities as scores; seed None is the constant scorer."""
+    lists = Lists.from_frame(data.candidates(name).filter(pl.col("split") == "test"))
+    noise = np.zeros(len(lists.items)) if seed is None else np.random.default_rng(seed).normal(size=len(lists.items))
+    sums = np.bincount(lists.segments(), np.exp(noise))
+    return write(path, lists.sorted_by(noise - np.log(sums)[lists.segments()]), source)
+
+
+def evaluated(data: Dataset, out: Path, *files: Path, **options: object) -> dict:
+    values = {"bootstrap": 200, "baselines": RIVALS, "sample_users": 6} | options
+    run(EvaluateConfig(dataset=data.path, rankings=files, out=out, **values))  # type: ignore[arg-type]
+    return json.loads((out / "metrics.json").read_text())
+
+
+def means(group: dict, name: str) -> dict[str, float]:
+    method = next(m for m in group["methods"] if m["name"] == name)
+    return {metric: value["mean"] for metric, value in method["metrics"].items()}
+
+
+def test_a_constant_scorer_gets_the_retrievers_numbers(data: Dataset, tmp_path: Path) -> None:
+    (group,) = evaluated(data, tmp_path, reranked(data, tmp_path / "r.parquet", "qwen3vl/caption", None))["groups"]
+    assert means(group, "caption") == means(group, "identity")
+    assert group["differences"][0]["difference"] == 0
+    assert [f["level"] for f in group["findings"] if f["check"] == "scores"] == ["warning"]  # and it is told
+
+
+def test_numbers_carry_their_protocol(data: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = reranked(data, tmp_path / "r.parquet", "qwen3vl/caption", 1)
+    (group,) = evaluated(data, tmp_path, file)["groups"]
+    protocol = group["protocol"]
+    assert (protocol["name"], protocol["candidates"], protocol["split"]) == ("retrieval", "item_knn", "test")
+    assert (protocol["users"], protocol["candidates_per_user"]) == (80, 15)
+    lists = Lists.from_frame(data.candidates("item_knn").filter(pl.col("split") == "test"))
+    targets = {user: target for user, (_, target) in data.histories("test").items()}
+    ranked = {int(user): lists.items[a:b].tolist() for user, a, b in zip(lists.users, lists.offsets, lists.offsets[1:])}  # noqa: B905
+    expected = ranking_metrics(ranked, targets, ks=(1, 5, 10, 20, 50))
+    assert means(group, "identity") == pytest.approx(expected)
+    assert protocol["coverage"] == pytest.approx(expected["recall@50"])
+    assert "test, retrieval (item_knn), 15 candidates, 80 users" in capsys.readouterr().out
+
+
+def test_ground_truth_is_recognised_and_has_no_retriever(data: Dataset, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lists = {
+        user: rng.permutation(
+            [target, *rng.choice(np.setdiff1d(np.arange(1, 61), [target]), 9, replace=False)]
+        ).tolist()
+        for user, (_, target) in data.histories("test").items()
+    }
+    file = write(tmp_path / "gt.parquet", Lists.from_dict(lists), "qwen3vl/caption")
+    (group,) = evaluated(data, tmp_path, file)["groups"]
+    assert group["protocol"]["name"] == "ground_truth"
+    assert group["protocol"]["coverage"] == 1
+    assert [m["name"] for m in group["methods"]] == ["caption", "random", "popularity"]
+    random = next(m for m in group["methods"] if m["name"] == "random")
+    assert random["metrics"]["recall@1"]["expected"] == pytest.approx(0.1)
+
+
+def test_rivals_never_profit_from_the_models_order(data: Dataset, tmp_path: Path) -> None:
+    # A perfect model lists the target first. A rival that knows nothing (all equally popular) must not inherit that.
+    lists = {user: [target, *range(61 - 20, 60)][:15] for user, (_, target) in data.histories("test").items()}
+    file = write(tmp_path / "gt.parquet", Lists.from_dict(lists), "qwen3vl/caption")
+    (group,) = evaluated(data, tmp_path, file, baselines=("bm25", "random"))["groups"]
+    assert means(group, "caption")["recall@1"] == 1
+    assert means(group, "random")["recall@1"] < 0.3
+
+
+def test_different_candidates_are_not_compared(data: Dataset, tmp_path: Path) -> None:
+    files = [
+        reranked(data, tmp_path / f"{name}.parquet", "qwen3vl/caption", 1, name) for name in ("item_knn", "popularity")
+    ]
+    groups = evaluated(data, tmp_path, *files)["groups"]
+    assert [group["protocol"]["candidates"] for group in groups] == ["item_knn", "popularity"]
+
+
+def test_models_are_compared_on_the_users_that_all_ranked(data: Dataset, tmp_path: Path) -> None:
+    whole = reranked(data, tmp_path / "a.parquet", "qwen3vl/caption", 1)
+    part = tmp_path / "b.parquet"
+    table = pl.read_parquet(reranked(data, tmp_path / "c.parquet", "qwen3vl/raw_image", 2)).head(50)
+    write_parquet_atomic(table, part, schemas.RANKINGS)
+    (group,) = evaluated(data, tmp_path, whole, part)["groups"]
+    assert group["protocol"]["users"] == 50
+    assert any("30 of its users are left out" in f["message"] for f in group["findings"])
+
+
+def test_an_injected_target_is_an_error_in_the_report(data: Dataset, tmp_path: Path) -> None:
+    lists = Lists.from_frame(data.candidates("item_knn").filter(pl.col("split") == "test"))
+    targets = {user: target for user, (_, target) in data.histories("test").items()}
+    ranked = {}
+    for user, a, b in zip(lists.users.tolist(), lists.offsets, lists.offsets[1:], strict=False):
+        items = lists.items[a:b].tolist()
+        ranked[user] = items if targets[user] in items else [*items[:-1], targets[user]]
+    file = write(tmp_path / "i.parquet", Lists.from_dict(ranked), "qwen3vl/caption")
+    (group,) = evaluated(data, tmp_path, file)["groups"]
+    injected = [f for f in group["findings"] if f["check"] == "target_injected"]
+    assert injected
+    assert injected[0]["level"] == "error"
+
+
+def test_compare_prints_the_paired_difference(
+    data: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [
+        reranked(data, tmp_path / f"{name}.parquet", f"qwen3vl/{name}", s) for s, name in enumerate(("one", "two"))
+    ]
+    got = evaluated(data, tmp_path, *files, compare=("one", str(files[1])))
+    assert {(d["a"], d["b"]) for d in got["compare"]} == {("one", "two")}
+    assert "one against two" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no table holds both 'one' and 'three'"):
+        evaluated(data, tmp_path / "x", *files, compare=("one", "three"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_equal_inputs_give_equal_files(data: Dataset, tmp_path: Path) -> None:
+    file = reranked(data, tmp_path / "r.parquet", "qwen3vl/caption", 1)
+    for name in ("a", "b"):
+        evaluated(data, tmp_path / name, file)
+    for name in ("metrics.json", "report.html"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"baselines": ["itemknn"]}, "unknown baseline 'itemknn'"),
+        ({"baselines": ["embedding"]}, "needs `embedding_model`"),
+        ({"compare": ["one"]}, "compare takes two methods"),
+        ({"ks": [0]}, "ks must be at least 1"),
+        ({"candidates": "nope"}, "no candidates 'nope'"),
+        ({"runs": ["nowhere"]}, "has no history.jsonl"),
+    ],
+)
+def test_wrong_options_are_told_and_nothing_is_written(
+    data: Dataset, tmp_path: Path, options: dict, message: str
+) -> None:
+    file = reranked(data, tmp_path / "r.parquet", "qwen3vl/caption", 1)
+    with pytest.raises(UserError, match=message):
+        run(load_config(EvaluateConfig, dataset=data.path, rankings=[file], out=tmp_path / "out", **options))
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_rankings_of_another_dataset_are_refused(data: Dataset, tmp_path: Path) -> None:
+    file = write(tmp_path / "r.parquet", Lists.from_dict({1: [61]}), "qwen3vl/caption")
+    with pytest.raises(UserError, match="made from another dataset"):
+        evaluated(data, tmp_path, file)
+
+
+def test_a_dry_run_names_what_it_found(data: Dataset, tmp_path: Path) -> None:
+    file = reranked(data, tmp_path / "r.parquet", "qwen3vl/caption", 1)
+    lines = plan(EvaluateConfig(dataset=data.path, rankings=(file,), out=tmp_path / "out")).lines
+    assert "test, 80 users" in str(lines["caption"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.shared_data
+def test_beauty_reproduces_the_recorded_sasrec(beauty: Dataset, shared_data: Path, tmp_path: Path) -> None:
+    """Full ranking over all 22,363 users: the numbers recorded with the candidates, to their last digit."""
+    file = shared_data / "beauty2014" / "sasrec_candidates.parquet"
+    summary = retrieve(RetrieveConfig(dataset=beauty.path, method=str(file), name="sasrec"))
+    assert summary.counts["quarantined"] == 0
+    recorded = {
+        "val": {"recall@10": 0.1164, "ndcg@10": 0.0710, "recall@20": 0.1564, "recall@50": 0.2230},
+        "test": {"recall@10": 0.0933, "ndcg@10": 0.0564, "recall@20": 0.1283, "recall@50": 0.1886},
+    }
+    table = beauty.candidates("sasrec")
+    files = []
+    for split in recorded:
+        lists = Lists.from_frame(table.filter(pl.col("split") == split))
+        files.append(write(tmp_path / f"{split}.parquet", lists, "sasrec", split))
+    groups = evaluated(beauty, tmp_path, *files, bootstrap=100, baselines=("identity",))["groups"]
+    for group in groups:
+        assert group["protocol"]["name"] == "retrieval"
+        assert group["protocol"]["users"] == 22_363
+        for metric, value in recorded[group["protocol"]["split"]].items():
+            assert round(means(group, "identity")[metric], 4) == value
