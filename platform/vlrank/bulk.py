@@ -6,8 +6,9 @@
 2. writes the rest as a plan, one row group per shard, from which Ray Data tasks read (the driver's memory and the
    object store do not grow with the input, and a lost node's shards can be read again),
 3. runs the caller's stages on a `ray.data.Dataset` whose blocks are the shards,
-4. commits every block that comes out: the good rows as one Parquet file, the bad rows as one quarantine file, each
-   written to a temporary name, synced and renamed. The file name is ``RUN-HASH OF THE ROWS' KEYS.parquet``,
+4. cuts what comes out into shards again and commits each: the good rows as one Parquet file, the bad rows as one
+   quarantine file, each written to a temporary name, synced and renamed. The file name is
+   ``RUN-HASH OF THE ROWS' KEYS.parquet``,
 5. when all is done, removes rows that a newer one, or a changed input, has made obsolete.
 
 **Why each row comes out exactly once.** Readers and the next run see whole files or nothing. A task that Ray repeats
@@ -260,6 +261,9 @@ def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int,
         dataset = ray.data.range(n_shards, override_num_blocks=n_shards)
         dataset = dataset.map_batches(partial(_read_shards, plan=plan), batch_format="pyarrow", **light)
         dataset = stages(dataset)
+        # Stages that carry pictures return small blocks (Ray Data cuts them at 128 MB on the way), and batches may join
+        # some: make them shards again.
+        dataset = dataset.repartition(target_num_rows_per_block=shard_rows, strict=True)
         commit = partial(_commit, shards=shards, run=run)
         dataset = dataset.map_batches(commit, batch_format="pyarrow", zero_copy_batch=True, **light)
         start, working_since = time.monotonic(), math.inf

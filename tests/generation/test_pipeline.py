@@ -189,14 +189,14 @@ def test_a_dry_run_estimates_from_real_items_and_commits_nothing(
 
 @pytest.mark.stack
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-@pytest.mark.parametrize("what", ["caption", "semantic_summary"])
+@pytest.mark.parametrize(("what", "render_workers"), [("caption", 2), ("semantic_summary", 0)])
 def test_vllm_and_transformers_give_the_same_rows(
-    cluster: None, dataset: Dataset, tiny_vision_model: Path, what: str
+    cluster: None, dataset: Dataset, tiny_vision_model: Path, what: str, render_workers: int
 ) -> None:
-    """Greedy decoding of one model: which engine a machine has must not change what is in the dataset."""
+    """Greedy decoding of one model: neither the engine nor who prepares the pictures changes what is in the dataset."""
     tables, quarantines = [], []
     for engine in ("transformers", "vllm"):
-        summary = run(config(dataset, tiny_vision_model, what, engine=engine))
+        summary = run(config(dataset, tiny_vision_model, what, engine=engine, render_workers=render_workers))
         assert summary.counts["quarantined"] == 2
         assert summary.counts["tokens_out"] > 0
         table = dataset.generated(what)  # type: ignore[arg-type]

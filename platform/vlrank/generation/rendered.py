@@ -51,10 +51,14 @@ def rendered_vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig, ren
         RenderedVllm,
         fn_constructor_kwargs={"job": job, "engine_kwargs": kwargs},
         batch_size=engine.batch_size,
-        compute=ActorPoolStrategy(size=engine.replicas, max_tasks_in_flight_per_actor=2 * _CONCURRENT_BATCHES),
+        # One actor works on several batches at once, so that the engine never runs dry between two.
+        compute=ActorPoolStrategy(
+            size=engine.replicas,
+            max_tasks_in_flight_per_actor=2 * _CONCURRENT_BATCHES,
+            max_concurrent_calls_per_actor=_CONCURRENT_BATCHES,
+        ),
         num_cpus=engine.cpus,
         num_gpus=math.ceil(gpus * engine.tensor_parallel_size) if gpus >= 1 else gpus,
-        max_concurrency=_CONCURRENT_BATCHES,
         zero_copy_batch=True,
         **environment,
     )
