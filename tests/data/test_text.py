@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 from hypothesis import given
@@ -47,11 +46,11 @@ def test_no_closed_tag_survives(raw: str) -> None:
     assert not re.search(r"<(?:span|b|a|p)(?: [a-z]*)?>", clean_text(raw))
 
 
-def test_hostile_markup_is_cheap() -> None:
-    started = time.process_time()
-    for unit in ("<", "<a ", "<a '", '<a "', "&amp;", "<!--", "<script>", "<a b='"):
-        clean_text(unit * 200_000)
-    assert time.process_time() - started < 60  # quadratic behaviour would take hours
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("unit", ["<", "<a ", "<a '", '<a "', "&amp;", "<!--", "<script>", "<a b='", "</a '\""])
+def test_hostile_markup_does_not_stop_a_run(unit: str) -> None:
+    """With quadratic behaviour over the whole field this would take hours."""
+    assert len(clean_text(unit * 200_000, 100)) <= 100
 
 
 @pytest.mark.parametrize(
