@@ -95,7 +95,9 @@ def test_a_dry_run_says_how_much(dataset: Dataset, model: Path, tmp_path: Path) 
     assert not (tmp_path / "r.parquet.shards").exists()
 
 
-def test_mistakes_are_named_before_anything_starts(dataset: Dataset, model: Path, shop: Dataset, tmp_path: Path) -> None:
+def test_mistakes_are_named_before_anything_starts(
+    dataset: Dataset, model: Path, shop: Dataset, tmp_path: Path
+) -> None:
     out = tmp_path / "r.parquet"
     with pytest.raises(UserError, match=r"vlrank retrieve"):
         run(config(dataset, model, out, candidates="absent"))
@@ -149,11 +151,13 @@ def test_rankings_equal_the_notebooks_and_a_second_run_does_nothing(
     again = run(config(dataset, model, out, candidates="found"))
     assert (again.counts["done"], again.counts["reused"]) == (0, 12)
     assert pl.read_parquet(out).equals(table)
-    changed = run(config(dataset, model, out, candidates="found", ranking={"max_history": 2}))
-    assert changed.counts["done"] == 12  # another question is noticed
+    changed = plan(config(dataset, model, out, candidates="found", ranking={"max_history": 2}))
+    assert changed.counts["pending"] == 12  # another question is noticed
 
-    fused = run(config(dataset, model, tmp_path / "f.parquet", candidates="found", fusion_weight="auto", fusion_users=10))
-    by_retriever = pl.read_parquet(tmp_path / "f.parquet")
+    # The model's scores are kept: only the validation users are new.
+    fused = run(config(dataset, model, out, candidates="found", fusion_weight="auto", fusion_users=10))
+    assert fused.counts["reused"] == 12
+    by_retriever = pl.read_parquet(out)
     # This retriever puts every target first: leaning on it is what validation says.
     assert float(str(fused.lines["fusion weight"])) > 0
     targets = [histories[user][1] for user in by_retriever["user_id"]]

@@ -39,7 +39,7 @@ from vlrank.runtime import cluster_gpus, ray_session
 if TYPE_CHECKING:
     import ray.data
 
-_COUNTS = ("prompts", "history_cut", "dropped", "requests", "cached_tokens")
+_COUNTS = ("prompts", "history_cut", "dropped", "requests", "request_tokens", "cached_tokens")
 _SHARD = pa.schema([*RANKINGS, ("input_hash", pa.string()), *((name, pa.int64()) for name in _COUNTS)])
 _WEIGHTS = tuple(i / 20 for i in range(21))
 
@@ -100,8 +100,8 @@ def run(config: RerankConfig) -> Summary:
     if result.done and seconds:
         lines["users/s, prompt tokens/s"] = f"{result.done / seconds:,.1f}, {result.tokens_in / seconds:,.0f}"
     if requests := int(rows["requests"].sum()):
-        asked = f"{prompts:,} prompts, {requests:,} requests"
-        lines["asked"] = f"{asked}, {int(rows['cached_tokens'].sum()):,} prompt tokens from the cache"
+        hit_rate = int(rows["cached_tokens"].sum()) / int(rows["request_tokens"].sum())
+        lines["asked"] = f"{prompts:,} prompts in {requests:,} requests, {hit_rate:.1%} of their tokens from the cache"
     if weight is not None:
         lines["fusion weight"] = weight
     lines["time"] = f"{time.monotonic() - started:,.1f} s"
@@ -116,6 +116,8 @@ def run(config: RerankConfig) -> Summary:
         "candidates_dropped": dropped,
         "prompts": prompts,
         "tokens_in": result.tokens_in,
+        "working_ms": int(1000 * seconds),
+        **{name: int(rows[name].sum()) for name in ("requests", "request_tokens", "cached_tokens")},
     }
     return Summary(f"rerank: {config.split} users of {config.dataset}", lines, config.out, counts)
 
@@ -353,14 +355,14 @@ class _Worker:
         started = time.monotonic()
         rows = batch.to_pylist()
         engine: Any = self.ranker.engine
-        before = getattr(engine, "requests", 0), getattr(engine, "cached_tokens", 0)
+        before = _engine_counts(engine)
         users = [
             UserLists(row["history"], row["candidates"], _user_seed(self.job.seed, row["user_id"])) for row in rows
         ]
         outcomes = [self._row(row, outcome) for row, outcome in zip(rows, self.ranker.rank(users), strict=True)]
         # The engine counts for all its users at once: the shard's first row carries it.
-        outcomes[0]["requests"] = getattr(engine, "requests", 0) - before[0]
-        outcomes[0]["cached_tokens"] = getattr(engine, "cached_tokens", 0) - before[1]
+        after = _engine_counts(engine)
+        outcomes[0] |= {name: after[name] - before[name] for name in after}
         for outcome in outcomes:
             outcome[ENGINE_SECONDS] = time.monotonic() - started
         return pa.Table.from_pylist(outcomes, schema=_OUTCOME)
@@ -391,6 +393,11 @@ _OUTCOME = pa.schema(
         (ENGINE_SECONDS, pa.float64()),
     ]
 )
+
+
+def _engine_counts(engine: Any) -> dict[str, int]:
+    names = {"requests": "requests", "request_tokens": "prompt_tokens", "cached_tokens": "cached_tokens"}
+    return {name: getattr(engine, attribute, 0) for name, attribute in names.items()}
 
 
 def _user_seed(seed: int, user: int) -> int:
