@@ -280,8 +280,13 @@ def test_lines_of_ten_megabytes_and_of_several_encodings_lose_nothing(tmp_path: 
 def test_input_without_a_single_usable_row_is_named(tmp_path: Path, pack: str) -> None:
     path = tmp_path / ("r.json.gz" if pack == "gzip" else "r.json")
     path.write_bytes(gzip.compress(b"") if pack == "gzip" else b"")
-    with pytest.raises(UserError, match="no interactions are left after `read`"):
+    with pytest.raises(UserError, match="no usable interaction among 0 rows"):
         prepare(reviews=[path], out=tmp_path / "ds", keep_untitled=True)
+    (tmp_path / "list.json").write_text("[1,\n2]")
+    with pytest.raises(UserError, match=r"among 2 rows\nThe first of them: .*list\.json:1: not JSON"):
+        prepare(reviews=[tmp_path / "list.json"], out=tmp_path / "ds", keep_untitled=True)
+    with pytest.raises(UserError, match="no item of the reviews, such as 'a', has a title"):
+        prepare(**toy(tmp_path / "toy", [row("u", "a", 1)], [{"item": "b", "title": "B"}]))
     assert not (tmp_path / "ds").exists()
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from vlrank.config import ColumnsConfig
 from vlrank.data import sources
-from vlrank.data.metadata import Item, items
+from vlrank.data.metadata import Item, _image, items
 from vlrank.data.rawfiles import Rejects
 from vlrank.data.sources import RawOptions, interactions
 from vlrank.errors import UserError
@@ -322,3 +322,21 @@ def test_parquet_metadata(tmp_path: Path) -> None:
     table = pl.DataFrame({"item": [1, 2], "title": ["A", "B"], "categories": [["x"], None]})
     table.write_parquet(tmp_path / "m.parquet")
     assert read_items(tmp_path / "m.parquet", {"2"})[0] == [Item("2", "B", None, (), None, None)]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        ([], None),
+        ("", None),
+        (7, None),
+        ("//e.com/a.jpg", "https://e.com/a.jpg"),
+        ([None, "http://e.com/a.jpg"], "http://e.com/a.jpg"),
+        ({"hi_res": [None, "h"], "large": ["http://e.com/l.jpg"], "variant": ["MAIN"]}, "/pictures/h"),
+        ([{"large": "http://e.com/l.jpg", "hi_res": None, "variant": "PT01"}], "http://e.com/l.jpg"),
+        ("../a b.png", "/pictures/../a b.png"),
+    ],
+)
+def test_the_best_picture_of_a_row(value: Any, expected: str | None) -> None:
+    assert _image(value, Path("/pictures")) == expected

@@ -196,6 +196,8 @@ def _image(value: Any, root: Path) -> str | None:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         return None
     text = printable(value.strip())
+    if text.startswith("//"):
+        return f"https:{text}"  # web pages leave the scheme to the browser
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", text):
         return text  # a URL; the picture stage says what it thinks of other schemes than http(s)
     return str((root / text).absolute())

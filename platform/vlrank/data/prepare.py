@@ -177,7 +177,7 @@ class _Stages:
         if not len(data):
             raise UserError(
                 f"no interactions are left after `{name}`" + ("" if before is None else f" ({before:,} before)"),
-                "Check the input (bad rows are counted above), or lower min_rating, min_uc and min_sc.",
+                "Check the input, or lower min_rating, min_uc and min_sc.",
             )
 
 
@@ -187,6 +187,11 @@ def _build(
     stages = _Stages()
     data = _read_interactions(config, writer, stages)
     clean_items, shown = _read_items(config, writer, data)
+    if not shown:
+        raise UserError(
+            f"no item of the reviews, such as {data.item_names[0].as_py()!r}, has a title in the metadata",
+            "Check that both files use the same ids (columns.item=NAME), or use keep_untitled=true.",
+        )
     data = _only_items(data, shown)
     stages.add("items with a title", data)
     del shown
@@ -249,6 +254,12 @@ def _read_interactions(config: PrepareConfig, writer: DatasetWriter, stages: _St
                 bar.advance(len(batch.rating), note=f"{rejects.total:,} bad" if rejects.total else None)
     rejects.flush()
     data = collector.finish()
+    if not len(data):
+        names = ", ".join(map(str, config.reviews))
+        raise UserError(
+            f"{names}: no usable interaction among {rejects.total:,} rows",
+            f"The first of them: {rejects.first}" if rejects.first else "The input is empty: check the download.",
+        )
     stages.add("read", data)
     if config.min_rating > 0:
         data = data.take(data.rating >= config.min_rating)

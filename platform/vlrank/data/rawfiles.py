@@ -35,14 +35,17 @@ class Rejects:
     Attributes:
         sink: Gets rows of ``key``, ``error_type``, ``message``.
         counts: Bad rows by error type.
+        first: The first bad row and its reason, for a message.
     """
 
     sink: Callable[[list[dict[str, str]]], None]
     counts: dict[str, int] = field(default_factory=dict)
+    first: str | None = None
     _rows: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, key: str, error_type: str, message: str) -> None:
         """Put one row aside."""
+        self.first = self.first or printable(f"{key}: {message}")
         self._rows.append({"key": key, "error_type": error_type, "message": printable(message)})
         self.counts[error_type] = self.counts.get(error_type, 0) + 1
         if len(self._rows) >= 50_000:
