@@ -37,7 +37,9 @@ def brute_force(model: Any, encoder: Encoder, encoded: Encoded) -> np.ndarray:
 
 def text_items(n: int, name: str = "item") -> list[ItemMeta]:
     """Items with everything that text modes show."""
-    return [{"text": f"{name} {i}", "caption": f"c {i * 7 % 11}", "semantic_summary": f"s {i * 5 % 13}"} for i in range(n)]
+    return [
+        {"text": f"{name} {i}", "caption": f"c {i * 7 % 11}", "semantic_summary": f"s {i * 5 % 13}"} for i in range(n)
+    ]
 
 
 def picture_items(n: int, folder: Any) -> list[ItemMeta]:

@@ -1,4 +1,4 @@
-"""vLLM must give the very rankings that transformers gives, or a model is validated as one thing and served as another."""
+"""vLLM must rank as transformers does, or a model is validated as one thing and served as another."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from scipy.stats import kendalltau
 from vlrank.config import EngineConfig
 from vlrank.engines.base import GenerateRequest, open_engine, open_model
 from vlrank.engines.transformers import load_model, score_labels
-from vlrank.reranking.encoding import Encoder
+from vlrank.reranking.encoding import Encoded, Encoder
 from vlrank.reranking.modes import mode_spec
 
 from .brute_force import RANKING, brute_force, picture_items, text_items
@@ -32,16 +32,22 @@ class Served:
     encoder: Encoder
 
 
+def adapt(model: Path, folder: Path) -> Any:
+    """An adapter with random weights, written to ``folder`` as training writes it."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    adapted = get_peft_model(load_model(open_model(model)), lora)
+    adapted.save_pretrained(folder)
+    return adapted
+
+
 @pytest.fixture(scope="module")
 def text(tiny_text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One engine for the base model and an adapter on it."""
-    from peft import LoraConfig, get_peft_model
-
     folder = tmp_path_factory.mktemp("adapter")
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
-    adapted = get_peft_model(load_model(open_model(tiny_text_model)), lora)
-    adapted.save_pretrained(folder)
+    adapted = adapt(tiny_text_model, folder)
     engine = open_engine(open_model(folder), CONFIG)
     encoder = Encoder.load(tiny_text_model, mode_spec("semantic_summary_small"), RANKING)
     yield Served(engine, load_model(open_model(tiny_text_model)), adapted, encoder)
@@ -49,21 +55,23 @@ def text(tiny_text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(scope="module")
-def vision(tiny_vision_model: Path) -> Iterator[Served]:
-    folder = replace(open_model(tiny_vision_model, "raw_image"), ranking=RANKING)
-    engine = open_engine(folder, CONFIG)
+def vision(tiny_vision_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("adapter")
+    adapted = adapt(tiny_vision_model, folder)
+    engine = open_engine(replace(open_model(folder, "raw_image"), ranking=RANKING), CONFIG)
     encoder = Encoder.load(tiny_vision_model, mode_spec("raw_image"), RANKING)
-    model = load_model(open_model(tiny_vision_model))
-    yield Served(engine, model, model, encoder)
+    yield Served(engine, load_model(open_model(tiny_vision_model)), adapted, encoder)
     engine.close()
 
 
-def test_agrees_with_brute_force(text: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agrees_with_brute_force(
+    text: Served, judged: dict[int, tuple[Encoded, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text.engine, "lora", None)
-    batch = [text.encoder.encode(text_items(3, "old"), text_items(n)) for n in (1, 5, 9, 10, 20, 99, 100)]
-    for encoded, scores in zip(batch, text.engine.score_labels(text.encoder, batch), strict=True):
+    scored = text.engine.score_labels(text.encoder, [encoded for encoded, _ in judged.values()])
+    for (_, expected), scores in zip(judged.values(), scored, strict=True):
         assert scores.dtype == np.float32
-        np.testing.assert_allclose(scores, brute_force(text.plain, text.encoder, encoded), atol=1e-4)
+        np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
 def test_an_adapter_is_served_unmerged_and_ranks_as_in_transformers(text: Served) -> None:
@@ -86,7 +94,7 @@ def test_further_nodes_come_from_the_prefix_cache(text: Served) -> None:
     encoded = text.encoder.encode(text_items(9, "cached"), text_items(20, "cached"))
     engine.score_labels(text.encoder, [encoded])
     assert engine.requests - before[0] == 2
-    assert engine.cached_tokens - before[1] >= len(encoded.ids) * 0.8
+    assert engine.cached_tokens - before[1] >= len(encoded.ids) - 128  # whole blocks, on a CPU of 128 tokens
 
 
 def test_threads_share_the_engine_and_a_bad_prompt_fails_alone(text: Served) -> None:
@@ -108,11 +116,17 @@ def test_generate(text: Served) -> None:
     assert 1 <= first.tokens_out <= 5
 
 
-def test_pictures_agree_with_brute_force(vision: Served, tmp_path: Path) -> None:
+def test_pictures_agree_with_brute_force(vision: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = vision.engine.lora
+    monkeypatch.setattr(vision.engine, "lora", None)
     pictures = picture_items(20, tmp_path)
     batch = [vision.encoder.encode(text_items(2, "old"), pictures[:n]) for n in (5, 20)]
     for encoded, scores in zip(batch, vision.engine.score_labels(vision.encoder, batch), strict=True):
         np.testing.assert_allclose(scores, brute_force(vision.plain, vision.encoder, encoded), atol=1e-4)
+    monkeypatch.setattr(vision.engine, "lora", adapter)
+    served = vision.engine.score_labels(vision.encoder, batch)
+    for scores, expected in zip(served, score_labels(vision.adapted, vision.encoder, batch), strict=True):
+        np.testing.assert_allclose(scores, expected, atol=1e-3)
 
 
 def test_an_unreadable_picture_fails_alone(vision: Served, tmp_path: Path) -> None:

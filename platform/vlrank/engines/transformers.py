@@ -1,4 +1,4 @@
-"""The transformers engine: one forward pass per batch reads the whole label trie, for loaded and for training models."""
+"""The transformers engine: one forward pass per batch reads the whole label trie, in training too."""
 
 from __future__ import annotations
 
@@ -139,7 +139,9 @@ def _logits(
         inputs["image_grid_thw"] = torch.tensor([grid for encoded in batch for grid in encoded.grids], device=device)
     head = model.get_output_embeddings()
     seen: list[torch.Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0])) if type(head) is torch.nn.Linear else None
+    hook = (
+        head.register_forward_pre_hook(lambda _, args: seen.append(args[0])) if type(head) is torch.nn.Linear else None
+    )
     try:
         output = model(**inputs)
     finally:
@@ -148,9 +150,10 @@ def _logits(
     columns = torch.tensor(wanted, dtype=torch.long, device=device)
     if seen and seen[0].shape[:2] == (len(ids), keep):
         weight = head.weight[columns.to(head.weight.device)].float()
-        logits = seen[0].float() @ weight.T
-        if head.bias is not None:
-            logits = logits + head.bias[columns].float()
+        with torch.autocast(device.type, enabled=False):  # validation may run inside one, which would round again
+            logits = seen[0].float() @ weight.T
+            if head.bias is not None:
+                logits = logits + head.bias[columns].float()
     else:  # a wrapped or adapted head: its own logits
         logits = output.logits[:, -keep:][..., columns.to(output.logits.device)].float()
     return logits.cpu().numpy()
@@ -272,7 +275,9 @@ class TransformersEngine:
     def _groups(self, order: Sequence[int], requests: Sequence[Encoded]) -> Iterator[list[int]]:
         group: list[int] = []
         for i in order:  # rising length: the newest is the longest
-            if group and (len(group) + 1) * len(requests[i].ids) > self.batch_tokens or len(group) == self.config.batch_size:
+            if (group and (len(group) + 1) * len(requests[i].ids) > self.batch_tokens) or len(
+                group
+            ) == self.config.batch_size:
                 yield group
                 group = []
             group.append(i)
@@ -308,7 +313,9 @@ class TransformersEngine:
         if self._processor is None:
             from transformers import AutoProcessor, AutoTokenizer
 
-            folder = self.folder.path if (Path(self.folder.path) / "tokenizer_config.json").is_file() else self.folder.base
+            folder = (
+                self.folder.path if (Path(self.folder.path) / "tokenizer_config.json").is_file() else self.folder.base
+            )
             kind = AutoProcessor if self.folder.family == "vision" else AutoTokenizer
             self._processor = kind.from_pretrained(folder)
         return self._processor

@@ -158,7 +158,9 @@ class VllmEngine:
                 text = tokenizer.apply_chat_template(
                     request.messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
                 )
-                prompt: dict[str, Any] = {"prompt_token_ids": list(tokenizer(text, add_special_tokens=False)["input_ids"])}
+                prompt: dict[str, Any] = {
+                    "prompt_token_ids": list(tokenizer(text, add_special_tokens=False)["input_ids"])
+                }
                 if request.images:
                     prompt["multi_modal_data"] = {"image": list(request.images)}
                 params = SamplingParams(
@@ -185,9 +187,7 @@ class VllmEngine:
         limit = encoder.ranking.max_image_pixels
         return {
             "prompt_token_ids": encoder.compact_ids(encoded),
-            "multi_modal_data": {
-                "image": [self._pictures.get(path, encoder.picture) for path in encoded.image_paths]
-            },
+            "multi_modal_data": {"image": [self._pictures.get(path, encoder.picture) for path in encoded.image_paths]},
             "multi_modal_uuids": {"image": [f"{path}@{limit}" for path in encoded.image_paths]},
         }
 
@@ -364,7 +364,9 @@ def _lora_rank(adapter: Path) -> int:
     rank = int(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"])
     size = next((size for size in _LORA_RANKS if size >= rank), None)
     if size is None:
-        raise UserError(f"vLLM serves adapters up to rank {_LORA_RANKS[-1]}, {adapter} has {rank}", "Use engine.name=transformers.")
+        raise UserError(
+            f"vLLM serves adapters up to rank {_LORA_RANKS[-1]}, {adapter} has {rank}", "Use engine.name=transformers."
+        )
     return size
 
 
