@@ -104,6 +104,26 @@ def test_rivals_never_profit_from_the_models_order(data: Dataset, tmp_path: Path
     assert means(group, "random")["recall@1"] < 0.3
 
 
+def test_what_the_rankings_say_about_themselves_names_the_group(data: Dataset, tmp_path: Path) -> None:
+    # 15 popular items per user may lie within several tables; the source says which one was reranked, and how.
+    source = "qwen3vl/caption candidates=popularity permutations=3 fusion=0.4"
+    file = reranked(data, tmp_path / "r.parquet", source, 1, "popularity")
+    (group,) = evaluated(data, tmp_path, file)["groups"]
+    assert group["protocol"]["candidates"] == "popularity"
+    assert group["methods"][0]["name"] == "caption permutations=3 fusion=0.4"
+
+
+def test_runs_of_other_programs_are_evaluated_too(data: Dataset, tmp_path: Path) -> None:
+    lists = Lists.from_frame(data.candidates("item_knn").filter(pl.col("split") == "test"))
+    lines = [
+        f"U{user:03d} Q0 B{item:03d} {place + 1} {-place} other"
+        for user, item, place in zip(np.repeat(lists.users, lists.lengths), lists.items, lists.positions(), strict=True)
+    ]
+    (tmp_path / "other.trec").write_text("\n".join(lines))
+    (group,) = evaluated(data, tmp_path, tmp_path / "other.trec")["groups"]
+    assert means(group, "other") == means(group, "identity")
+
+
 def test_different_candidates_are_not_compared(data: Dataset, tmp_path: Path) -> None:
     files = [
         reranked(data, tmp_path / f"{name}.parquet", "qwen3vl/caption", 1, name) for name in ("item_knn", "popularity")

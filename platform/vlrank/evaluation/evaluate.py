@@ -20,6 +20,7 @@ from vlrank.errors import UserError
 from vlrank.evaluation import baselines
 from vlrank.evaluation.checks import Finding, check_candidates, check_order, check_times
 from vlrank.evaluation.compare import Difference, compare_ranks, corrected
+from vlrank.evaluation.importing import read_candidates
 from vlrank.evaluation.lists import Ints, Lists
 from vlrank.evaluation.metrics import Metrics, evaluate_ranks, expected_random
 
@@ -124,6 +125,7 @@ class _Run:
     split: Split
     lists: Lists
     file: Path
+    declared: str | None
 
 
 def evaluate(config: EvaluateConfig, dataset: Dataset) -> list[Group]:
@@ -156,12 +158,14 @@ def evaluate(config: EvaluateConfig, dataset: Dataset) -> list[Group]:
 def read_rankings(files: Sequence[Path], dataset: Dataset) -> list[_Run]:
     """The files' rankings, one entry per split and source, with distinct names.
 
+    Besides Parquet files of `vlrank rerank` these may be what `read_candidates` reads: TREC runs, JSONL, text.
+
     Raises:
         UserError: unreadable, empty, of another dataset, or with two rankings of one user.
     """
     found: list[tuple[str, Split, Lists, Path]] = []
     for file in files:
-        table = read_parquet(file, schemas.RANKINGS)
+        table = _read_table(file, dataset)
         if table.is_empty():
             raise UserError(f"rankings {file} are empty", "Make them with `vlrank rerank`.")
         for (split, source), part in table.group_by(["split", "source"], maintain_order=True):
@@ -176,22 +180,45 @@ def read_rankings(files: Sequence[Path], dataset: Dataset) -> list[_Run]:
                     "They were made from another dataset.",
                 )
             found.append((str(source or file.stem), split, lists, file))
-    counts: dict[tuple[str, str], int] = {}
-    for source, split, _, _ in found:
-        counts[source, split] = counts.get((source, split), 0) + 1
-    # What all sources share says nothing in a table: qwen3vl/caption and qwen3vl/raw_image are caption and raw_image.
-    families = {source.partition("/")[0] if source.count("/") == 1 else None for source, *_ in found}
-    shared = len(families) == 1 and families != {None}
-    runs, used = [], set()
-    for source, split, lists, file in found:
-        name = source.partition("/")[2] if shared else source
-        if counts[source, split] > 1 or name in baselines.BASELINES:
+    names = _names([(source, split, file) for source, split, _, file in found])
+    return [
+        _Run(name, split, lists, file, _declared(source))
+        for name, (source, split, lists, file) in zip(names, found, strict=True)
+    ]
+
+
+def _read_table(file: Path, dataset: Dataset) -> pl.DataFrame:
+    if not file.is_file():
+        raise UserError(f"rankings {file} do not exist", "Make them with `vlrank rerank`.")
+    if file.suffix == ".parquet":
+        return read_parquet(file, schemas.RANKINGS)
+    return read_candidates(file, dataset).table.with_columns(source=pl.lit(file.stem))
+
+
+def _declared(source: str) -> str | None:
+    """What `vlrank rerank` says it ranked: ``sasrec`` of ``qwen3vl/caption candidates=sasrec windows=20/10``."""
+    said = [word.removeprefix("candidates=") for word in source.split() if word.startswith("candidates=")]
+    return said[0] if said else None
+
+
+def _names(found: Sequence[tuple[str, Split, Path]]) -> list[str]:
+    """Short and distinct: without what all sources share (``qwen3vl/``) and what the protocol says."""
+    words = [[word for word in source.split() if not word.startswith("candidates=")] for source, _, _ in found]
+    families = {head.partition("/")[0] if "/" in head else None for head, *_ in words}
+    shared = len(families) == 1 and None not in families
+    named = [" ".join([head.partition("/")[2] if shared else head, *options]) for head, *options in words]
+    keys = [(name, split, _declared(source)) for name, (source, split, _) in zip(named, found, strict=True)]
+    names: list[str] = []
+    used: set[tuple[str, str]] = set()
+    for key, (_, split, file) in zip(keys, found, strict=True):
+        name = key[0]
+        if keys.count(key) > 1 or name in baselines.BASELINES:
             name = f"{name} ({file.stem})"
         while (name, split) in used:
             name += "'"
         used.add((name, split))
-        runs.append(_Run(name, split, lists, file))
-    return runs
+        names.append(name)
+    return names
 
 
 def _candidate_tables(config: EvaluateConfig, dataset: Dataset, split: Split) -> dict[str, Lists]:
@@ -206,7 +233,9 @@ def _alike(
     """Runs with the same candidates, and the candidates table they come from."""
     groups: list[tuple[list[_Run], str | None]] = []
     for run in runs:
-        name = next((name for name, table in candidates.items() if _within(run.lists, table, histories)), None)
+        # What the rankings say comes first; it is believed only if the table holds their items.
+        names = sorted(candidates, key=lambda name, run=run: name != run.declared)  # type: ignore[misc]
+        name = next((name for name in names if _within(run.lists, candidates[name], histories)), None)
         for members, other in groups:
             one, two = run.lists, members[0].lists
             if name == other and (name or _within(one, two, {}) or _within(two, one, {})):
@@ -361,9 +390,9 @@ def _protocol(
                 findings.append(Finding("target_injected", "error", message, added, len(targets)))
     if config.protocol != "auto":
         return config.protocol, findings
-    if name is None:
-        return ("ground_truth" if listed.mean() > 0.98 else "retrieval"), findings
-    return ("ground_truth" if name.startswith("ground_truth") else "retrieval"), findings
+    if name is not None:
+        return "retrieval", findings
+    return ("ground_truth" if listed.mean() > 0.98 else "retrieval"), findings
 
 
 def _dropped(lists: Lists, base: Lists, name: str) -> list[Finding]:
