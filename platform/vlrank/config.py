@@ -340,6 +340,8 @@ class TuneConfig(Config):
     max_concurrent_trials: int | None = Field(None, ge=1, description="default what the resources allow")
     trial_retries: int = Field(1, ge=0, description="a failed trial is tried again this often, then reported")
     confirm_seeds: int = Field(0, ge=0, description="train each mode's best and default again on so many fresh seeds")
+    test: bool = Field(False, description="rank the test users once with each mode's winner")
+    engine: EngineConfig = Field(EngineConfig(), description="for test")
     keep_checkpoints: Literal["best", "all"] = Field("best", description="of finished trials; per mode")
     train: dict[str, Any] = Field(default_factory=dict, description="training keys shared by all trials")
     per_mode: dict[Mode, dict[str, Any]] = Field(default_factory=dict, description="training keys of one mode's trials")

@@ -34,7 +34,7 @@ from vlrank.tuning.trials import Sweep, Trial, expected, rungs
 
 ERROR_FILE = "error.txt"
 """In a failed trial's run folder: the traceback of its last attempt."""
-_MAY_CHANGE = ("ray", "max_concurrent_trials", "trial_retries", "confirm_seeds", "keep_checkpoints")
+_MAY_CHANGE = ("ray", "max_concurrent_trials", "trial_retries", "confirm_seeds", "test", "engine", "keep_checkpoints")
 # Ray Tune's own result files, state and boxes on stdout: the sweep has its own, and stdout belongs to the result.
 _QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "3600", "RAY_AIR_NEW_OUTPUT": "0"}
 
@@ -138,13 +138,22 @@ def run(config: TuneConfig, *, build: Build | None = None) -> Summary:
         users = {plan.mode: validation_users(plan.base) for plan in plans}
     sweep = open_sweep(config, plans, users)
     confirmation = Sweep(config.out / "confirm.jsonl")
-    if sweep.unfinished() or config.confirm_seeds:
+    test: dict[str, dict[str, float]] = {}
+    if sweep.unfinished() or config.confirm_seeds or config.test:
         with ray_session(config.ray):
             _search(config, plans, sweep, build)
             if config.confirm_seeds:
                 _add_confirmation(config, plans, sweep, confirmation)
                 _search(config, plans, confirmation, build, searching=False)
-    return _conclude(config, plans, sweep, confirmation)
+            if config.test:
+                from vlrank.tuning.final import test_metrics
+
+                winners = {plan.mode: sweep.best_of(plan.mode) for plan in plans}
+                for plan in plans:
+                    if (best := winners[plan.mode]) is not None:
+                        folder = config.out.resolve() / "runs" / best.trial_id
+                        test[plan.mode] = test_metrics(config, plan.base, folder)
+    return _conclude(config, plans, sweep, confirmation, test)
 
 
 def validation_users(base: TrainConfig) -> int:
@@ -408,7 +417,13 @@ def _add_confirmation(config: TuneConfig, plans: Sequence[ModePlan], sweep: Swee
     _reopen(confirmation)
 
 
-def _conclude(config: TuneConfig, plans: Sequence[ModePlan], sweep: Sweep, confirmation: Sweep) -> Summary:
+def _conclude(
+    config: TuneConfig,
+    plans: Sequence[ModePlan],
+    sweep: Sweep,
+    confirmation: Sweep,
+    test: Mapping[str, Mapping[str, float]],
+) -> Summary:
     """Tables, best YAMLs and the summary."""
     runs = config.out.resolve() / "runs"
     lines: dict[str, object] = {}
@@ -433,6 +448,9 @@ def _conclude(config: TuneConfig, plans: Sequence[ModePlan], sweep: Sweep, confi
             "run": str(config.out / "runs" / best.trial_id),
         } | selection(trials[0], best, confirmation.of(plan.mode))
         lines[plan.mode] = verdict(trials[0], best, chosen[plan.mode])
+        if plan.mode in test:
+            chosen[plan.mode]["test"] = dict(test[plan.mode])
+            lines[plan.mode] = f"{lines[plan.mode]}; on test {best.metric} {test[plan.mode][best.metric]:.4f}"
     atomic_write_json(config.out / "best.json", chosen)
     if not chosen:
         reasons = "\n".join(f"{mode}: {line}" for mode, line in lines.items())
