@@ -19,7 +19,7 @@ from vlrank.jobs import main
 EXTRA = (
     click.Option(["--generate_caption"], is_flag=True, help="Then write captions."),
     click.Option(["--generate_semantic_summary"], is_flag=True, help="Then write semantic summaries."),
-    click.Option(["--generate"], multiple=True, metavar="KEY=VALUE", help="A key of `vlrank generate`."),
+    click.Option(["--generate"], multiple=True, metavar="KEY=VALUE", help="A key of `vlrank generate`; repeatable."),
 )
 
 
