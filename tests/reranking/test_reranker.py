@@ -150,3 +150,25 @@ def test_importing_costs_nothing() -> None:
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     assert vlrank.Qwen3VLReranker is Qwen3VLReranker
+
+
+@pytest.mark.stack
+def test_fit_then_rerank(tiny_text_model: Path, tmp_path: Path) -> None:
+    """Training, its best checkpoint, and reranking with it, as a notebook does it."""
+    train = {user: [1 + (user + step) % 40 for step in range(5)] for user in range(1, 9)}
+    validation = {user: [1 + (user + 5) % 40] for user in train}
+    reranker = Qwen3VLReranker(mode="semantic_summary_small", model=tiny_text_model, max_history=5)
+    settings = {
+        "epochs": 1,
+        "method": "full",
+        "batch_size": 4,
+        "negatives": 4,
+        "ray": {"address": "local", "num_cpus": 4},
+    }
+    reranker.fit(train, validation, META, out=tmp_path / "run", **settings)
+    ranked = reranker.rerank(train[1], [10, 20, 30])
+    assert sorted(item for item, _ in ranked) == [10, 20, 30]
+    assert reranker.model is not None
+    assert (Path(reranker.model) / "vlrank.json").is_file()
+    again = Qwen3VLReranker.load(tmp_path / "run", item_meta=META)
+    assert again.rerank(train[1], [10, 20, 30]) == ranked
