@@ -48,6 +48,18 @@ def test_agrees_with_scipys_paired_bootstrap_and_permutation_test() -> None:
     assert got.p_wilcoxon == pytest.approx(wilcoxon(moved, method="asymptotic").pvalue)
 
 
+def test_many_alike_users_give_the_same_p_as_few_different_ones() -> None:
+    # 12,000 users of a handful of kinds are flipped kind by kind; the normal approximation is the reference.
+    from scipy.stats import norm
+
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(1, 3, size=12_000), rng.integers(1, 3, size=12_000)
+    (got,) = compare_ranks(a, b, metrics=["recall@1"], ks=KS)
+    delta = (a == 1).astype(float) - (b == 1)
+    z = delta.sum() / np.sqrt((delta**2).sum())
+    assert got.p == pytest.approx(2 * norm.sf(abs(z)), abs=0.03)
+
+
 def test_a_ranking_is_not_better_than_itself() -> None:
     (got,) = compare_ranks(ranks(0), ranks(0), metrics=["recall@10"], ks=KS)
     assert (got.difference, got.low, got.high, got.p, got.p_wilcoxon) == (0, 0, 0, 1, 1)

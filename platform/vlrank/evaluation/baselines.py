@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,6 @@ class Evidence:
     max_history: int = 20
     seed: int = 0
     embedding_model: str | None = None
-    _models: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(

@@ -154,12 +154,18 @@ def _sign_flip(counts: NDArray[np.integer[Any]], deltas: Floats, flips: int, see
     moved = (deltas != 0).any(axis=1)
     counts, deltas = counts[moved], deltas[moved]
     observed = np.abs(counts @ deltas)
+    few = counts.sum() <= 20 * len(counts)  # then a coin per user is cheaper than a binomial draw per kind
+    weights = np.repeat(deltas, counts, axis=0) if few else deltas
     extreme = np.zeros(deltas.shape[1])
-    for start in range(0, flips, 1000):
-        size = min(1000, flips - start)
-        # Of n alike users k keep their sign: together they add (2k - n) times their difference.
-        signs = 2 * rng.binomial(counts, 0.5, size=(size, len(counts))) - counts
-        extreme += (np.abs(signs @ deltas) >= observed - 1e-9).sum(axis=0)
+    step = max(1, 4_000_000 // max(len(weights), 1))
+    for start in range(0, flips, step):
+        size = min(step, flips - start)
+        if few:
+            signs = 2.0 * rng.integers(0, 2, size=(size, len(weights)), dtype=np.int8) - 1
+        else:
+            # Of n alike users k keep their sign: together they add (2k - n) times their difference.
+            signs = 2.0 * rng.binomial(counts, 0.5, size=(size, len(counts))) - counts
+        extreme += (np.abs(signs @ weights) >= observed - 1e-9).sum(axis=0)
     return (1 + extreme) / (flips + 1)
 
 

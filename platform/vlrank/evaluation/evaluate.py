@@ -190,9 +190,16 @@ def read_rankings(files: Sequence[Path], dataset: Dataset) -> list[_Run]:
 def _read_table(file: Path, dataset: Dataset) -> pl.DataFrame:
     if not file.is_file():
         raise UserError(f"rankings {file} do not exist", "Make them with `vlrank rerank`.")
-    if file.suffix == ".parquet":
+    if file.suffix == ".parquet" and _is_ours(file):
         return read_parquet(file, schemas.RANKINGS)
     return read_candidates(file, dataset).table.with_columns(source=pl.lit(file.stem))
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        return "source" in pl.read_parquet_schema(file)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"rankings {file} are not a readable Parquet file: {error}") from None
 
 
 def _declared(source: str) -> str | None:

@@ -50,7 +50,7 @@ def run(config: EvaluateConfig) -> Summary:
     first = groups[0]
     metric = main_metrics(config.ks, first.length)[0]
     lines: dict[str, object] = {"report": config.out / "report.html", "metrics": config.out / "metrics.json"}
-    for method in first.methods:
+    for method in first.models:
         lines[method.name] = f"{label(metric)} {_interval(method, metric)}"
     warnings = [f for group in groups for f in group.findings if f.level != "note"]
     counts = {
@@ -140,7 +140,8 @@ def _compared(config: EvaluateConfig, groups: Sequence[Group]) -> list[Differenc
             a, b = (group.method(name) for name in config.compare)
         except KeyError:
             continue
-        metrics = [name for name in a.metrics.means if not name.startswith("hit_rate")]
+        # With one target HitRate is Recall and MAP is MRR.
+        metrics = [name for name in a.metrics.means if not name.startswith(("hit_rate", "map"))]
         return compare_methods(config, a, b, metrics)
     names = "; ".join(f"{group.title}: {', '.join(method.name for method in group.methods)}" for group in groups)
     raise UserError(
