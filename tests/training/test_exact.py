@@ -19,9 +19,8 @@ from vlrank.reranking.encoding import Encoded, Encoder
 from vlrank.reranking.modes import mode_spec
 from vlrank.training.attention import compile_layers, use_packed_attention
 from vlrank.training.collate import MicroBatch, Row, answer_row, end_to_end, side_by_side
-from vlrank.training.model import AnswerHead, accept_features
+from vlrank.training.model import AnswerHead, accept_features, token_losses
 from vlrank.training.pictures import Pixels, compute_features
-from vlrank.training.trainer import token_losses
 
 TOLERANCE = 1e-5
 LENGTHS = (3, 11, 5, 14)  # candidates per prompt: answers of one and of two digits

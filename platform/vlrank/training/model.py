@@ -142,9 +142,11 @@ def load_trainable(config: TrainConfig, base: Base, device: torch.device) -> Tra
 
 
 def weight_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """float32 or bfloat16, see `TrainConfig.dtype`."""
+    """float32 or bfloat16, see `TrainConfig.dtype`; sharded weights are float32 and computed with in bfloat16."""
     import torch
 
+    if config.parallel == "fsdp2":
+        return torch.float32
     if config.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
@@ -226,6 +228,15 @@ def exact_4bit_on_cpu(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def blocks(model: Any) -> list[str]:
+    """Class names of the layers that are sharded one by one."""
+    inner = core(model).model
+    layers = [getattr(inner, "language_model", inner).layers[0]]
+    if hasattr(inner, "visual"):
+        layers.append(inner.visual.blocks[0])
+    return [type(layer).__name__ for layer in layers]
+
+
 def core(model: Any) -> Any:
     """The plain transformers model inside PEFT and data-parallel wrappers."""
     model = getattr(model, "module", model)
@@ -258,6 +269,24 @@ class AnswerHead:
             yield
         finally:
             self._index = None
+
+
+def token_losses(model: Any, head: AnswerHead, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy in float32 of each learned token of a micro-batch, [n].
+
+    ``use_cache`` is off in every pass: with a cache, packed documents would see each other.
+    """
+    import torch
+
+    inputs: dict[str, Any] = {
+        name: value for name, value in batch.items() if name not in ("answer_index", "targets", "cu_seqlens")
+    }
+    if "cu_seqlens" in batch:
+        # The longest document is bounded by the row: a constant, so that compiled layers are compiled once.
+        inputs |= {"packed_cu_seqlens": batch["cu_seqlens"], "packed_longest": batch["input_ids"].shape[1]}
+    with head.at(batch["answer_index"]):
+        logits = model(**inputs, use_cache=False).logits[0]
+    return torch.nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="none")
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------

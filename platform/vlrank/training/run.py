@@ -273,6 +273,7 @@ def _watch(config: TrainConfig, total: int) -> Iterator[None]:
                     console.print(epoch_line(line, config.epochs) + mark, markup=False)
                 shown = len(history)
                 if finished:
+                    bar.advance((history[-1]["step"] if history else at) - at, note="")
                     return
 
     thread = threading.Thread(target=follow, daemon=True)

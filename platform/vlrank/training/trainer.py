@@ -23,7 +23,7 @@ from vlrank.engines.transformers import score_labels
 from vlrank.errors import UserError
 from vlrank.training.batches import StepLoader, Steps, to_device
 from vlrank.training.data import Plan
-from vlrank.training.model import AnswerHead, Base, Trainable
+from vlrank.training.model import Base, Trainable, token_losses
 from vlrank.training.optim import MasterAdamW
 from vlrank.training.validation import encode_samples, rank_metrics, validation_ranks
 
@@ -152,22 +152,21 @@ class RerankTrainer(Trainer):
         repeats = passes - len(micro) if self.config.parallel == "fsdp2" else 0
         work = [(batch, inputs["answers"] > 0) for batch in micro] + [(micro[-1], False)] * repeats
         loss = torch.zeros((), device=self.args.device)
-        for i, (batch, counted) in enumerate(work):
-            last = i == len(work) - 1
-            with nullcontext() if last or world == 1 else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    part = self.token_losses(model, batch).sum() * (world / max(1, total))
-                    part = part if counted else part * 0.0
-                self.accelerator.backward(part)
-            loss += part.detach()
+        try:
+            for i, (batch, counted) in enumerate(work):
+                last = i == len(work) - 1
+                with nullcontext() if last or world == 1 else self.accelerator.no_sync(model):
+                    with self.compute_loss_context_manager():
+                        part = token_losses(model, self.head, batch).sum() * (world / max(1, total))
+                        part = part if counted else part * 0.0  # keeps the output connected to the model
+                    self.accelerator.backward(part)
+                loss += part.detach()
+        except torch.OutOfMemoryError as error:
+            raise device_full(self.config, self.base, f"step {self.state.global_step + 1}") from error
         self._meter.did(inputs)
         for user, error, message in inputs["bad"]:
             self.bad[str(user)] = (error, message)
         return loss
-
-    def token_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Cross-entropy in float32 of each learned token, [n]; the head runs on their places only."""
-        return token_losses(model, self.head, batch)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         # Called once per step, after all gradients are there and before they are used.
@@ -210,6 +209,9 @@ class RerankTrainer(Trainer):
         """Rank the validation users' candidates, each rank its share of the users."""
         begun = time.perf_counter()
         rank, world = self.args.process_index, self.args.world_size
+        if self.config.parallel == "fsdp2":
+            # Sharded weights are gathered by all ranks together: all must make the same passes, so all rank everybody.
+            rank, world = 0, 1
         own = self.plan.validation[rank::world]
         if self._validation_prompts is None:
             self._validation_prompts, bad = encode_samples(own, self.plan.item_meta, self._encoder)
@@ -274,22 +276,6 @@ class RerankTrainer(Trainer):
         )
 
 
-def token_losses(model: Any, head: AnswerHead, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy in float32 of each learned token of a micro-batch, [n].
-
-    ``use_cache`` is off in every pass: with a cache, packed documents would see each other.
-    """
-    inputs: dict[str, Any] = {
-        name: value for name, value in batch.items() if name not in ("answer_index", "targets", "cu_seqlens")
-    }
-    if "cu_seqlens" in batch:
-        # The longest document is bounded by the row: a constant, so that compiled layers are compiled once.
-        inputs |= {"packed_cu_seqlens": batch["cu_seqlens"], "packed_longest": batch["input_ids"].shape[1]}
-    with head.at(batch["answer_index"]):
-        logits = model(**inputs, use_cache=False).logits[0]
-    return torch.nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="none")
-
-
 def write_checkpoint_facts(folder: Path, config: TrainConfig, base: Base) -> None:
     """Write `CHECKPOINT_FILE`."""
     facts = {
@@ -300,6 +286,53 @@ def write_checkpoint_facts(folder: Path, config: TrainConfig, base: Base) -> Non
         "method": base.method,
     }
     (folder / CHECKPOINT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+class DeviceFull(UserError):
+    """The GPU's memory ran out on one rank; the others know nothing of it."""
+
+
+def device_full(config: TrainConfig, base: Base, when: str) -> DeviceFull:
+    """The message for a full GPU: what to change, in the order of what it costs."""
+    changes = []
+    if config.packing is not False and config.pack_tokens > config.ranking.max_prompt_tokens + 16:
+        changes.append(
+            f"pack_tokens={max(config.pack_tokens // 2, config.ranking.max_prompt_tokens + 16)} (same result)"
+        )
+    if (config.micro_batch_size or config.batch_size) > 1:
+        half = max(1, (config.micro_batch_size or config.batch_size) // 2)
+        changes.append(f"micro_batch_size={half} (same result), or auto_batch=true")
+    if config.loss == "all":
+        changes.append("loss=answer (logits of the answer only)")
+    if not config.gradient_checkpointing:
+        changes.append("gradient_checkpointing=true (same result, about a third slower)")
+    if config.optim in ("auto", "adamw") and base.method == "full":
+        changes.append("optim=paged_adamw_8bit (8-bit moments)")
+    if base.method == "full":
+        changes.append("method=lora (adapts instead of training everything)")
+    elif not base.in_4bit and base.family == "text":
+        changes.append("load_in_4bit=true (4-bit base weights)")
+    if config.mode == "raw_image":
+        changes.append(f"ranking.max_image_pixels={config.ranking.max_image_pixels // 2} (smaller pictures)")
+    changes.append(f"ranking.max_history={max(1, config.ranking.max_history // 2)} (shorter prompts)")
+    return DeviceFull(
+        f"the GPU ran out of memory at {when}", "Change, in the order of least loss: " + "; ".join(changes) + "."
+    )
+
+
+def largest_that_fits(attempt: Callable[[int], None], start: int, smallest: int) -> int | None:
+    """Halve ``start`` until ``attempt`` fits into memory; None where not even ``smallest`` does."""
+    size = start
+    while True:
+        try:
+            attempt(size)
+            return size
+        except torch.OutOfMemoryError:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if size <= smallest:
+            return None
+        size = max(smallest, size // 2)
 
 
 class Stability:

@@ -45,7 +45,10 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     try:
         return asdict(_train(config, base, data, rank=context.get_world_rank(), world=context.get_world_size()))
     except UserError as error:
-        # With several workers only an error that all of them have can be returned; they see the same gradients.
+        from vlrank.training.trainer import DeviceFull
+
+        if isinstance(error, DeviceFull) and context.get_world_size() > 1:
+            raise  # the other workers wait for this one; all other errors they have, too
         return {"problem": error.problem, "remedy": error.remedy}
 
 
@@ -62,7 +65,7 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
     from vlrank.training.batches import Steps
-    from vlrank.training.model import core, load_trainable, weight_dtype
+    from vlrank.training.model import blocks, core, load_trainable
     from vlrank.training.trainer import Outcome, ReportCallback, RerankTrainer, patience_spent, quiet_libraries
 
     quiet_libraries()
@@ -84,13 +87,19 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         if config.compile if config.compile is not None else on_gpu:
             compile_layers(core(trainable.model))
     own_share = -(-config.batch_size // world)
+    micro_batch_size = min(config.micro_batch_size or own_share, own_share)
+    longest = config.ranking.max_prompt_tokens + 16
+    pack_tokens = max(config.pack_tokens, longest) if packing else None
+    if config.auto_batch and on_gpu:
+        show(note="finding the largest micro-batch")
+        micro_batch_size, pack_tokens = _fit_memory(config, base, trainable, own_share, longest, packing)
     steps = Steps(
         run_plan.samples,
         run_plan.item_meta,
         training_encoder,
         batch_size=config.batch_size,
-        micro_batch_size=min(config.micro_batch_size or own_share, own_share),
-        pack_tokens=max(config.pack_tokens, config.ranking.max_prompt_tokens + 16) if packing else None,
+        micro_batch_size=micro_batch_size,
+        pack_tokens=pack_tokens,
         rank=rank,
         world=world,
         vision=base.family == "vision",
@@ -98,6 +107,9 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         pictures=pictures,
         loss=config.loss,
     )
+    sharding: dict[str, Any] = {}
+    if config.parallel == "fsdp2":
+        sharding = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": blocks(trainable.model)}}
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(config.out / "logs"))
     n_steps = steps.per_epoch * config.epochs
     staging = config.out / ".staging" / f"rank-{rank}"
@@ -113,7 +125,9 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim=_OPTIMIZERS["adamw" if config.optim == "auto" else config.optim],
-        bf16=on_gpu and base.unsloth and weight_dtype(config, device).itemsize == 2,
+        # Whole copies are bfloat16 themselves; Unsloth and sharded float32 weights compute in bfloat16.
+        bf16=on_gpu and config.dtype != "float32" and (base.unsloth or config.parallel == "fsdp2"),
+        **sharding,
         eval_strategy="steps" if by_steps else "epoch",
         eval_steps=config.eval_steps,
         save_strategy="steps" if by_steps else "epoch",
@@ -161,6 +175,46 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
             trainer.train(resume_from_checkpoint=folder)
     shutil.rmtree(staging.parent, ignore_errors=True)
     return trainer.outcome()
+
+
+def _fit_memory(
+    config: TrainConfig, base: Base, trainable: Any, own_share: int, longest: int, packing: bool
+) -> tuple[int, int | None]:
+    """The largest micro-batch of longest prompts, or the longest packed row, whose pass and optimizer state fit.
+
+    Raises:
+        UserError: not even one prompt fits.
+    """
+    import numpy as np
+    import torch
+
+    from vlrank.training.collate import Row, end_to_end, side_by_side
+    from vlrank.training.model import token_losses
+    from vlrank.training.trainer import device_full, largest_that_fits
+
+    trained = [p for p in trainable.model.parameters() if p.requires_grad]
+    form: dict[str, Any] = {"vision": base.family == "vision", "pad_id": 0}
+    row = Row(
+        np.ones(longest, dtype=np.int64), np.tile(np.arange(longest), (3, 1)), np.array([longest - 1]), np.ones(1, int)
+    )
+
+    def attempt(size: int) -> None:
+        # What AdamW will need beside weights and gradients: moments and, for bfloat16 weights, masters.
+        moments = [torch.empty(p.numel(), 3, device=p.device) for p in trained]
+        if packing:
+            batch = end_to_end([row] * (size // longest), length=size, documents=own_share, **form)
+        else:
+            batch = side_by_side([row] * size, **form)
+        batch = {name: value.to(trained[0].device) for name, value in batch.items()}
+        token_losses(trainable.model, trainable.head, batch).sum().backward()
+        trainable.model.zero_grad(set_to_none=True)
+        del moments
+
+    largest = own_share * longest if packing else own_share
+    found = largest_that_fits(attempt, largest, longest if packing else 1)
+    if found is None:
+        raise device_full(config, base, "the first pass of a single prompt")
+    return (own_share, found) if packing else (found, None)
 
 
 def _prepare_pictures(

@@ -1,0 +1,142 @@
+"""A killed worker or driver changes nothing but time.
+
+What a user would lose: hours of GPU time, or, worse, a model that silently continued from the wrong place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from vlrank.config import RayConfig, TrainConfig, load_config
+from vlrank.data.dataset import Dataset
+from vlrank.runtime import ray_session
+from vlrank.training.run import read_history, run
+
+pytestmark = pytest.mark.stack
+
+DRIVER = """
+import sys, json
+from vlrank.config import TrainConfig
+from vlrank.training.run import run
+run(TrainConfig.model_validate(json.loads(sys.argv[1])))
+"""
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """What must not depend on luck: everything but times."""
+    return [{k: v for k, v in line.items() if k not in ("time", "validation_s")} for line in read_history(folder)]
+
+
+def wait_for_evaluation(folder: Path, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not read_history(folder):
+        if time.monotonic() > end:
+            raise TimeoutError("no evaluation")
+        time.sleep(0.05)
+
+
+def workers(of: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process(of).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def settings(
+    shop: Dataset, tiny_vision_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], TrainConfig]]:
+    """Configs of one run with two gloo workers in different folders, in one Ray."""
+    base = tmp_path_factory.mktemp("faults")
+    shutil.copytree(shop.path, base / "shop")
+
+    def make(name: str) -> TrainConfig:
+        return load_config(
+            TrainConfig,
+            dataset=base / "shop",
+            out=base / name,
+            mode="raw_image",
+            model=str(tiny_vision_model),
+            method="lora",
+            workers=2,
+            epochs=3,
+            batch_size=8,
+            lr=1e-3,
+            val_users=16,
+            ranking={"max_history": 4, "max_item_chars": 80},
+        )
+
+    with ray_session(RayConfig(num_cpus=4)):
+        yield make
+
+
+@pytest.fixture(scope="module")
+def unbroken(settings: Callable[[str], TrainConfig]) -> list[dict[str, Any]]:
+    """The history of a run that nothing happened to."""
+    config = settings("unbroken")
+    run(config)
+    return numbers(config.out)
+
+
+def test_a_killed_worker(settings: Callable[[str], TrainConfig], unbroken: list[dict[str, Any]]) -> None:
+    config = settings("killed-worker")
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for_evaluation(config.out)
+        victim = workers(os.getpid())[-1]
+        killed.append(victim.pid)
+        victim.kill()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    run(config)
+    thread.join()
+    assert killed
+    assert_same(numbers(config.out), unbroken)
+    # A report cut off by the crash may have left a folder that nothing knows: it must be gone.
+    known = json.loads((config.out / "qwen3vl_rerank_vl" / "checkpoint_manager_snapshot.json").read_text())
+    names = {result["checkpoint_dir_name"] for result in known["checkpoint_results"]}
+    assert {path.name for path in (config.out / "qwen3vl_rerank_vl").glob("checkpoint-*")} == names
+
+
+def test_a_killed_driver(settings: Callable[[str], TrainConfig], unbroken: list[dict[str, Any]]) -> None:
+    config = settings("killed-driver")
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, json.dumps(config.model_dump(mode="json") | {"ray": {"address": "local"}})],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for_evaluation(config.out)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    assert not (config.out / "result.json").exists()
+    run(config)  # resume: auto
+    assert_same(numbers(config.out), unbroken)
+
+
+def assert_same(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [line["step"] for line in got] == [line["step"] for line in expected]
+    for mine, other in zip(got, expected, strict=True):
+        for key, value in other.items():
+            assert mine[key] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value), key
