@@ -12,14 +12,14 @@ import pytest
 from vlrank.data.candidates_io import (
     lists_to_long,
     long_to_lists,
-    read_candidates,
     read_llamarec,
     read_pickle,
     write_rankings,
 )
 from vlrank.data.dataset import Dataset
-from vlrank.data.schemas import CANDIDATES, RANKINGS
+from vlrank.data.schemas import RANKINGS
 from vlrank.errors import UserError
+from vlrank.evaluation.importing import read_candidates
 
 
 class Evil:
@@ -59,13 +59,14 @@ def test_llamarecs_retrieved_pkl(tmp_path: Path, shop: Dataset) -> None:
         ("test", 1, [2, 3]),
         ("test", 2, [1, 2]),  # equal scores by item id
     ]
-    table = read_candidates(tmp_path / "retrieved.pkl", shop)
-    assert table.columns == CANDIDATES.names
-    assert table["item_ids"].to_list() == [[2, 3, 1], [1, 2, 3]]
-    too_wide = np.zeros((2, shop.n_items + 2), dtype=np.float32)
-    (tmp_path / "other.pkl").write_bytes(pickle.dumps({"test_probs": too_wide}))
-    with pytest.raises(UserError, match="made from other data"):
-        read_candidates(tmp_path / "other.pkl", shop, top_k=1000)
+    imported = read_candidates(tmp_path / "retrieved.pkl", shop)
+    assert imported.table["item_ids"].to_list() == [[2, 3, 1], [1, 2, 3]]
+    # More items than the dataset has: made from other data. Nothing unknown comes through.
+    wide = np.linspace(1, 0, shop.n_items + 3, dtype=np.float32)[None]
+    (tmp_path / "other.pkl").write_bytes(pickle.dumps({"test_probs": wide}))
+    other = read_candidates(tmp_path / "other.pkl", shop)
+    assert max(other.table["item_ids"][0]) <= shop.n_items
+    assert {row["error_type"] for row in other.rejected} == {"UnknownItem"}
 
 
 RANKED = pl.DataFrame(
@@ -89,7 +90,7 @@ def test_rankings_as_jsonl_with_the_sources_ids(tmp_path: Path, shop: Dataset) -
 
 def test_written_runs_can_be_read_as_candidates(tmp_path: Path, shop: Dataset) -> None:
     write_rankings(RANKED, tmp_path / "out.trec", dataset=shop)
-    back = read_candidates(tmp_path / "out.trec", shop)
+    back = read_candidates(tmp_path / "out.trec", shop).table
     assert back.select("user_id", "item_ids", "scores").equals(RANKED.select("user_id", "item_ids", "scores"))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from vlrank.data import schemas
-from vlrank.data.tables import atomic_write_text, empty_frame, write_parquet_atomic
+from vlrank.data.tables import atomic_write_text, write_parquet_atomic
 from vlrank.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,30 +92,6 @@ def read_llamarec(path: Path, *, top_k: int = 50) -> list[tuple[str, int, list[i
             best = np.argsort(-scores[1:], kind="stable")[:top_k] + 1
             rows.append((split, user, best.tolist(), scores[best].tolist()))
     return rows
-
-
-def read_candidates(path: Path, dataset: Dataset, *, split: str = "test", top_k: int = 50) -> pl.DataFrame:
-    """Candidates from a file, with our ids: `schemas.CANDIDATES`.
-
-    Formats: those of `vlrank retrieve FILE` (Parquet, JSONL, TREC runs, ``user<TAB>item item ...``), and LlamaRec's
-    ``.pkl``, whose numbers have to be those of the dataset (both count users and items from 1).
-
-    Raises:
-        UserError: unreadable, an unknown format, or ids that do not fit the dataset.
-    """
-    if path.suffix.lower() in (".pkl", ".pickle"):
-        rows = read_llamarec(path, top_k=top_k)
-        users, items = max(row[1] for row in rows), max(max(row[2]) for row in rows)
-        if users > dataset.n_users or items > dataset.n_items:
-            raise UserError(
-                f"{path} has {users} users, {items} items; {dataset.path} has {dataset.n_users} and {dataset.n_items}",
-                "It was made from other data, or with other filters.",
-            )
-        columns = dict(zip(schemas.CANDIDATES.names, zip(*rows, strict=True), strict=True))
-        return pl.DataFrame(columns, schema=empty_frame(schemas.CANDIDATES).schema)
-    from vlrank.evaluation.importing import read_candidates as read_text
-
-    return read_text(path, dataset, split="val" if split == "val" else "test").table
 
 
 def write_rankings(table: pl.DataFrame, path: Path, format: str | None = None, dataset: Dataset | None = None) -> None:

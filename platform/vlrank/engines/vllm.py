@@ -345,7 +345,8 @@ def engine_kwargs(model: ModelFolder, config: EngineConfig, on_gpu: bool) -> dic
         pixels = model.mode is None or mode_spec(model.mode).pixels
         kwargs["limit_mm_per_prompt"] = {"image": model.ranking.window if pixels else 0, "video": 0}
         if pixels and on_gpu:
-            kwargs["mm_processor_cache_gb"] = 16
+            # vLLM's cache of encoded pictures holds as many tokens as a step does: a thousand small pictures here.
+            kwargs |= {"mm_processor_cache_gb": 16, "max_num_batched_tokens": 65536}
     if model.is_adapter:
         kwargs |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(Path(model.path))}
     return {**kwargs, **config.engine_kwargs}

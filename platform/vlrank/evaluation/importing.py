@@ -11,6 +11,7 @@ from typing import Any, Literal
 import polars as pl
 
 from vlrank.config import Split
+from vlrank.data.candidates_io import read_llamarec
 from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
 
@@ -41,6 +42,7 @@ def read_candidates(path: Path, dataset: Dataset, *, split: Split = "test", ids:
     Formats, told apart by suffix and content:
         ``.parquet``: columns user_id or user, item_ids or candidates or items, optionally scores and split.
         ``.jsonl``, ``.json``: one object per line with the same keys.
+        ``.pkl``: LlamaRec's ``retrieved.pkl``, through an unpickler that knows arrays and numbers only.
         TREC run: ``user Q0 item rank score tag``, best score first, equal scores by rank.
         Other text: ``user<TAB>item item ...``, items separated by spaces, commas or tabs, best first.
 
@@ -66,6 +68,11 @@ def read_candidates(path: Path, dataset: Dataset, *, split: Split = "test", ids:
 def _read(path: Path, split: str) -> pl.DataFrame:
     """Columns split, user, items, scores; ids as they are."""
     suffix = path.suffix.lower()
+    if suffix in (".pkl", ".pickle"):
+        names = ("split", "user_id", "item_ids", "scores")
+        return _columns(
+            _frame(dict(zip(names, row, strict=True)) for row in read_llamarec(path, top_k=200)), path, split
+        )
     if suffix == ".parquet":
         try:
             return _columns(pl.read_parquet(path), path, split)
