@@ -145,7 +145,7 @@ def evaluate(config: EvaluateConfig, dataset: Dataset) -> list[Group]:
     groups = []
     steps = len(runs) * (1 + len(config.baselines))
     with progress("evaluate", steps) as bar:
-        for split in dict.fromkeys(run.split for run in runs):
+        for split in sorted({run.split for run in runs}):  # test before val
             histories = dataset.histories(split)
             candidates = _candidate_tables(config, dataset, split)
             same_split = [run for run in runs if run.split == split]
