@@ -78,7 +78,7 @@ runs = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(runs, min_size=1, max_size=4))
 def test_whatever_crashes_every_key_ends_up_once_and_current(history: list[Run]) -> None:
     """Crashed runs followed by one that finishes leave each wanted key once: committed, or quarantined."""
