@@ -90,6 +90,7 @@ def test_of_repeated_pairs_the_earliest_stays(data: list[Row]) -> None:
     assert rows(drop_duplicates(ordered)) == list(first.values())
 
 
+@settings(max_examples=40)
 @given(rows_of.filter(bool), st.randoms(use_true_random=False))
 def test_ids_are_dense_and_do_not_depend_on_the_order_of_the_input(data: list[Row], random: object) -> None:
     built = sequences(order(table(data)))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlrank.config import ColumnsConfig
@@ -207,6 +207,7 @@ json_row = st.fixed_dictionaries(
 )
 
 
+@settings(max_examples=50)
 @given(st.lists(json_row, max_size=12), st.sampled_from(["r.jsonl", "r.csv"]))
 def test_the_fast_readers_agree_with_reading_line_by_line(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], name: str
