@@ -184,8 +184,10 @@ def job(config: Any) -> dict[str, Any]:
 
 def raw(config: Any) -> dict[str, Any]:
     """``LLM.generate``, one token per prompt; the prompts and the decoded pictures are made beforehand."""
+    import os
     from dataclasses import replace
 
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
 
     from vlrank.config import RankingConfig
