@@ -92,11 +92,13 @@ def measure(folder: Path, core: int) -> dict[str, Any]:
         min_uc=core,
         min_sc=core,
     )
+    load = os.getloadavg()[0]
     started = time.perf_counter()
     summary = prepare.run(config)
     total = time.perf_counter() - started
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
+        "load_average": round(load, 1),  # processes that wanted a core when it began: above 0 means shared time
         "seconds": round(total, 2),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),  # of all threads: what a busy machine cannot hide
         "peak_memory_gib": round(usage.ru_maxrss / 2**20, 2),

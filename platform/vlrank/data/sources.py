@@ -551,4 +551,8 @@ def _row_by_row(
 
 def first_value(record: Mapping[str, Any], names: Sequence[str]) -> Any:
     """The value of the first of these keys that is there and not empty."""
-    return next((value for name in names if (value := record.get(name)) not in (None, "", [])), None)
+    for name in names:
+        value = record.get(name)
+        if value is not None and value != "" and value != []:
+            return value
+    return None
