@@ -54,7 +54,8 @@ def render(config: EvaluateConfig, dataset: Dataset, groups: Sequence[Group]) ->
 
     templates = files("vlrank.evaluation") / "templates"
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(label=label, display=display, percent=percent, number=number, p_value=p_value, zip=zip)
+    environment.globals.update(label=label, display=display, percent=percent, number=number, p_value=p_value)
+    environment.globals.update(soft=soft)
     page = environment.from_string((templates / "report.html.j2").read_text(encoding="utf-8"))
     items = _Items(dataset)
     views = [_view(config, dataset, group, items) for group in groups]
@@ -86,6 +87,13 @@ def render(config: EvaluateConfig, dataset: Dataset, groups: Sequence[Group]) ->
 def display(name: str) -> str:
     """A method's name in words."""
     return _NAMES.get(name, name)
+
+
+def soft(name: str) -> Any:
+    """`display` for HTML, where long names may break after an underscore."""
+    from markupsafe import Markup, escape
+
+    return escape(display(name)).replace("_", Markup("_<wbr>"))
 
 
 def percent(value: float) -> str:
@@ -329,13 +337,13 @@ def _thumbnail(path: Path) -> str | None:
 
 
 def _browse(config: EvaluateConfig, dataset: Dataset, group: Group, items: _Items) -> dict[str, Any]:
-    """A seeded sample of users, a third each (where there are enough) that the first model helps, hurts, or neither."""
+    """A seeded sample of users, in equal parts if there are enough: helped by the first model, hurt, equal, missed."""
     model = group.models[0]
     old = group.base.rank_of(group.targets)
     new = model.metrics.ranks
     middle = (group.base.lengths + 1) // 2  # without a retriever's order: better than half the list is a win
     reference = old if group.ordered else np.where(old > 0, middle, 0)
-    kinds = [(new > 0) & (new < reference), (new > 0) & (new > reference), (new == reference) | (new == 0)]
+    kinds = [(new > 0) & (new < reference), (new > 0) & (new > reference), (new > 0) & (new == reference), new == 0]
     rng = np.random.default_rng(config.seed)
     pools = [rng.permutation(np.flatnonzero(kind)).tolist() for kind in kinds]
     chosen: list[int] = []
