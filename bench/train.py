@@ -289,6 +289,7 @@ def build(name: str, args: argparse.Namespace) -> Work:
     import torch
 
     from vlrank.training.attention import compile_layers, use_packed_attention
+    from vlrank.training.batches import to_device
     from vlrank.training.model import AnswerHead, core, token_losses
 
     random.seed(0)
@@ -344,7 +345,7 @@ def build(name: str, args: argparse.Namespace) -> Work:
         at += 1
         total = 0.0
         for i, batch in enumerate(micro):
-            moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            moved = to_device(batch, device)
             if plain:
                 loss = plain_loss(wrapped, moved)
             else:
@@ -423,12 +424,20 @@ def collate(rows: list[Any], packed: bool, budget: int, vision: bool, args: argp
     if packed:
         bins = pack([len(row) for row in rows], max(budget, max(len(row) for row in rows)))
         batches = [
-            end_to_end([rows[i] for i in chosen], length=max(budget, *map(len, rows)), documents=64, **form)
+            end_to_end(
+                [rows[i] for i in chosen],
+                length=max(budget, *map(len, rows)),
+                documents=len(rows),
+                longest=max(map(len, rows)) if len(set(map(len, rows))) == 1 else 4096,
+                **form,
+            )
             for chosen in bins
         ]
     else:
         batches = [side_by_side(rows, **form)]
-    return [{k: v.pin_memory() if torch.cuda.is_available() else v for k, v in batch.items()} for batch in batches]
+    if not torch.cuda.is_available():
+        return batches
+    return [{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()} for batch in batches]
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -580,6 +589,7 @@ def unsloth_work(folder: Path, args: argparse.Namespace) -> Work:
         model, r=8, lora_alpha=16, lora_dropout=0, target_modules=names, use_gradient_checkpointing=False
     )
 
+    from vlrank.training.batches import to_device
     from vlrank.training.model import AnswerHead, token_losses
 
     head = AnswerHead(model)
@@ -591,7 +601,7 @@ def unsloth_work(folder: Path, args: argparse.Namespace) -> Work:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
 
     def step() -> Any:
-        batch = {k: v.to(kind) for k, v in forms[next(steps) % len(forms)].items()}
+        batch = to_device(forms[next(steps) % len(forms)], torch.device(kind))
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda"):
             loss = token_losses(model, head, batch).mean()
         loss.backward()

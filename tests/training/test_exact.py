@@ -115,13 +115,15 @@ def test_padded_batch_with_answer_only_logits_equals_plain(case: Case) -> None:
 
 def test_packed_row_equals_plain(case: Case, packed_attention: None) -> None:
     length = sum(map(len, case.rows)) + 17  # filled up, with room in cu_seqlens for more documents
-    case.assert_same(lambda: case.fast(end_to_end(case.rows, length=length, documents=9, **case.form)))
+    longest = max(map(len, case.rows))  # the filling is longer than that, and has to be cut
+    length += 2 * longest
+    case.assert_same(lambda: case.fast(end_to_end(case.rows, length=length, documents=9, longest=longest, **case.form)))
 
 
 def test_packed_row_equals_plain_through_the_block_diagonal_mask_of_transformers(case: Case) -> None:
     def losses() -> torch.Tensor:
         batch = end_to_end(case.rows, **case.form)
-        batch.pop("cu_seqlens")
+        batch.pop("cu_seqlens"), batch.pop("longest")
         return case.fast(batch)
 
     case.assert_same(losses)
@@ -159,7 +161,7 @@ def test_compiled_layers_equal_plain(case: Case, packed_attention: None) -> None
 def test_positions_that_do_not_restart_are_caught(case: Case) -> None:
     def losses() -> torch.Tensor:
         batch = end_to_end(case.rows, **case.form)
-        batch.pop("cu_seqlens")
+        batch.pop("cu_seqlens"), batch.pop("longest")
         shape = batch["position_ids"].shape
         batch["position_ids"] = torch.arange(shape[-1]).expand(shape).clone()
         return case.fast(batch)
@@ -176,7 +178,7 @@ def test_qwen3_vl_without_its_four_rows_of_positions_is_caught(case: Case, form:
 
     def losses() -> torch.Tensor:
         batch = end_to_end(case.rows, **case.form)
-        batch.pop("cu_seqlens")
+        batch.pop("cu_seqlens"), batch.pop("longest")
         positions = batch.pop("position_ids")
         if form == "three rows":
             batch["position_ids"] = positions[1:]
@@ -192,7 +194,7 @@ def test_qwen3_vl_without_its_four_rows_of_positions_is_caught(case: Case, form:
 def test_a_live_cache_is_caught(case: Case) -> None:
     def losses() -> torch.Tensor:
         batch = end_to_end(case.rows, **case.form)
-        batch.pop("cu_seqlens")
+        batch.pop("cu_seqlens"), batch.pop("longest")
         index, targets = batch.pop("answer_index"), batch.pop("targets")
         with case.head.at(index):
             logits = case.model(**batch, use_cache=True).logits[0]

@@ -55,8 +55,8 @@ def packed_attention(
     if attention_mask is not None or query.shape[0] != 1:
         raise ValueError("packed rows come one at a time and without an attention mask")
     if query.is_cuda and query.dtype != torch.float32:
-        rows = [tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value)]
-        return _flash(*rows, packed_cu_seqlens, packed_longest, scaling).unsqueeze(0), None
+        q, k, v = (tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value))
+        return _flash(q, k, v, packed_cu_seqlens, packed_longest, scaling).unsqueeze(0), None
     bounds = packed_cu_seqlens.tolist()
     parts = [
         sdpa_attention_forward(

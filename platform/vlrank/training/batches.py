@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlrank.reranking.encoding import PromptTooLong
-from vlrank.training.collate import MicroBatch, Pictures, Row, answer_row, end_to_end, side_by_side
+from vlrank.training.collate import ANSWER_ROOM, MicroBatch, Pictures, Row, answer_row, end_to_end, side_by_side
 from vlrank.training.packing import batches, pack, share
 from vlrank.training.samples import Sample, TrainingSamples
 
@@ -141,14 +141,14 @@ class Steps(Dataset[Step]):
             ]
         return [
             end_to_end(
-                [rows[i] for i in chosen], length=self.pack_tokens, documents=self._most_documents(), **self._form
+                [rows[i] for i in chosen],
+                length=self.pack_tokens,
+                documents=min(self.batch_size, self.pack_tokens),
+                longest=min(self.pack_tokens, self.encoder.ranking.max_prompt_tokens + ANSWER_ROOM),
+                **self._form,
             )
             for chosen in pack(lengths, self.pack_tokens)
         ]
-
-    def _most_documents(self) -> int:
-        # More than a row can hold; cu_seqlens is padded to it, so that compiled layers see one shape.
-        return max(1, min(self.batch_size, self.pack_tokens or 1))
 
     def _weight(self, sample: Sample) -> float:
         # Characters stand for tokens: every rank must come to the same shares without tokenising the others' prompts.
@@ -198,9 +198,12 @@ class StepLoader(DataLoader[Step]):
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer at the start of an epoch."""
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        self.batch_sampler.set_epoch(epoch)
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """A micro-batch on ``device``; copies from pinned memory overlap with computation."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }

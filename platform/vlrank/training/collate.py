@@ -10,6 +10,7 @@ A micro-batch is a dict of tensors:
 ``pixel_values``    float [patches, patch values], or cached features [visual tokens, (1 + D) * hidden]
 ``image_grid_thw``  int64 [pictures, 3]
 ``cu_seqlens``      int32 [documents + 1], packed rows only: where documents begin and end
+``longest``         int, packed rows only: no document is longer
 ==================  =======================================================================================
 
 Rows are padded on the right and no attention mask is passed: attention is causal, so padding is never seen.
@@ -33,6 +34,9 @@ Pictures = Callable[[Sequence[str]], "torch.Tensor"]
 """Paths -> their ``pixel_values`` (pixels or cached features), concatenated."""
 
 MicroBatch = dict[str, Any]
+
+ANSWER_ROOM = 16
+"""Tokens that an answer may add to a prompt of the longest allowed length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,7 @@ def end_to_end(
     pad_id: int,
     length: int | None = None,
     documents: int | None = None,
+    longest: int | None = None,
     pictures: Pictures | None = None,
 ) -> MicroBatch:
     """Rows packed one behind the other into one row [1, T].
@@ -122,7 +127,8 @@ def end_to_end(
         vision: Whether positions are Qwen3-VL's [4, 1, T].
         pad_id: Fills up to ``length``; the filling is a document of its own.
         length: T; None packs without filling.
-        documents: Pad ``cu_seqlens`` to this many documents (empty ones at the end), so that its shape is static.
+        documents: Rows that a packed row may hold: ``cu_seqlens`` is padded by empty documents to a static shape.
+        longest: Length that no row exceeds, for the attention's launch; the filling is cut to it. Default T.
         pictures: Loads the rows' pictures.
     """
     import torch
@@ -131,21 +137,27 @@ def end_to_end(
     length = length or filled
     if filled > length:
         raise ValueError(f"{filled} tokens do not fit a packed row of {length}")
-    ends = np.cumsum([len(row) for row in rows])
-    starts = np.concatenate([[0], ends[:-1]])
+    longest = longest or length
     rest = length - filled
+    filling = [min(longest, rest - start) for start in range(0, rest, longest)]
+    ends = np.cumsum([*(len(row) for row in rows), *filling])
+    starts = np.concatenate([[0], ends[:-1]])
     ids = np.concatenate([*(row.ids for row in rows), np.full(rest, pad_id)])[None]
-    text = np.concatenate([*(np.arange(len(row)) for row in rows), np.arange(rest)])[None]
-    rotary = np.concatenate([*(row.positions for row in rows), np.tile(np.arange(rest), (3, 1))], axis=1)[:, None]
+    text = np.concatenate([*(np.arange(len(row)) for row in rows), *(np.arange(part) for part in filling)])[None]
+    rotary = np.concatenate(
+        [*(row.positions for row in rows), *(np.tile(np.arange(part), (3, 1)) for part in filling)], axis=1
+    )[:, None]
     batch = _batch(ids, text, rotary, vision)
     batch["answer_index"] = torch.from_numpy(
-        np.concatenate([start + row.places for start, row in zip(starts, rows, strict=True)])
+        np.concatenate([start + row.places for start, row in zip(starts, rows, strict=False)])
     )
     batch["targets"] = torch.from_numpy(np.concatenate([row.targets for row in rows]))
-    bounds = np.concatenate([[0], ends, [length] if rest else []]).astype(np.int32)
+    bounds = np.concatenate([[0], ends]).astype(np.int32)
     if documents is not None:
-        bounds = np.pad(bounds, (0, max(0, documents + 2 - len(bounds))), constant_values=length)
+        most = documents + -(-length // longest) + 1
+        bounds = np.pad(bounds, (0, max(0, most - len(bounds))), constant_values=length)
     batch["cu_seqlens"] = torch.from_numpy(bounds)
+    batch["longest"] = longest
     return batch | _pictures(rows, pictures)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlrank.config import TrainConfig
 from vlrank.errors import UserError
 from vlrank.reranking.modes import Family, ModeSpec, mode_spec
+from vlrank.training.collate import ANSWER_ROOM
 
 if TYPE_CHECKING:
     import torch
@@ -199,7 +200,7 @@ def _load_unsloth(config: TrainConfig, base: Base, device: torch.device, dtype: 
 
     model, _ = FastLanguageModel.from_pretrained(
         base.name,
-        max_seq_length=config.ranking.max_prompt_tokens + 16,
+        max_seq_length=config.ranking.max_prompt_tokens + ANSWER_ROOM,
         load_in_4bit=base.in_4bit,
         dtype=dtype,
         local_files_only=Path(base.name).is_dir(),
@@ -271,7 +272,7 @@ class AnswerHead:
             self._index = None
 
 
-def token_losses(model: Any, head: AnswerHead, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def token_losses(model: Any, head: AnswerHead, batch: dict[str, Any]) -> torch.Tensor:
     """Cross-entropy in float32 of each learned token of a micro-batch, [n].
 
     ``use_cache`` is off in every pass: with a cache, packed documents would see each other.
@@ -279,11 +280,10 @@ def token_losses(model: Any, head: AnswerHead, batch: dict[str, torch.Tensor]) -
     import torch
 
     inputs: dict[str, Any] = {
-        name: value for name, value in batch.items() if name not in ("answer_index", "targets", "cu_seqlens")
+        name: value for name, value in batch.items() if name not in ("answer_index", "targets", "cu_seqlens", "longest")
     }
     if "cu_seqlens" in batch:
-        # The longest document is bounded by the row: a constant, so that compiled layers are compiled once.
-        inputs |= {"packed_cu_seqlens": batch["cu_seqlens"], "packed_longest": batch["input_ids"].shape[1]}
+        inputs |= {"packed_cu_seqlens": batch["cu_seqlens"], "packed_longest": batch["longest"]}
     with head.at(batch["answer_index"]):
         logits = model(**inputs, use_cache=False).logits[0]
     return torch.nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="none")

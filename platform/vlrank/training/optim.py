@@ -34,7 +34,7 @@ class MasterAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """One update of all parameters that have a gradient."""
         for group in self.param_groups:
             for bucket in _buckets(p for p in group["params"] if p.grad is not None):

@@ -22,6 +22,7 @@ from vlrank.config import TrainConfig
 from vlrank.engines.transformers import score_labels
 from vlrank.errors import UserError
 from vlrank.training.batches import StepLoader, Steps, to_device
+from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import Plan
 from vlrank.training.model import Base, Trainable, token_losses
 from vlrank.training.optim import MasterAdamW
@@ -76,6 +77,9 @@ class RerankTrainer(Trainer):
         validation_encoder: Encodes validation prompts (in raw_image with ``train_inputs: caption`` they differ).
         eval_tokens: Padded tokens per forward pass of a validation.
     """
+
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
 
     def __init__(
         self,
@@ -164,8 +168,8 @@ class RerankTrainer(Trainer):
         except torch.OutOfMemoryError as error:
             raise device_full(self.config, self.base, f"step {self.state.global_step + 1}") from error
         self._meter.did(inputs)
-        for user, error, message in inputs["bad"]:
-            self.bad[str(user)] = (error, message)
+        for user, kind, message in inputs["bad"]:
+            self.bad[str(user)] = (kind, message)
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -295,9 +299,9 @@ class DeviceFull(UserError):
 def device_full(config: TrainConfig, base: Base, when: str) -> DeviceFull:
     """The message for a full GPU: what to change, in the order of what it costs."""
     changes = []
-    if config.packing is not False and config.pack_tokens > config.ranking.max_prompt_tokens + 16:
+    if config.packing is not False and config.pack_tokens > config.ranking.max_prompt_tokens + ANSWER_ROOM:
         changes.append(
-            f"pack_tokens={max(config.pack_tokens // 2, config.ranking.max_prompt_tokens + 16)} (same result)"
+            f"pack_tokens={max(config.pack_tokens // 2, config.ranking.max_prompt_tokens + ANSWER_ROOM)} (same result)"
         )
     if (config.micro_batch_size or config.batch_size) > 1:
         half = max(1, (config.micro_batch_size or config.batch_size) // 2)

@@ -13,6 +13,7 @@ from typing import Any
 
 from vlrank.config import TrainConfig
 from vlrank.errors import UserError
+from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import Plan, TrainingData, pictures_folder, plan
 from vlrank.training.model import FOLDERS, Base
 
@@ -88,7 +89,7 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
             compile_layers(core(trainable.model))
     own_share = -(-config.batch_size // world)
     micro_batch_size = min(config.micro_batch_size or own_share, own_share)
-    longest = config.ranking.max_prompt_tokens + 16
+    longest = config.ranking.max_prompt_tokens + ANSWER_ROOM
     pack_tokens = max(config.pack_tokens, longest) if packing else None
     if config.auto_batch and on_gpu:
         show(note="finding the largest micro-batch")
@@ -188,6 +189,7 @@ def _fit_memory(
     import numpy as np
     import torch
 
+    from vlrank.training.batches import to_device
     from vlrank.training.collate import Row, end_to_end, side_by_side
     from vlrank.training.model import token_losses
     from vlrank.training.trainer import device_full, largest_that_fits
@@ -202,10 +204,10 @@ def _fit_memory(
         # What AdamW will need beside weights and gradients: moments and, for bfloat16 weights, masters.
         moments = [torch.empty(p.numel(), 3, device=p.device) for p in trained]
         if packing:
-            batch = end_to_end([row] * (size // longest), length=size, documents=own_share, **form)
+            batch = end_to_end([row] * (size // longest), length=size, documents=own_share, longest=longest, **form)
         else:
             batch = side_by_side([row] * size, **form)
-        batch = {name: value.to(trained[0].device) for name, value in batch.items()}
+        batch = to_device(batch, trained[0].device)
         token_losses(trainable.model, trainable.head, batch).sum().backward()
         trainable.model.zero_grad(set_to_none=True)
         del moments
