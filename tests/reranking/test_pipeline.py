@@ -76,6 +76,9 @@ def test_sampled_candidates_are_the_target_among_the_unknown() -> None:
     assert first != sampled_candidates(7, [1, 2, 3, 7], pool, 19, [0, 6])
     assert sorted(sampled_candidates(2, [], np.arange(1, 4), 19, [0])) == [1, 2, 3]
     places = [sampled_candidates(7, [7], pool, 19, [0, user]).index(7) for user in range(2000)]
+    large = np.arange(1, 100_001)  # drawn another way
+    drawn = [sampled_candidates(7, [7, 8], large, 19, [1, user]) for user in range(50)]
+    assert all(len(set(row)) == 20 and 7 in row and 8 not in row for row in drawn)
     assert np.bincount(places, minlength=20).min() > 60  # about 100 at each place: the target hides everywhere
 
 

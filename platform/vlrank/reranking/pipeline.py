@@ -245,9 +245,18 @@ def sampled_candidates(target: int, known: Sequence[int], pool: np.ndarray, n: i
         seed: Of this user.
     """
     rng = np.random.default_rng(seed)
-    outside = np.setdiff1d(pool, np.asarray([*known, target]), assume_unique=False)
-    negatives = rng.choice(outside, size=min(n, len(outside)), replace=False)
-    return rng.permutation(np.append(negatives, target)).tolist()
+    taken = {*known, target}
+    if len(pool) < 4 * (n + len(taken)):
+        outside = np.setdiff1d(pool, np.asarray(list(taken)))
+        negatives = rng.choice(outside, size=min(n, len(outside)), replace=False).tolist()
+    else:  # draw and reject: a large catalogue is not gone through for every user
+        negatives = []
+        while len(negatives) < n:
+            for item in pool[rng.integers(len(pool), size=2 * n)].tolist():
+                if item not in taken and len(negatives) < n:
+                    taken.add(item)
+                    negatives.append(item)
+    return rng.permutation([*negatives, target]).tolist()
 
 
 def _reach(ranking: RankingConfig) -> int:
