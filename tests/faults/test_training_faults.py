@@ -62,12 +62,12 @@ def workers(of: int) -> list[psutil.Process]:
 @pytest.fixture(scope="module")
 def settings(
     shop: Dataset, tiny_vision_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], TrainConfig]]:
-    """Configs of one run with two gloo workers in different folders, in one Ray."""
+) -> Iterator[Callable[..., TrainConfig]]:
+    """Configs of one run in different folders, by default with two gloo workers, in one Ray."""
     base = tmp_path_factory.mktemp("faults")
     shutil.copytree(shop.path, base / "shop")
 
-    def make(name: str) -> TrainConfig:
+    def make(name: str, workers: int = 2) -> TrainConfig:
         return load_config(
             TrainConfig,
             dataset=base / "shop",
@@ -75,7 +75,7 @@ def settings(
             mode="raw_image",
             model=str(tiny_vision_model),
             method="lora",
-            workers=2,
+            workers=workers,
             epochs=3,
             batch_size=8,
             lr=1e-3,
@@ -88,14 +88,14 @@ def settings(
 
 
 @pytest.fixture(scope="module")
-def unbroken(settings: Callable[[str], TrainConfig]) -> list[dict[str, Any]]:
-    """The history of a run that nothing happened to."""
-    config = settings("unbroken")
+def unbroken(settings: Callable[..., TrainConfig]) -> list[dict[str, Any]]:
+    """The history of a run that nothing happened to, with one worker: the number of workers changes nothing either."""
+    config = settings("unbroken", workers=1)
     run(config)
     return numbers(config.out)
 
 
-def test_a_killed_worker(settings: Callable[[str], TrainConfig], unbroken: list[dict[str, Any]]) -> None:
+def test_a_killed_worker(settings: Callable[..., TrainConfig], unbroken: list[dict[str, Any]]) -> None:
     config = settings("killed-worker")
     killed: list[int] = []
 
@@ -117,7 +117,7 @@ def test_a_killed_worker(settings: Callable[[str], TrainConfig], unbroken: list[
     assert {path.name for path in (config.out / "qwen3vl_rerank_vl").glob("checkpoint-*")} == names
 
 
-def test_a_killed_driver(settings: Callable[[str], TrainConfig], unbroken: list[dict[str, Any]]) -> None:
+def test_a_killed_driver(settings: Callable[..., TrainConfig], unbroken: list[dict[str, Any]]) -> None:
     config = settings("killed-driver")
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, json.dumps(config.model_dump(mode="json") | {"ray": {"address": "local"}})],
@@ -139,4 +139,4 @@ def assert_same(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> No
     assert [line["step"] for line in got] == [line["step"] for line in expected]
     for mine, other in zip(got, expected, strict=True):
         for key, value in other.items():
-            assert mine[key] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value), key
+            assert mine[key] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value), key

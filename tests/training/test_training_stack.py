@@ -61,14 +61,15 @@ def test_a_mode_trains_and_its_best_checkpoint_ranks(
     (scores,) = score_labels(load_model(folder), encoder, [encoder.encode(items[:3], items[3:23])])
     assert scores.shape == (20,)
 
+    if mode == "caption":
+        a_finished_run_is_not_repeated_and_another_one_is_not_overwritten(config, capsys)
 
-def test_a_finished_run_is_not_repeated_and_another_one_is_not_overwritten(
-    settings: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+
+def a_finished_run_is_not_repeated_and_another_one_is_not_overwritten(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = settings("caption", epochs=1, val_users=8)
-    run(config)
     before = (config.out / "history.jsonl").stat().st_mtime_ns
-    assert run(config).counts["steps"] == 5
+    assert run(config).counts["steps"] == 10
     assert "finished already" in " ".join(capsys.readouterr().err.split())
     assert (config.out / "history.jsonl").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"other settings \(lr: 0.001 -> 0.01\)"):
