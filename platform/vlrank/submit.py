@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import tempfile
@@ -176,6 +177,8 @@ def connect(address: str) -> Any:
     with explained(address):
         from ray.job_submission import JobSubmissionClient
 
+        # Ray prefers its own variable to the address it is given; here it has been asked already, after --address.
+        os.environ.pop("RAY_API_SERVER_ADDRESS", None)
         return JobSubmissionClient(address)
 
 
@@ -216,8 +219,12 @@ def follow(client: Any, job_id: str) -> Any:
 
 
 def outcome(client: Any, job_id: str) -> dict[str, Any] | None:
-    """The JSON last line of an ended job, if it printed one."""
-    for line in reversed(client.get_job_logs(job_id).splitlines()):
+    """The JSON last line of an ended job; None if it printed none, or its log went away with its node."""
+    try:
+        log = client.get_job_logs(job_id)
+    except RuntimeError:
+        return None
+    for line in reversed(log.splitlines()):
         if line.startswith("{"):
             try:
                 found = json.loads(line)

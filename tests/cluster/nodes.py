@@ -83,6 +83,8 @@ class Nodes:
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
         log = (self.folder / f"node-{len(self.started)}.log").open("wb")
         command = [RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *arguments]
+        # Each node's agent serves the logs of its jobs; on one machine they cannot all have the default port.
+        command.append(f"--dashboard-agent-listen-port={free_port()}")
         node = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
         self.started.append(node)
         return node
