@@ -175,8 +175,9 @@ class RerankTrainer(Trainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         # Called once per step, after all gradients are there and before they are used.
         norm = super()._clip_grad_norm(model)
-        self._stability.check_gradients(float(norm), self.state.global_step + 1)
-        return norm
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients have a sharded norm
+        self._stability.check_gradients(float(whole), self.state.global_step + 1)
+        return whole
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Besides logging, stop a run whose loss explodes."""

@@ -77,6 +77,8 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         remove_orphans(home)
     device = ray.train.torch.get_device()
     on_gpu = device.type == "cuda"
+    if config.parallel == "fsdp2" and not on_gpu:
+        raise UserError("parallel: fsdp2 needs GPUs (on CPUs weights would not be sharded)", "Set parallel: ddp.")
     show(note="loading the model")
     trainable = load_trainable(config, base, device)
     encoder, training_encoder, pictures, data, run_plan = _prepare_pictures(config, trainable, data, rank, world, show)
