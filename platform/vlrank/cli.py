@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import click
 
 from vlrank import __version__
-from vlrank.config import (
-    DemoConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    PrepareConfig,
-    RerankConfig,
-    RetrieveConfig,
-    TrainConfig,
-    TuneConfig,
-)
-from vlrank.console import Summary
+from vlrank.config import DemoConfig
+from vlrank.jobs import STAGES, Stage, lazy
 from vlrank.options import main as run_command
 from vlrank.options import stage_command
-
-
-def _lazy(target: str) -> Callable[[Any], Summary]:
-    """``"module:function"``, imported when called: `vlrank --help` loads neither torch nor Ray."""
-    module, _, function = target.partition(":")
-    return lambda config: getattr(import_module(module), function)(config)
+from vlrank.submit import jobs_command, submit_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -41,28 +24,19 @@ def cli() -> None:
     """
 
 
-cli.add_command(stage_command("demo", DemoConfig, _lazy("vlrank.demo.run:run")))
-cli.add_command(stage_command("prepare", PrepareConfig, _lazy("vlrank.data.prepare:run")))
-cli.add_command(
-    stage_command(
-        "generate",
-        GenerateConfig,
-        _lazy("vlrank.generation.pipeline:run"),
-        plan=_lazy("vlrank.generation.pipeline:plan"),
-        positional=["dataset"],
+_COMMANDS: dict[str, Stage] = {"demo": (DemoConfig, "vlrank.demo.run:run", None), **STAGES}
+for name, (config_type, run, plan) in _COMMANDS.items():
+    cli.add_command(
+        stage_command(
+            name,
+            config_type,
+            lazy(run),
+            plan=lazy(plan) if plan else None,
+            positional=["dataset"] if "dataset" in config_type.model_fields else [],
+        )
     )
-)
-cli.add_command(
-    stage_command("retrieve", RetrieveConfig, _lazy("vlrank.evaluation.retrieve:run"), positional=["dataset"])
-)
-cli.add_command(stage_command("train", TrainConfig, _lazy("vlrank.training.run:run"), positional=["dataset"]))
-cli.add_command(
-    stage_command(
-        "tune", TuneConfig, _lazy("vlrank.tuning.run:run"), plan=_lazy("vlrank.tuning.run:plan"), positional=["dataset"]
-    )
-)
-cli.add_command(stage_command("rerank", RerankConfig, _lazy("vlrank.reranking.pipeline:run"), positional=["dataset"]))
-cli.add_command(stage_command("evaluate", EvaluateConfig, _lazy("vlrank.evaluation.run:run"), positional=["dataset"]))
+cli.add_command(submit_command)
+cli.add_command(jobs_command)
 
 
 @cli.command()

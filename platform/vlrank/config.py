@@ -179,7 +179,7 @@ class GenerateConfig(Config):
     shard_rows: int = Field(512, ge=1, description="rows committed at once: what a crash can cost at most")
     retry_failed: bool = Field(False, description="try quarantined items again")
     limit: int | None = Field(None, ge=1, description="only the first items, for a trial")
-    sample: int | None = Field(None, ge=1, description="only this many random items, and a contact sheet of them (HTML)")
+    sample: int | None = Field(None, ge=1, description="only this many random items, with a contact sheet (HTML)")
     render_workers: int = Field(
         0, ge=0, description="CPU processes that prepare pictures for vLLM; 0 leaves that to the engine's own process"
     )

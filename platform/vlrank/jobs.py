@@ -35,14 +35,16 @@ from vlrank.options import stage_command
 
 C = TypeVar("C", bound=Config)
 
-STAGES: dict[str, tuple[type[Config], str, str | None]] = {
-    "prepare": (PrepareConfig, "vlrank.data.prepare:run", None),
+Stage = tuple[type[Config], str, str | None]
+
+STAGES: dict[str, Stage] = {
+    "prepare": (PrepareConfig, "vlrank.data.prepare:run", "vlrank.data.prepare:plan"),
     "generate": (GenerateConfig, "vlrank.generation.pipeline:run", "vlrank.generation.pipeline:plan"),
-    "retrieve": (RetrieveConfig, "vlrank.evaluation.retrieve:run", None),
+    "retrieve": (RetrieveConfig, "vlrank.evaluation.retrieve:run", "vlrank.evaluation.retrieve:plan"),
     "train": (TrainConfig, "vlrank.training.run:run", "vlrank.training.run:dry_run"),
     "tune": (TuneConfig, "vlrank.tuning.run:run", "vlrank.tuning.run:plan"),
-    "rerank": (RerankConfig, "vlrank.reranking.pipeline:run", None),
-    "evaluate": (EvaluateConfig, "vlrank.evaluation.run:run", None),
+    "rerank": (RerankConfig, "vlrank.reranking.pipeline:run", "vlrank.reranking.pipeline:plan"),
+    "evaluate": (EvaluateConfig, "vlrank.evaluation.run:run", "vlrank.evaluation.run:plan"),
 }
 """Stages that can run as jobs: config, ``run`` and what ``--dry_run`` calls, imported when called."""
 
@@ -118,7 +120,8 @@ def _last_line(status: str, message: str, output: Path | None = None, counts: Ma
     print(json.dumps({"status": status, "output": place, "counts": dict(counts or {}), "message": message}), flush=True)
 
 
-def _lazy(target: str) -> Callable[[Any], Summary]:
+def lazy(target: str) -> Callable[[Any], Summary]:
+    """``"module:function"``, imported when called: `vlrank --help` loads neither torch nor Ray."""
     module, _, function = target.partition(":")
     return lambda config: getattr(import_module(module), function)(config)
 
@@ -127,7 +130,7 @@ def _stage_main(argv: Sequence[str]) -> NoReturn:
     if not argv or argv[0] not in STAGES:
         raise SystemExit(f"usage: python -m vlrank.jobs {'|'.join(STAGES)} [OPTIONS]")
     config_type, run, plan = STAGES[argv[0]]
-    main(_lazy(run), config_type, argv[1:], plan=_lazy(plan) if plan else None)
+    main(lazy(run), config_type, argv[1:], plan=lazy(plan) if plan else None)
 
 
 if __name__ == "__main__":

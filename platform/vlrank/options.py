@@ -101,9 +101,13 @@ def stage_command(
         name,
         params=params,
         callback=callback,
-        help=(config_type.__doc__ or "").partition(": ")[2].capitalize(),
+        help=_first_upper((config_type.__doc__ or "").partition(": ")[2]),
         epilog=f"Nested keys are given as KEY=VALUE: {', '.join(f'{key}.*' for key in nested)}." if nested else None,
     )
+
+
+def _first_upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _is_override(word: str) -> bool:

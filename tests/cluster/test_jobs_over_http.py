@@ -13,7 +13,6 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
-from nodes import Nodes
 
 from vlrank.config import RetrieveConfig, TrainConfig, load_config
 from vlrank.data.dataset import Dataset
@@ -22,6 +21,8 @@ from vlrank.data.shop import write_raw_shop
 from vlrank.data.tables import write_parquet_atomic
 from vlrank.errors import UserError
 from vlrank.submit import Environment, absolute_paths, config_of, job_name, package
+
+from .nodes import Nodes
 
 try:
     import ray.dashboard.optional_deps  # noqa: F401

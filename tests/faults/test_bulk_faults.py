@@ -19,7 +19,7 @@ import vlrank
 from vlrank.data.tables import read_parquet
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bulk_driver import SHARD_ROWS, is_bad, make_shards
+from .bulk_driver import SHARD_ROWS, is_bad, make_shards
 
 pytestmark = pytest.mark.stack
 ROWS = 200

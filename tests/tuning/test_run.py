@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import yaml
-from stand_in import StandIn, quality
 
 from vlrank.config import TrainConfig, TuneConfig, load_config
 from vlrank.errors import UserError
 from vlrank.tuning.run import run
 from vlrank.tuning.trials import Sweep, Trial
+
+from .stand_in import StandIn, quality
 
 pytestmark = pytest.mark.stack
 
@@ -28,7 +29,7 @@ def cluster() -> Iterator[str]:
 
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     # Ray's workers cannot import this folder: send the stand-in itself.
-    ray.cloudpickle.register_pickle_by_value(sys.modules["stand_in"])
+    ray.cloudpickle.register_pickle_by_value(sys.modules[StandIn.__module__])
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 

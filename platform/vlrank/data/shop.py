@@ -119,7 +119,7 @@ def make_reviews(products: Sequence[Product], tastes: Sequence[Taste], seed: int
     """What the users bought and how they rated it, in order of time.
 
     A user buys 7 to 10 different products. Two of three match both halves of the taste, others one half or none; within
-    a group popular products are likelier. A few purchases disappoint (rating 1 or 2): ``--min_rating 3`` leaves them out.
+    a group popular products are likelier. A few purchases disappoint (rating 1 or 2): ``--min_rating 3`` drops them.
     """
     rng = np.random.default_rng([seed, 3])
     popularity = 1 / np.sqrt(np.arange(1, len(products) + 1))

@@ -10,10 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from vlrank.compat import patch_torchvision
 from vlrank.data.tables import atomic_write_json
 
 if TYPE_CHECKING:
+    from PIL import Image
+    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = (
@@ -66,7 +71,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> PreTrain
         vocab_size: Entries, special tokens included; fewer when the texts do not hold that many.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -83,6 +87,13 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> PreTrain
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
+    return _dressed(core)
+
+
+def _dressed(core: Tokenizer) -> PreTrainedTokenizerFast:
+    """A bare tokenizer with Qwen's special tokens and the chat template."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token="<|im_end|>",
@@ -198,14 +209,11 @@ def save_model(
         patch_torchvision()
         from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-        size = {"shortest_edge": CELL * CELL, "longest_edge": image_pixels}
-        shape = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
-        mean = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         processor = Qwen3VLProcessor(
-            image_processor=Qwen2VLImageProcessor(size=size, **shape, **mean),
+            image_processor=Qwen2VLImageProcessor(**_picture_options(image_pixels)),
             tokenizer=AutoTokenizer.from_pretrained(path),
             # vLLM measures videos even where none is allowed, and divides by zero when a frame is smaller than a token.
-            video_processor=Qwen3VLVideoProcessor(size={**size, "longest_edge": 8 * image_pixels}, **shape, **mean),
+            video_processor=Qwen3VLVideoProcessor(**_picture_options(8 * image_pixels)),
             chat_template=CHAT_TEMPLATE,
         )
         processor.save_pretrained(path)
@@ -213,6 +221,56 @@ def save_model(
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     atomic_write_json(path / "generation_config.json", ids)
     return path
+
+
+def _picture_options(longest_edge: int) -> dict[str, Any]:
+    return {
+        "size": {"shortest_edge": CELL * CELL, "longest_edge": longest_edge},
+        "patch_size": PATCH,
+        "merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+
+
+def picture_patches(picture: Image.Image) -> npt.NDArray[np.float32]:
+    """A picture as the vision tower takes it, at the size of one visual token: [4 patches, values]."""
+    patch_torchvision()
+    from transformers import Qwen2VLImageProcessor
+
+    processor = Qwen2VLImageProcessor(**_picture_options(CELL * CELL))
+    return np.asarray(processor(images=[picture], return_tensors="np")["pixel_values"], dtype=np.float32)
+
+
+DEMO_SIZES = {"hidden": 64, "layers": 3, "heads": 4}
+"""Shape of the demo's two models; what their weights were trained with."""
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def make_demo_models(folder: Path) -> dict[str, Path]:
+    """The demo's base models, ``text`` and ``vision``: built from their configs, with the weights of `pretrain`.
+
+    Returns:
+        Family -> model folder; an existing one is left as it is.
+    """
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    tokenizer = _dressed(Tokenizer.from_file(str(WEIGHTS / "tokenizer.json")))
+    folders = {}
+    for family, build in (("text", text_model), ("vision", vision_model)):
+        folders[family] = folder / family
+        if (folder / family / "generation_config.json").exists():  # written last
+            continue
+        model = build(tokenizer, **DEMO_SIZES)
+        state = {name: value.float() for name, value in load_file(WEIGHTS / f"{family}.safetensors").items()}
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        if unexpected or set(missing) - {"lm_head.weight"}:
+            raise ValueError(f"{family}.safetensors does not fit its config: {missing[:3]} {unexpected[:3]}")
+        model.tie_weights()
+        save_model(folders[family], model, tokenizer)
+    return folders
 
 
 def corpus() -> list[str]:
@@ -224,9 +282,10 @@ def corpus() -> list[str]:
 
     texts = [load_prompt(None, what).question("") for what in ("caption", "semantic_summary")]
     for product in make_products(200, seed=0):
-        texts += [product.title, product.brand, product.description, f"- {product.title}\n", f"Home, {product.kind}s."]
+        line = f"{product.title} | {product.brand} | Home > {product.kind}s | {product.description}"
+        texts += [line, f"- {line}\n"]
         texts += [f"A {colour} {pattern} {product.kind.lower()}." for colour in COLOURS for pattern in PATTERNS]
-        texts += [f"A {product.style} {product.kind.lower()} in {colour}, {p}." for colour in COLOURS for p in PATTERNS]
+        texts += [f"A {product.style} {product.kind.lower()} in {colour}." for colour in COLOURS]
     for what in ("caption", "semantic_summary"):
         item = {"text": "Mug", what: "A mug."}
         texts += [build_prompt(mode_spec(what), [item], [item] * 20).messages[0]["content"]] * 20  # type: ignore[list-item]

@@ -1,0 +1,181 @@
+"""`vlrank demo`: the embedded shop through every stage, with tiny models made on the spot.
+
+Nothing here is special to the demo except the shop and the sizes: the stages are the ones that run on a cluster.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.table import Table
+
+from vlrank.config import (
+    Config,
+    DemoConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    Mode,
+    PrepareConfig,
+    RayConfig,
+    RerankConfig,
+    TrainConfig,
+    TuneConfig,
+    config_dir,
+    merge,
+    read_yaml,
+    validate,
+)
+from vlrank.console import Summary, console
+from vlrank.data.tables import atomic_write_json
+from vlrank.errors import UserError
+from vlrank.reranking.modes import mode_spec
+from vlrank.runtime import ray_session
+
+C = TypeVar("C", bound=Config)
+
+
+class _Clock:
+    """Announces each stage and remembers how long it took."""
+
+    def __init__(self, total: int) -> None:
+        self.seconds: dict[str, float] = {}
+        self._total = total
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        console.rule(f"[bold]{len(self.seconds) + 1}/{self._total} {name}", align="left")
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def run(config: DemoConfig) -> Summary:
+    """Run the demo; a second run in the same folder does only what is missing.
+
+    Raises:
+        UserError: a package that the demo needs is not installed, or the folder holds something else.
+    """
+    settings = read_yaml(config_dir() / "demo.yaml")
+    _check(config)
+    out = config.out
+    marker = out / "demo.json"
+    if out.exists() and any(out.iterdir()) and not marker.exists():
+        raise UserError(f"{out} holds files that are not of a demo", "Choose another folder with --out.")
+    if config.fresh and out.exists():
+        shutil.rmtree(out)
+    if marker.exists() and read_yaml(marker) != _identity(config):
+        raise UserError(f"{out} holds a demo with other options", "Add --fresh to replace it, or choose another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(marker, _identity(config))
+
+    clock = _Clock(total=5 + 2 * len(config.modes) + (config.trials > 0))
+    with ray_session(RayConfig()):
+        dataset, rankings = _stages(config, settings, out, clock)
+    with clock.stage("evaluate"):
+        from vlrank.evaluation.run import run as evaluate
+
+        runs = [out / "runs" / mode for mode in config.modes]
+        sweep = out / "sweep" if config.trials else None
+        summary = evaluate(
+            EvaluateConfig(
+                dataset=dataset,
+                rankings=tuple(rankings),
+                out=out / "report",
+                runs=tuple(runs),
+                sweep=sweep,
+                seed=config.seed,
+            )
+        )
+    _print_times(clock.seconds)
+    return Summary(
+        "demo: all stages ran",
+        lines={"metrics": out / "report" / "metrics.json", "total": f"{sum(clock.seconds.values()) / 60:.1f} minutes"},
+        output=summary.output,
+        counts=summary.counts,
+    )
+
+
+def _identity(config: DemoConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude={"out", "fresh"})
+
+
+def _check(config: DemoConfig) -> None:
+    needs = ["ray", "torch", "transformers", "peft"]
+    if "semantic_summary_small" in config.modes:
+        needs += ["unsloth", "bitsandbytes"]
+    if config.engine == "vllm":
+        needs.append("vllm")
+    if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
+        raise UserError(f"the demo needs {', '.join(missing)}", "`vlrank doctor` shows how to install what is missing.")
+
+
+def _stages(config: DemoConfig, settings: dict[str, Any], out: Path, clock: _Clock) -> tuple[Path, list[Path]]:
+    """Everything from drawing the shop to rankings of the test users."""
+    # Imported late: `vlrank --help` loads this module's siblings, and torch and Ray take seconds.
+    from vlrank.data.prepare import run as prepare
+    from vlrank.data.shop import write_raw_shop
+    from vlrank.demo.base_models import make_demo_models
+    from vlrank.generation.pipeline import run as generate
+    from vlrank.reranking.pipeline import run as rerank
+    from vlrank.training.run import run as train
+    from vlrank.tuning.run import run as tune
+
+    dataset = out / "dataset"
+    engine = {"name": config.engine, **settings["engine"]}
+
+    def build(kind: type[C], *layers: dict[str, Any], **keys: Any) -> C:
+        values: dict[str, Any] = {}
+        for layer in layers:
+            values = merge(values, layer)
+        return validate(kind, values | keys)
+
+    with clock.stage("draw the shop, prepare the dataset"):
+        raw = write_raw_shop(out / "raw", seed=config.seed, **settings["shop"])
+        keys: dict[str, Any] = {"reviews": (raw.reviews,), "meta": (raw.meta,), "out": dataset}
+        prepare(build(PrepareConfig, settings["prepare"], **keys)).show()
+
+    with clock.stage("make the tiny base models"):
+        models = make_demo_models(out / "models")
+
+    for what in ("caption", "semantic_summary"):
+        with clock.stage(f"generate: {what}"):
+            keys = {"dataset": dataset, "what": what, "model": str(models["vision"]), "engine": engine}
+            generate(build(GenerateConfig, settings["generate"], **keys)).show()
+
+    def training(mode: Mode) -> dict[str, Any]:
+        base = {"model": str(models[mode_spec(mode).family]), "seed": config.seed}
+        return merge(merge(settings["train"]["common"], settings["train"][mode]), base)
+
+    for mode in config.modes:
+        with clock.stage(f"train: {mode}"):
+            train(build(TrainConfig, training(mode), dataset=dataset, out=out / "runs" / mode, mode=mode)).show()
+
+    if config.trials:
+        tuned = settings["tune"]["mode"]
+        with clock.stage(f"tune: {tuned}"):
+            keys = {"dataset": dataset, "out": out / "sweep", "modes": [tuned], "trials": config.trials}
+            shared = {"train": merge(training(tuned), settings["tune"]["train"]), "seed": config.seed}
+            tune(build(TuneConfig, settings["tune"]["sweep"], shared, **keys)).show()
+
+    rankings = []
+    for mode in config.modes:
+        with clock.stage(f"rerank: {mode}"):
+            path = out / "rankings" / f"{mode}.parquet"
+            keys = {"dataset": dataset, "model": str(out / "runs" / mode), "out": path, "engine": engine}
+            rerank(build(RerankConfig, settings["rerank"], seed=config.seed, **keys)).show()
+            rankings.append(path)
+    return dataset, rankings
+
+
+def _print_times(seconds: dict[str, float]) -> None:
+    table = Table("stage", "seconds", title="Where the time went", title_justify="left")
+    table.columns[1].justify = "right"
+    for name, value in seconds.items():
+        table.add_row(name, f"{value:.0f}")
+    console.print(table)
