@@ -42,7 +42,8 @@ test: lint
 	$(BIN)/python -m pytest
 
 bench: venv
-	$(BIN)/python -m bench
+	$(BIN)/python bench/metrics.py --out bench/results/metrics.json
+	$(BIN)/python bench/kcore.py --out bench/results/kcore.json
 
 clean:
 	rm -rf $(VENV) vlrank-demo .pytest_cache .mypy_cache .ruff_cache
