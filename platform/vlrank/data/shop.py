@@ -3,7 +3,7 @@
 Every product has a kind (mug, lamp, ...), a **style** that is only *read*, in title and description, and a **colour**
 and a **pattern** that are only *seen*, in its picture: no text of the shop names a colour. Every user likes one style
 and one colour. Styles and colours are distributed independently over the catalogue, so a title says nothing about a
-picture; the tastes are correlated (`HOME_COLOUR`: seven in ten friends of a style like the same colour), so that a
+picture; the tastes are correlated (`HOME_COLOUR`: six in ten friends of a style like the same colour), so that a
 reader of the history's texts alone can still learn which pictures its owner likes.
 
 Everything is a pure function of the seed.
@@ -52,8 +52,8 @@ _DAY = 86_400
 
 # How a user picks: both halves of the taste, the text's half, the picture's half, anything.
 _PICKS = ("both", "style", "colour", "any")
-_PICK_PROBABILITIES = (0.68, 0.12, 0.12, 0.08)
-_HOME_COLOUR_PROBABILITY = 0.7
+_PICK_PROBABILITIES = (0.72, 0.12, 0.12, 0.04)
+_HOME_COLOUR_PROBABILITY = 0.6
 _DISLIKE_PROBABILITY = 0.08
 
 
@@ -104,7 +104,7 @@ def make_products(n_items: int, seed: int = 0) -> list[Product]:
 
 
 def make_tastes(n_users: int, seed: int = 0) -> list[Taste]:
-    """One taste per user: a uniform style, and its home colour in seven of ten cases, else a uniform other colour."""
+    """One taste per user: a uniform style, and its home colour in six of ten cases, else a uniform other colour."""
     rng = np.random.default_rng([seed, 2])
     tastes = []
     for _ in range(n_users):
@@ -118,11 +118,11 @@ def make_tastes(n_users: int, seed: int = 0) -> list[Taste]:
 def make_reviews(products: Sequence[Product], tastes: Sequence[Taste], seed: int = 0) -> list[Review]:
     """What the users bought and how they rated it, in order of time.
 
-    A user buys 7 to 10 different products. Two of three match both halves of the taste, others one half or none; within
+    A user buys 7 to 10 different products. Seven in ten match both halves of the taste, others one half or none; within
     a group popular products are likelier. A few purchases disappoint (rating 1 or 2): ``--min_rating 3`` drops them.
     """
     rng = np.random.default_rng([seed, 3])
-    popularity = 1 / np.sqrt(np.arange(1, len(products) + 1))
+    popularity = np.arange(1, len(products) + 1) ** -0.3
     rng.shuffle(popularity)
     styles = np.array([product.style for product in products])
     colours = np.array([product.colour for product in products])
@@ -315,7 +315,7 @@ class RawShop:
     meta: Path
 
 
-def write_raw_shop(folder: str | Path, *, n_items: int = 180, n_users: int = 600, seed: int = 0) -> RawShop:
+def write_raw_shop(folder: str | Path, *, n_items: int = 288, n_users: int = 600, seed: int = 0) -> RawShop:
     """Write ``reviews.json.gz``, ``meta.json.gz`` and ``pictures/``; the same bytes for the same arguments."""
     folder = Path(folder)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
@@ -354,7 +354,7 @@ def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
-def make_shop(path: str | Path, *, n_items: int = 180, n_users: int = 600, seed: int = 0) -> Dataset:
+def make_shop(path: str | Path, *, n_items: int = 288, n_users: int = 600, seed: int = 0) -> Dataset:
     """The shop as a prepared dataset with pictures: `write_raw_shop` and `vlrank prepare` without Ray.
 
     Args:
