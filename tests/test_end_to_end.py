@@ -61,7 +61,8 @@ def test_gift_cards_from_raw_amazon_files_to_a_report(shared_data: Path, tiny_te
         *("--max_tokens", 8, "--no_quality", *ENGINE),
     )
     items = Dataset.open(dataset).n_items
-    assert generated.counts["done"] == items > 50
+    # Nonsense can be empty, and an empty text is never taken.
+    assert generated.counts["done"] + generated.counts["quarantined"] == items > 50
     vlrank(
         *("train", dataset, "--mode", "semantic_summary_small", "--model", tiny_text_model),
         *("--out", run, "--batch_size", 32, *TINY_TRAINING),
