@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +18,28 @@ from rich.table import Table
 
 console = Console(stderr=True, highlight=False)
 """Progress and messages go to stderr, so that stdout stays fit for pipes: results and the jobs' JSON line."""
+
+
+_QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+_CHATTY = ("torchao", "torch.utils._pytree", "ray._private.worker", "ray.llm")
+
+
+def quiet_libraries() -> None:
+    """One progress display is enough: ours. ``VLRANK_VERBOSE=1`` leaves the libraries' own chatter on.
+
+    Call it before they are imported; processes started later inherit it.
+    """
+    if os.environ.get("VLRANK_VERBOSE") == "1":
+        return
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from vlrank.config import Config, load_config
-from vlrank.console import Summary, console
+from vlrank.console import Summary, console, quiet_libraries
 from vlrank.errors import UserError
 
 C = TypeVar("C", bound=Config)
@@ -165,6 +165,7 @@ def main(command: click.Command, argv: Sequence[str] | None = None, *, machine_l
         if machine_line:
             print(json.dumps({"status": "error", "message": message}), flush=True)
 
+    quiet_libraries()
     try:
         result = command.main(args=None if argv is None else list(argv), standalone_mode=False)
     except UserError as error:

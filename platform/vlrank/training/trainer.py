@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -464,12 +463,3 @@ def patience_spent(checkpoint: Path, patience: int) -> bool:
     saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
     attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
     return int(attributes.get("early_stopping_patience_counter", 0)) >= patience
-
-
-def quiet_libraries() -> None:
-    """One progress display is enough: ours."""
-    import transformers
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()

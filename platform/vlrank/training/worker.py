@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlrank.config import TrainConfig
+from vlrank.console import quiet_libraries
 from vlrank.errors import UserError
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import Plan, TrainingData, pictures_folder, plan
@@ -57,6 +58,7 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
     import ray.train
     import ray.train.torch
 
+    quiet_libraries()
     if base.unsloth:
         # Unsloth patches transformers and has to come first.
         from vlrank.compat import hide_vllm
@@ -67,9 +69,8 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
 
     from vlrank.training.batches import Steps
     from vlrank.training.model import blocks, core, load_trainable
-    from vlrank.training.trainer import Outcome, ReportCallback, RerankTrainer, patience_spent, quiet_libraries
+    from vlrank.training.trainer import Outcome, ReportCallback, RerankTrainer, patience_spent
 
-    quiet_libraries()
     set_seed(config.seed)
     show = _Progress(config.out if rank == 0 else None)
     home = config.out / FOLDERS[base.family]
