@@ -167,8 +167,8 @@ def _stages(config: DemoConfig, settings: dict[str, Any], out: Path, clock: _Clo
     for mode in config.modes:
         with clock.stage(f"rerank: {mode}"):
             path = out / "rankings" / f"{mode}.parquet"
-            keys = {"dataset": dataset, "model": str(out / "runs" / mode), "out": path, "engine": engine}
-            rerank(build(RerankConfig, settings["rerank"], seed=config.seed, **keys)).show()
+            keys = {"dataset": dataset, "model": str(out / "runs" / mode), "out": path, "seed": config.seed}
+            rerank(build(RerankConfig, {"engine": engine}, settings["rerank"], **keys)).show()
             rankings.append(path)
     return dataset, rankings
 
