@@ -154,6 +154,13 @@ def test_good_texts_failed_rows_and_rejected_ones_are_told_apart() -> None:
     assert not last["retry"], "the last attempt ends in quarantine"
 
 
+def test_half_a_character_at_the_end_does_not_tell_engines_apart() -> None:
+    transformers, vllm = judged(
+        dataclasses.replace(CAPTION, gate=False), answered("A mug \ufffd\ufffd"), answered("A mug ")
+    )
+    assert transformers["text"] == vllm["text"] == "A mug"
+
+
 def test_the_gate_can_be_switched_off() -> None:
     (kept,) = judged(dataclasses.replace(CAPTION, gate=False), answered("", tokens=96))
     assert kept["error_type"] == ""

@@ -178,7 +178,8 @@ def _judged(row: Mapping[str, Any], job: Job) -> dict[str, Any]:
     if row[FAILED]:
         kind, _, message = str(row[FAILED]).partition(": ")
     else:
-        text = " ".join(str(row["generated_text"]).split())
+        # Half a character at the end (bytes of a cut-off answer) is U+FFFD in transformers and nothing in vLLM.
+        text = " ".join(str(row["generated_text"]).replace("\ufffd", "").split())
         cut_off = row["num_generated_tokens"] >= job.max_tokens
         if job.prompt.json_field is not None:
             text, kind, message = _field(text, job.prompt.json_field)
