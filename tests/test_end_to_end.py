@@ -16,6 +16,7 @@ from vlrank.cli import cli
 from vlrank.config import RayConfig
 from vlrank.console import Summary
 from vlrank.data.dataset import Dataset
+from vlrank.demo.base_models import make_demo_models
 from vlrank.runtime import ray_session
 
 pytestmark = [pytest.mark.stack, pytest.mark.shared_data]
@@ -48,23 +49,23 @@ def rank_and_evaluate(dataset: Path, run: Path, folder: Path, *, users: int) -> 
     return metrics
 
 
-def test_gift_cards_from_raw_amazon_files_to_a_report(shared_data: Path, tiny_text_model: Path, tmp_path: Path) -> None:
+def test_gift_cards_from_raw_amazon_files_to_a_report(shared_data: Path, tmp_path: Path) -> None:
     raw = shared_data / "gift_cards2018"
+    # The demo's model knows nothing of gift cards, but always answers something; random weights often say nothing.
+    model = make_demo_models(tmp_path / "models")["text"]
     dataset, run = tmp_path / "gift_cards", tmp_path / "run"
     vlrank(
         *("prepare", "--reviews", raw / "Gift_Cards_5.json.gz", "--meta", raw / "meta_Gift_Cards.json.gz"),
         *("--out", dataset, "--min_rating", 3, "--min_uc", 5, "--min_sc", 5),
     )
-    # A tiny model with random weights writes nonsense: the gate is off, the rest is real.
     generated = vlrank(
-        *("generate", dataset, "--what", "semantic_summary", "--model", tiny_text_model),
+        *("generate", dataset, "--what", "semantic_summary", "--model", model),
         *("--max_tokens", 8, "--no_quality", *ENGINE),
     )
     items = Dataset.open(dataset).n_items
-    # Nonsense can be empty, and an empty text is never taken.
-    assert generated.counts["done"] + generated.counts["quarantined"] == items > 50
+    assert generated.counts["done"] == items > 50
     vlrank(
-        *("train", dataset, "--mode", "semantic_summary_small", "--model", tiny_text_model),
+        *("train", dataset, "--mode", "semantic_summary_small", "--model", model),
         *("--out", run, "--batch_size", 32, *TINY_TRAINING),
     )
     metrics = rank_and_evaluate(dataset, run, tmp_path, users=40)
