@@ -9,7 +9,7 @@ import lzma
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vlrank.data import rawfiles
@@ -76,13 +76,13 @@ def test_decoding_never_fails(line: bytes) -> None:
 def test_blocks_of_any_size_give_the_same_lines(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block: int
 ) -> None:
+    content = b"\n".join(lines)
+    assume(not content.startswith((b"\xff\xfe", b"\xfe\xff", *rawfiles._MAGIC)))  # UTF-16, or compressed
     path = tmp_path_factory.mktemp("f") / "f.json"
-    path.write_bytes(b"\n".join(lines))
+    path.write_bytes(content)
     before = rawfiles._BLOCK_BYTES
     rawfiles._BLOCK_BYTES = block
     try:
-        if lines and lines[0].startswith((b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b", b"BZh")):
-            return
         found = lines_of(path, Rejects(lambda _: None))
     finally:
         rawfiles._BLOCK_BYTES = before

@@ -265,7 +265,9 @@ def _search(
                 scheduler=asha,
                 num_samples=len(waiting),
                 max_concurrent_trials=concurrent,
-                reuse_actors=True,  # a fresh driver process costs seconds; Tune makes one where a trial was cut off
+                # A driver whose trial was stopped still winds its training down: Tune counts a reuse that comes too
+                # early as that next trial's failure.
+                reuse_actors=False,
                 trial_dirname_creator=lambda trial: str(trial.config["trial_id"]),
             ),
             run_config=tune.RunConfig(
@@ -276,10 +278,13 @@ def _search(
                 verbose=0,
             ),
         )
-        tuner.fit()
+        results = tuner.fit()
     shutil.rmtree(state, ignore_errors=True)
-    if sweep.unfinished():  # Tune turns Ctrl-C into a normal return
-        raise KeyboardInterrupt
+    if unfinished := sweep.unfinished():
+        if results.errors:
+            names = ", ".join(trial.trial_id for trial in unfinished)
+            raise RuntimeError(f"Ray Tune gave up on {names}") from results.errors[0]
+        raise KeyboardInterrupt  # Tune turns Ctrl-C into a normal return
 
 
 def reason_in(error_file: Path) -> str:
