@@ -397,10 +397,12 @@ class EvaluateConfig(Config):
     ks: tuple[int, ...] = Field((1, 5, 10, 20, 50), min_length=1, description="cut-offs of the metrics")
     baselines: tuple[str, ...] = Field(
         ("identity", "random", "popularity", "item_knn", "als", "bm25"),
-        description="rivals on the same lists; also embedding, with embedding_model",
+        description="rivals on the same lists; also embedding and pointwise, with a model",
     )
     embedding_model: str | None = Field(None, description="text embedding model for the embedding baseline")
-    max_history: int = Field(20, ge=1, description="recent items that make the query of bm25 and embedding")
+    pointwise_model: str | None = Field(None, description="language model for the pointwise (yes/no) baseline")
+    pointwise_mode: Mode | None = Field(None, description="what the pointwise baseline shows of items; unset: texts")
+    max_history: int = Field(20, ge=1, description="recent items that bm25, embedding and pointwise look at")
     candidates: str | None = Field(None, description="candidates/NAME that were reranked; default found by content")
     protocol: Literal["auto", "ground_truth", "retrieval"] = Field("auto", description="default found by content")
     compare: tuple[str, ...] = Field((), description="two methods (names or files): their paired difference")

@@ -20,7 +20,7 @@ def random_lists(dataset: Dataset, split: str = "test", size: int = 20) -> tuple
     return Lists.from_dict(lists), targets
 
 
-@pytest.mark.parametrize("name", [name for name in BASELINES if name != "embedding"])
+@pytest.mark.parametrize("name", [name for name in BASELINES if name not in ("embedding", "pointwise")])
 def test_every_rival_permutes_the_very_same_lists(world: Dataset, name: str) -> None:
     lists, _ = random_lists(world)
     ranked = baselines.rank(name, Evidence.of(world, "test"), lists)
@@ -114,9 +114,11 @@ def test_the_top_is_the_head_of_the_full_order(world: Dataset, name: str) -> Non
     assert (steps <= 0).all()
 
 
-def test_the_embedding_rival_needs_its_model(world: Dataset) -> None:
+def test_rivals_with_a_model_need_it(world: Dataset) -> None:
     lists, _ = random_lists(world)
     with pytest.raises(UserError, match="needs a model"):
         baselines.rank("embedding", Evidence.of(world, "test"), lists)
+    with pytest.raises(UserError, match="needs a model"):
+        baselines.rank("pointwise", Evidence.of(world, "test"), lists)
     with pytest.raises(UserError, match="unknown baseline 'itemknn'"):
         baselines.rank("itemknn", Evidence.of(world, "test"), lists)

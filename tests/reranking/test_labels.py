@@ -105,7 +105,7 @@ def test_a_tokenizer_that_cannot_tell_numbers_apart_is_refused() -> None:
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "Answer": 2, "1": 3}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
-    with pytest.raises(UserError, match="cannot tell the numbers 1 to 3 apart"):
+    with pytest.raises(UserError, match="cannot tell the answers 1 to 3 apart"):
         LabelTrie.of(tokenizer, 3)
 
 

@@ -16,12 +16,13 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from vlrank.config import Split
+from vlrank.config import Mode, Split
 from vlrank.errors import UserError
 from vlrank.evaluation.lists import Floats, Ints, Lists
 
 if TYPE_CHECKING:
     from vlrank.data.dataset import Dataset
+    from vlrank.reranking.modes import ItemMeta
 
 _ROWS = 8192  # users scored at once
 _DENSE = 16_000_000  # scores held at once when the whole catalogue is ranked
@@ -39,6 +40,9 @@ class Evidence:
         max_history: Most recent items that make a text query.
         seed: Of everything random.
         embedding_model: Hugging Face name or folder for the text embeddings.
+        pointwise_model: Run folder, model folder or Hugging Face name for the yes/no questions.
+        pointwise_mode: What those questions show of an item; None: texts, or what the model was trained on.
+        item_meta: Everything that modes can show of the items, loaded when it is needed.
     """
 
     n_items: int
@@ -48,20 +52,20 @@ class Evidence:
     max_history: int = 20
     seed: int = 0
     embedding_model: str | None = None
+    pointwise_model: str | None = None
+    pointwise_mode: Mode | None = None
+    item_meta: Callable[[], Mapping[int, ItemMeta]] = dict
 
     @classmethod
-    def of(
-        cls, dataset: Dataset, split: Split, *, seed: int = 0, max_history: int = 20, embedding_model: str | None = None
-    ) -> Evidence:
-        """What is known before the targets of a split."""
+    def of(cls, dataset: Dataset, split: Split, **options: Any) -> Evidence:
+        """What is known before the targets of a split; ``options`` are the attributes that the data does not give."""
         return cls(
             n_items=dataset.n_items,
             train=dataset.train_sequences(),
             histories={user: history for user, (history, _) in dataset.histories(split).items()},
             texts=dataset.items()["text"].fill_null("").to_list(),
-            max_history=max_history,
-            seed=seed,
-            embedding_model=embedding_model,
+            item_meta=dataset.item_meta,
+            **options,
         )
 
     @cached_property
@@ -209,6 +213,19 @@ def embedding(evidence: Evidence, lists: Lists) -> Floats:
     return scores
 
 
+def pointwise(evidence: Evidence, lists: Lists) -> Floats:
+    """Log-probability that a language model answers "Yes" when asked about the history and this candidate alone."""
+    if evidence.pointwise_model is None:
+        raise UserError("the pointwise baseline needs a model", "Give one: pointwise_model=Qwen/Qwen3-0.6B")
+    from vlrank.evaluation.pointwise import yes_log_probs
+
+    meta = evidence.item_meta()
+    histories = [[meta[item] for item in evidence.histories.get(int(user), ())] for user in lists.users]
+    pairs = [(histories[row], meta[int(item)]) for row, item in zip(lists.segments(), lists.items, strict=True)]
+    options = {"max_history": evidence.max_history}
+    return yes_log_probs(evidence.pointwise_model, evidence.pointwise_mode, pairs, **options).astype(np.float64)
+
+
 BASELINES: dict[str, Scorer] = {
     "identity": identity,
     "random": random,
@@ -217,6 +234,7 @@ BASELINES: dict[str, Scorer] = {
     "als": als,
     "bm25": bm25,
     "embedding": embedding,
+    "pointwise": pointwise,
 }
 """By the name used in configs and reports."""
 

@@ -141,6 +141,8 @@ def evaluate(config: EvaluateConfig, dataset: Dataset) -> list[Group]:
         raise UserError(
             "the embedding baseline needs `embedding_model`", "Example: embedding_model=BAAI/bge-small-en-v1.5"
         )
+    if "pointwise" in config.baselines and config.pointwise_model is None:
+        raise UserError("the pointwise baseline needs `pointwise_model`", "Example: pointwise_model=Qwen/Qwen3-0.6B")
     runs = read_rankings(config.rankings, dataset)
     groups = []
     steps = len(runs) * (1 + len(config.baselines))
@@ -319,7 +321,13 @@ def _evaluate_group(
 
     methods = [method(run.name, lists, run.file) for run, lists in models]
     evidence = baselines.Evidence.of(
-        dataset, split, seed=config.seed, max_history=config.max_history, embedding_model=config.embedding_model
+        dataset,
+        split,
+        seed=config.seed,
+        max_history=config.max_history,
+        embedding_model=config.embedding_model,
+        pointwise_model=config.pointwise_model,
+        pointwise_mode=config.pointwise_mode,
     )
     for rival in config.baselines:
         if rival == RETRIEVER and not ordered:

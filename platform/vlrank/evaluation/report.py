@@ -36,6 +36,7 @@ _NAMES = {
     "als": "ALS",
     "bm25": "BM25 on texts",
     "embedding": "text embeddings",
+    "pointwise": "yes/no questions",
 }
 _PICTURE_BYTES = 6_000_000
 _PICTURE_SIZE = 128  # pixels, twice the size on the page: sharp on dense screens

@@ -72,18 +72,31 @@ class LabelTrie:
         """
         if n < 1:
             raise ValueError(f"a prompt needs at least one candidate, got {n}")
+        answers = [str(number) for number in range(1, n + 1)]
+        return cls.of_answers(tokenizer, answers, f"Answer with only one number (1-{n}).")
+
+    @classmethod
+    def of_answers(cls, tokenizer: Any, answers: Sequence[str], question: str) -> LabelTrie:
+        """The trie of any answers that differ, such as "Yes" and "No"; ``question`` ends the prompts they answer.
+
+        Raises:
+            UserError: the tokenizer cannot tell the answers apart.
+        """
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        prompt = render_messages(tokenizer, [{"role": "user", "content": f"Answer with only one number (1-{n})."}])
+        prompt = render_messages(tokenizer, [{"role": "user", "content": question}])
         alone = _ids(tokenizer, prompt)
-        whole = [_ids(tokenizer, prompt + str(number)) for number in range(1, n + 1)]
+        whole = [_ids(tokenizer, prompt + answer) for answer in answers]
         common = min(_common(alone, ids) for ids in whole)
         if common == 0:
-            raise UserError("the tokenizer rewrites the whole prompt when a number follows", "Use another base model.")
+            raise UserError("the tokenizer rewrites the whole prompt when an answer follows", "Use another base model.")
         end = end_token_id(tokenizer)
         labels = tuple((*ids[common:], end) for ids in whole)
         unknown = getattr(tokenizer, "unk_token_id", None)
-        if len(set(labels)) < n or any(len(label) < 2 for label in labels) or any(unknown in label for label in labels):
-            raise UserError(f"the tokenizer cannot tell the numbers 1 to {n} apart", "Use another base model.")
+        cut_off = any(len(label) < 2 for label in labels)
+        if len(set(labels)) < len(answers) or cut_off or any(unknown in label for label in labels):
+            raise UserError(
+                f"the tokenizer cannot tell the answers {answers[0]} to {answers[-1]} apart", "Use another base model."
+            )
         return cls(labels, drop=len(alone) - common)
 
     @property
