@@ -13,6 +13,7 @@ from vlrank.data import schemas
 from vlrank.data.dataset import Dataset
 from vlrank.data.tables import write_parquet_atomic
 from vlrank.errors import UserError
+from vlrank.evaluation.evaluate import _names
 from vlrank.evaluation.lists import Lists
 from vlrank.evaluation.metrics import ranking_metrics
 from vlrank.evaluation.retrieve import run as retrieve
@@ -229,3 +230,10 @@ def test_beauty_reproduces_the_recorded_sasrec(beauty: Dataset, shared_data: Pat
         for metric, value in recorded[group["protocol"]["split"]].items():
             assert round(means(group, "sasrec_candidates")[metric], 4) == value
         assert means(group, "identity") == means(group, "sasrec_candidates")
+
+
+def test_rankings_of_one_mode_are_told_apart_by_their_files() -> None:
+    found = [("qwen3vl/caption", "test", Path(name)) for name in ("a/caption.parquet", "a/caption_zero_shot.parquet")]
+    assert _names(found) == ["caption", "caption_zero_shot"]  # type: ignore[arg-type]
+    same = [("qwen3vl/caption", "test", Path(f"{folder}/caption.parquet")) for folder in "ab"]
+    assert len(set(_names(same))) == 2  # type: ignore[arg-type]

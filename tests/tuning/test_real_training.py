@@ -1,4 +1,7 @@
-"""A sweep over all four modes with real training of tiny models: Ray Tune over Ray Train, ASHA, checkpoints."""
+"""A sweep with real training of tiny models, vision and 4-bit text: Ray Tune over Ray Train, ASHA, checkpoints.
+
+`test_run` sweeps all four modes without models, `tests/training` trains all four without a sweep.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vlrank.config import MODES, TrainConfig, TuneConfig, load_config
+from vlrank.config import TrainConfig, TuneConfig, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.tuning.run import run
 from vlrank.tuning.trials import Sweep
@@ -26,39 +29,40 @@ def finished(
     folder = tmp_path_factory.mktemp("sweep")
     shutil.copytree(shop.path, folder / "shop")
     dataset = Dataset.open(folder / "shop")
-    for what in ("caption", "semantic_summary"):
-        rows = [
-            {"item_id": item, "text": f"picture {item % 7}", "model": "m", "prompt_id": "p", "input_hash": "h"}
-            for item in dataset.items()["item_id"]
-        ]
-        dataset.add_generated(what, rows)  # type: ignore[arg-type]
-    vision, text = {"model": str(tiny_vision_model)}, {"model": str(tiny_text_model)}
+    rows = [
+        {"item_id": item, "text": f"picture {item % 7}", "model": "m", "prompt_id": "p", "input_hash": "h"}
+        for item in dataset.items()["item_id"]
+    ]
+    dataset.add_generated("semantic_summary", rows)  # type: ignore[arg-type]
+    models = {"raw_image": tiny_vision_model, "semantic_summary_small": tiny_text_model}
     config = load_config(
         TuneConfig,
         dataset=folder / "shop",
         out=folder / "sweep",
-        modes="all",
+        modes=tuple(models),
         trials=2,
         space={"batch_size": {"choice": [8, 16]}},
         train={"epochs": 2, "val_users": 24, "negatives": 4, "metric": "recall@1", "ranking": {"max_history": 4}},
-        per_mode={mode: text if mode == "semantic_summary_small" else vision for mode in MODES},
+        per_mode={mode: {"model": str(model)} for mode, model in models.items()},
         max_concurrent_trials=2,
     )
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
-    run(config)
-    yield config
-    ray.shutdown()
+    try:
+        run(config)
+        yield config
+    finally:
+        ray.shutdown()
 
 
 def test_every_mode_has_a_winner_with_a_curve_and_a_checkpoint(finished: TuneConfig) -> None:
     sweep = Sweep(finished.out / "trials.jsonl")
     best = json.loads((finished.out / "best.json").read_text())
-    assert sorted(best) == sorted(MODES)
+    assert sorted(best) == sorted(finished.modes)
     for trial in sweep:
         assert trial.status in ("completed", "stopped"), trial
         assert trial.users > 0
         assert [entry["epoch"] for entry in trial.epochs] == list(range(1, int(trial.epochs_run) + 1))
-    for mode in MODES:
+    for mode in finished.modes:
         winner = finished.out / "runs" / best[mode]["trial_id"]
         facts = json.loads((winner / "best.json").read_text())
         assert facts["value"] == best[mode]["value"]

@@ -2,32 +2,32 @@
 
 A real Qwen can read a numbered list, tell what a picture shows and find the line that fits a description long before it
 is fine-tuned. A model with random weights cannot, and learning it takes more tokens than a laptop reads in a demo. So
-the tiny models are pre-trained once, and their weights ship with vlrank. They were made by
+the tiny models are pre-trained once, on one CPU core, and their weights ship with vlrank:
 
-    text OUT --layers 3 --minutes 2.4 --batch 32 --grow 1500                       (one H100, 36 million tokens)
-    vision OUT --layers 3 --minutes 20 --batch 8 --grow 40 --start_from TEXT       (one CPU core, 5 million tokens)
+    text text.safetensors --steps 1200
+    vision vision.safetensors --steps 2000 --start_from text.safetensors
 
 What they are taught, on freshly drawn products (never those of a demo's shop), styles and colours always independent:
 
-- **point**: a numbered list, then "which line is like these?", with one line that shares a style, a colour or both with
-  what was read before; the answer is its number. In text, and (vision) with pictures for lines.
+- **point**: a numbered list of products that all differ, some products that were read before, and the number of the
+  one line that has their style and colour (or style and kind). In text, and (vision) with pictures for lines.
 - **caption** and **summarise** (vision): the generation prompts, answered from the picture.
 
-Reading a list is a matter of where to look, and a model this small finds that out late or never. So attention is
-guided while it learns (after Deshpande and Narasimhan, "Guiding Attention for Self-Supervised Learning with
-Transformers", 2020): an auxiliary loss asks some heads of the second layer to look from a line's words to its number
-and picture and from an answer to what was read before, and the third layer to look from an answer to the line that it
-names.
+Reading a list is a matter of where to look, and a model this small finds that out late or never. So attention is guided
+(after Deshpande and Narasimhan, "Guiding Attention for Self-Supervised Learning with Transformers", 2020): an auxiliary
+loss asks one head of the first layer to look at the token before, some heads of the second to look from a line's words
+to its number and picture and from an answer to what was read before, and the third layer to look from an answer to the
+line that it names. Matrices are trained with Muon (Jordan et al. 2024), which needs a tenth of AdamW's tokens here.
 
-What they are *not* taught: anything about users. Which styles go with which colours (`shop.HOME_COLOUR`), that a user's
-taste has two halves, and what is popular is left to fine-tuning.
+What they are *not* taught: anything about users. That a history strays from its owner's taste, which styles go with
+which colours (`shop.HOME_COLOUR`) and what sells best is left to fine-tuning.
 """
 
 from __future__ import annotations
 
 import argparse
 import bisect
-import math
+import itertools
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -38,10 +38,9 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 
 from vlrank.data.shop import BRANDS, COLOURS, KINDS, PATTERNS, STYLES, draw
-from vlrank.demo.base_models import corpus, picture_patches, text_model, train_tokenizer, vision_model
+from vlrank.demo.base_models import DEMO_SIZES, corpus, picture_patches, text_model, train_tokenizer, vision_model
 from vlrank.generation.prompts import load_prompt
 from vlrank.reranking.modes import ItemMeta, mode_spec
 from vlrank.reranking.prompts import build_prompt, item_line, render, render_messages
@@ -54,6 +53,7 @@ PICTURES_PER_BATCH = 72
 _COLOURS = tuple(COLOURS)
 _END = "<|im_end|>"
 _TURNS = 6
+_PRINT_EVERY = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ Bank = list[tuple[str, str, str]]
 """Kind, colour and pattern of every picture."""
 
 
-class Lessons(IterableDataset[dict[str, Any]]):
+class Lessons:
     """Endless batches: token ids, labels and the pictures they show.
 
     Args:
@@ -135,16 +135,14 @@ class Lessons(IterableDataset[dict[str, Any]]):
         self.family, self.tokenizer, self.bank = family, tokenizer, bank
         self.batch, self.grow, self.seed = batch, grow, seed
         self.image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self._telling = np.zeros(len(tokenizer), bool)
+        for word in (*STYLES, *COLOURS, *KINDS, *map(str.lower, KINDS)):
+            self._telling[tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0]] = True
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        info = torch.utils.data.get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        rng = np.random.default_rng([self.seed, worker])
-        number = worker
-        while True:
-            longest = min(20, 4 + 16 * number // self.grow)
-            yield self._make(rng, longest)
-            number += workers
+        rng = np.random.default_rng(self.seed)
+        for number in itertools.count():
+            yield self._make(rng, min(20, 4 + 16 * number // self.grow))
 
     def _make(self, rng: np.random.Generator, longest: int) -> dict[str, Any]:
         shown = rng.choice(len(self.bank), PICTURES_PER_BATCH, replace=False) if self.bank else np.zeros(0, np.int64)
@@ -153,7 +151,7 @@ class Lessons(IterableDataset[dict[str, Any]]):
         for _ in range(self.batch):
             kind = rng.random()
             if self.family == "text" or kind < 0.2:
-                rows.append(self._point(rng, longest, _pick(rng, ("caption", "semantic_summary", "plain")), pictures))
+                rows.append(self._point(rng, longest, _pick(rng, ("caption", "semantic_summary", "plain")), []))
             elif kind < 0.65:
                 rows.append(self._point(rng, longest, "raw_image", pictures))
             else:
@@ -170,6 +168,7 @@ class Lessons(IterableDataset[dict[str, Any]]):
             for start, end in spans:
                 before[at, start:end] = True
             named[at, slice(*line)] = True
+        telling = self._telling[ids[[i for i, *_ in answers]]]  # where kind, style and colour are named
         return {
             "ids": ids,
             "labels": labels,
@@ -178,70 +177,75 @@ class Lessons(IterableDataset[dict[str, Any]]):
             "tokens": sum(len(row.ids) for row in rows),
             "gather": np.array(gather, np.int64).reshape(-1, 5),
             "answers": np.array([(i, at) for i, at, _, _ in answers], np.int64).reshape(-1, 2),
-            "before": before,
-            "named": named,
+            "before": before & telling,
+            "named": named & telling,
         }
 
     # ---- lessons ----------------------------------------------------------------------------------------------------
 
-    def _thing(self, rng: np.random.Generator, pictures: Bank, **fixed: Any) -> Thing:
+    def _thing(
+        self,
+        rng: np.random.Generator,
+        pictures: Bank,
+        *,
+        style: str | None = None,
+        colour: str | None = None,
+        kind: str | None = None,
+    ) -> Thing:
         """A random product with the given attributes; with pictures, one whose picture has the colour."""
-        if pictures:
-            fits = [i for i, (_, colour, _) in enumerate(pictures) if fixed.get("colour") in (None, colour)]
-            fits = [i for i in fits if pictures[i][1] not in fixed.get("not_colours", ())] or fits
+        at, pattern = -1, _pick(rng, PATTERNS)
+        fits = [i for i, (_, seen, _) in enumerate(pictures) if colour in (None, seen)]
+        if fits:
             at = _pick(rng, fits)
             kind, colour, pattern = pictures[at]
-        else:
-            at = -1
-            free = [name for name in _COLOURS if name not in fixed.get("not_colours", ())]
-            kind, pattern = _pick(rng, KINDS), _pick(rng, PATTERNS)
-            colour = fixed.get("colour") or _pick(rng, free)
-        styles = [name for name in STYLES if name not in fixed.get("not_styles", ())]
-        return Thing(fixed.get("style") or _pick(rng, styles), colour, kind, pattern, _pick(rng, BRANDS), at)
+        return Thing(
+            style or _pick(rng, STYLES),
+            colour or _pick(rng, _COLOURS),
+            kind or _pick(rng, KINDS),
+            pattern,
+            _pick(rng, BRANDS),
+            at,
+        )
 
-    def _like(self, rng: np.random.Generator, target: Thing, key: str, pictures: Bank) -> Thing:
-        wanted = {"both": {"style": target.style, "colour": target.colour}, "style": {"style": target.style}}
-        return self._thing(rng, pictures, **wanted.get(key, {"colour": target.colour}))
-
-    def _unlike(self, rng: np.random.Generator, target: Thing, key: str, pictures: Bank) -> Thing:
-        style, colour = {"not_styles": (target.style,)}, {"not_colours": (target.colour,)}
-        if key == "both":  # at least one half differs; often only one, or half the list would rule itself out
-            choice = rng.integers(3)
-            key = "style" if choice == 0 else "colour"
-            if choice == 2:
-                return self._thing(rng, pictures, **style, **colour)
-        return self._thing(rng, pictures, **(style if key == "style" else colour))
+    def _catalogue(self, rng: np.random.Generator, n: int, form: str, style_alone: bool, pictures: Bank) -> list[Thing]:
+        """Products that differ in style or colour (``plain``: in style or kind), the first of them the target."""
+        seconds: tuple[str, ...] = KINDS if form == "plain" else _COLOURS
+        cells = [(style, second) for style in STYLES for second in seconds]
+        chosen = [cells[at] for at in rng.permutation(len(cells))]
+        if style_alone:  # nothing else in the list has the target's style
+            chosen = chosen[:1] + [cell for cell in chosen[1:] if cell[0] != chosen[0][0]]
+        name = "kind" if form == "plain" else "colour"
+        return [self._thing(rng, pictures, style=style, **{name: second}) for style, second in chosen[:n]]
 
     def _point(self, rng: np.random.Generator, longest: int, form: str, pictures: Bank) -> Row:
-        n = longest if rng.random() < 0.3 else int(rng.integers(3, longest + 1))
-        key = "style" if form == "plain" else _pick(rng, ("both", "both", "style", "colour"))
-        spec = mode_spec(form if form != "plain" else "raw_image")
-        target = self._thing(rng, pictures)
+        n = longest if rng.random() < 0.5 else int(rng.integers(max(2, longest // 2), longest + 1))
+        # What a user took is always put in words; the words of raw_image say nothing of colours.
+        wordless = form == "raw_image" and rng.random() < 0.3
+        target, *others = self._catalogue(rng, n, form, wordless, pictures)
         place = int(rng.integers(n))
-        things = [self._unlike(rng, target, key, pictures) for _ in range(n)]
-        things[place] = self._like(rng, target, key, pictures)
-        read = [self._like(rng, target, key, pictures) for _ in range(int(rng.integers(1, 7)))]
-        read = [self._thing(rng, pictures) if len(read) > 2 and rng.random() < 0.15 else thing for thing in read]
-        chars = _pick(rng, (18, 24, 32) if form in ("plain", "raw_image") else (46, 50, 56, 60))
+        things = [*others[:place], target, *others[place:]]
+        keys = ("style", "kind") if form == "plain" else ("style",) if wordless else ("style", "colour")
 
-        def line(thing: Thing, as_form: str) -> str:
-            if as_form in ("plain", "raw_image"):
+        def like(thing: Thing) -> Thing:
+            return self._thing(rng, pictures, **{key: getattr(thing, key) for key in keys})
+
+        read = [like(target) for _ in range(int(rng.integers(1, 7)))]
+        chars = int(_pick(rng, (18, 24, 32) if form in ("plain", "raw_image") else (46, 50, 56, 60)))
+        words = "plain" if wordless else "caption" if form == "raw_image" else form
+
+        def line(thing: Thing) -> str:
+            if words == "plain":
                 return item_line(mode_spec("raw_image"), _meta(thing), chars)
-            return item_line(mode_spec(as_form), _meta(thing), max(chars, 46))
+            return item_line(mode_spec(words), _meta(thing), max(chars, 46))
 
         metas = [_meta(thing) for thing in things]
-        if form == "plain":
-            for meta in metas:
-                meta["image_path"] = None
-        history = [_meta(thing) for thing in read]
-        if form == "raw_image" and rng.random() < 0.75:
-            # What was seen before is put in words, so that words and pixels meet.
-            history = [{"text": line(thing, "caption")} for thing in read]
+        if form == "raw_image":
             metas = [{**meta, "text": meta["text"][:chars].rstrip()} for meta in metas]
-            chars = 60
-        elif form == "raw_image" and key != "style":
-            return self._point(rng, longest, form, pictures)  # plain words say nothing of colours
-        prompt = build_prompt(spec, history, metas, chars)
+        elif form == "plain":
+            metas = [{"text": line(thing)} for thing in things]
+        spec = mode_spec("raw_image" if form == "plain" else form)
+        history: list[ItemMeta] = [{"text": line(thing)} for thing in read]
+        prompt = build_prompt(spec, history, metas, chars if form in ("caption", "semantic_summary") else 60)
         text = render(self.tokenizer, prompt)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         row = Row(list(encoded["input_ids"]), [-100] * len(encoded["input_ids"]), [])
@@ -263,17 +267,11 @@ class Lessons(IterableDataset[dict[str, Any]]):
             row.gather += [(token, first, last, picture) for token in range(*lines[-1])]
         read_spans = [span(*match.span(1)) for match in re.finditer(r"\n-( .*)", text[:list_start])]
         self._answer(row, place, read_spans, lines)
-        for _ in range(_TURNS):
+        for _ in range(0 if wordless else _TURNS):
             at = int(rng.integers(n))
-            same = [
-                t for t in things if t.style == things[at].style and (form == "plain" or t.colour == things[at].colour)
-            ]
-            if len(same) > 1:
-                continue
-            again = self._like(rng, things[at], "style" if form == "plain" else "both", pictures)
             self._add(row, "\n<|im_start|>user\n-")
             start = len(row.ids)
-            self._add(row, f" {line(again, 'caption' if form == 'raw_image' else form)}")
+            self._add(row, f" {line(like(things[at]))}")
             query = (start, len(row.ids))
             self._add(row, f"{_END}\n<|im_start|>assistant\n")
             self._answer(row, at, [query], lines)
@@ -342,19 +340,30 @@ def _forward(model: Any, ids: torch.Tensor, patches: torch.Tensor | None, slots:
 
 
 def _guidance(attentions: Sequence[torch.Tensor], lesson: dict[str, torch.Tensor]) -> torch.Tensor:
-    """How far the guided heads' attention is from where it should be: mean negative log of the mass on it.
+    """How far the guided heads' attention is from where it should be: mean negative log of the mass there.
 
     Args:
         attentions: Per layer [batch, heads, from, to].
         lesson: From `Lessons`.
     """
-    second, third = attentions[1].float(), attentions[2].float()
-    row, token, first, last, picture = lesson["gather"].T
-    looks = [second[row, head, token, to] for head, to in enumerate((first, last, picture))]
-    answer_row, answer = lesson["answers"].T
-    looks.append((second[answer_row, 3, answer] * lesson["before"]).sum(-1))
-    looks += [(third[answer_row, head, answer] * lesson["named"]).sum(-1) for head in range(2)]
-    return torch.stack([-(mass + 1e-5).log().mean() for mass in looks]).sum()
+    first, second, third = (layer.float() + 1e-5 for layer in attentions[:3])
+    row, token, first_digit, last_digit, picture = lesson["gather"].T
+    looks = [first[:, 0].diagonal(-1, 1, 2).log().mean()]
+    looks += [second[row, head, token, to].log().mean() for head, to in enumerate((first_digit, last_digit, picture))]
+    row, token = lesson["answers"].T
+    looks += [_spread(second[row, :, token], lesson["before"]), _spread(third[row, :, token], lesson["named"])]
+    return -torch.stack(looks).sum()
+
+
+def _spread(attention: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Log mass on the words, highest when they share it equally: one word alone tells half of what counts.
+
+    Args:
+        attention: [answers, heads, to].
+        words: Which tokens: [answers, to], bool.
+    """
+    count = words.sum(-1).clamp(min=1)
+    return ((attention.log() * words[:, None]).sum(-1) / count[:, None] + count.log()[:, None]).mean()
 
 
 def _take_language(model: Any, text_weights: Path) -> None:
@@ -370,74 +379,86 @@ def _take_language(model: Any, text_weights: Path) -> None:
         raise ValueError(f"{text_weights} does not fit the vision model: {unexpected[:3]}")
 
 
+def _optimizers(model: Any, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for embeddings, norms, biases and the patch projection."""
+    embeddings = ("embed", "lm_head", "patch")
+    matrices = [
+        weight
+        for name, weight in model.named_parameters()
+        if weight.ndim == 2 and not any(part in name for part in embeddings)
+    ]
+    chosen = {id(weight) for weight in matrices}
+    others = [weight for weight in model.parameters() if id(weight) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="original"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
 def pretrain(
     family: Family,
     sizes: dict[str, int],
     *,
-    minutes: float,
+    steps: int,
     batch: int,
     lr: float,
+    muon_lr: float,
     seed: int,
     grow: int,
-    workers: int,
-    guide: float,
     start_from: Path | None = None,
 ) -> Any:
-    """Teach a fresh model for so many minutes; prints its accuracy on the way.
+    """Teach a fresh model; prints its accuracy on the way.
 
     Returns:
-        The model, float32, on the CPU.
+        The model, float32.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(1)  # the sums, and with them the weights, depend on the number of threads
     tokenizer = train_tokenizer(corpus())
     bank, patches = _picture_bank(copies=5) if family == "vision" else ([], np.zeros((0, 4, 1), np.float32))
-    all_patches = torch.from_numpy(patches).to(device)
+    all_patches = torch.from_numpy(patches)
     build = vision_model if family == "vision" else text_model
     model = build(tokenizer, **sizes, seed=seed)
+    language = model.model.language_model if family == "vision" else model.model
+    for layer in language.layers:  # attention that starts out sharp learns where to look ten times as fast
+        layer.self_attn.q_norm.weight.data.fill_(2.0)
+        layer.self_attn.k_norm.weight.data.fill_(2.0)
     if start_from is not None:
         _take_language(model, start_from)
-    model = model.to(device).train()
+    model.train()
     lessons = Lessons(family, tokenizer, bank, batch, grow, seed)
-    loader = DataLoader(lessons, batch_size=None, num_workers=workers, prefetch_factor=8)
     model.set_attn_implementation("eager")  # the only one that returns attentions
-    every = 200 if device.type == "cuda" else 20
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = _optimizers(model, lr, muon_lr)
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     start, hits, losses, tokens = time.perf_counter(), [], [], 0
-    for step, lesson in enumerate(loader, start=1):
-        passed = (time.perf_counter() - start) / (60 * minutes)
-        if passed >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, step / 100) * max(0.02, 0.5 * (1 + math.cos(math.pi * passed)))
-        lesson = {name: torch.as_tensor(value).to(device) for name, value in lesson.items()}
+    for step, arrays in zip(range(1, steps + 1), lessons, strict=False):
+        for group, highest in groups:
+            group["lr"] = highest * min(1, step / 20, (steps - step + 1) / (0.4 * steps))
+        lesson = {name: torch.as_tensor(value) for name, value in arrays.items()}
         ids, labels, slots = lesson["ids"], lesson["labels"], lesson["slots"]
         shown = all_patches[lesson["pictures"]] if family == "vision" else None
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            output = _forward(model, ids, shown, slots, lessons.image_id)
-            wanted = labels[:, 1:]
-            learned = wanted != -100
-            logits = model.lm_head(output.last_hidden_state[:, :-1][learned]).float()
+        output = _forward(model, ids, shown, slots, lessons.image_id)
+        wanted = labels[:, 1:]
+        learned = wanted != -100
+        logits = model.lm_head(output.last_hidden_state[:, :-1][learned])
         loss = torch.nn.functional.cross_entropy(logits, wanted[learned])
         guidance = _guidance(output.attentions, lesson)
-        # The guide steps back: at the end the model looks where it likes.
-        (loss + guide * (1 - passed) * guidance).backward()
+        (loss + guidance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         tokens += int(lesson["tokens"])
-        losses.append(loss.detach())
-        hits.append((logits.argmax(-1) == wanted[learned]).float().mean().detach())
-        if step % every == 0:
+        losses.append(loss.item())
+        hits.append((logits.argmax(-1) == wanted[learned]).float().mean().item())
+        if step % _PRINT_EVERY == 0:
             took = time.perf_counter() - start
-            accuracy, mean = torch.stack(hits[-every:]).mean().item(), torch.stack(losses[-every:]).mean().item()
             print(
-                f"{family} {sizes} step {step} {took:.0f}s loss {mean:.3f} guidance {guidance.item():.2f} "
-                f"answer tokens right {accuracy:.3f} "
-                f"{tokens / took:,.0f} tokens/s, {tokens / 1e6:.0f}M",
+                f"{family} step {step} {took:.0f}s loss {np.mean(losses[-_PRINT_EVERY:]):.3f} "
+                f"guidance {guidance.item():.2f} answer tokens right {np.mean(hits[-_PRINT_EVERY:]):.3f} "
+                f"{tokens / took:,.0f} tokens/s, {tokens / 1e6:.1f}M",
                 flush=True,
             )
-    return model.float().cpu()
+    return model
 
 
 def main() -> None:
@@ -447,35 +468,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-train a tiny base model of the demo.")
     parser.add_argument("family", choices=["text", "vision"])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=4.0)
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--grow", type=int, default=2000)
-    parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--workers", type=int, default=6, help="processes that write lessons")
-    parser.add_argument("--guide", type=float, default=1.0, help="weight of the attention guidance at the start")
-    parser.add_argument("--start_from", type=Path, help="vision: weights of a text model of the same sizes")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch", type=int, default=8, help="conversations per step")
+    parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's, for embeddings and norms")
+    parser.add_argument("--muon_lr", type=float, default=0.02)
+    parser.add_argument("--grow", type=int, default=200, help="steps after which lists have 20 lines")
+    parser.add_argument("--start_from", type=Path, help="vision: weights of a text model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    sizes = {"hidden": args.hidden, "layers": args.layers, "heads": args.heads}
-    model = pretrain(
-        args.family,
-        sizes,
-        minutes=args.minutes,
-        batch=args.batch,
-        lr=args.lr,
-        seed=args.seed,
-        grow=args.grow,
-        workers=args.workers,
-        guide=args.guide,
-        start_from=args.start_from,
-    )
+    options = {name: value for name, value in vars(args).items() if name not in ("family", "out")}
+    model = pretrain(args.family, DEMO_SIZES, **options)
     state = {
         name: tensor.half().contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"
     }
-    save_file(state, args.out, metadata={"sizes": str(sizes)})
+    save_file(state, args.out, metadata={"sizes": str(DEMO_SIZES)})
     print(f"wrote {args.out}")
 
 

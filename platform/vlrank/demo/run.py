@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +38,8 @@ from vlrank.reranking.modes import mode_spec
 from vlrank.runtime import ray_session
 
 C = TypeVar("C", bound=Config)
+_UNTRAINED = "_zero_shot"
+"""Ends the name of the rankings that a mode's base model made."""
 
 
 class _Clock:
@@ -92,6 +94,7 @@ def run(config: DemoConfig) -> Summary:
                 seed=config.seed,
             )
         )
+    _print_gains(read_yaml(out / "report" / "metrics.json"), config.modes)
     _print_times(clock.seconds)
     return Summary(
         "demo: all stages ran",
@@ -165,12 +168,28 @@ def _stages(config: DemoConfig, settings: dict[str, Any], out: Path, clock: _Clo
 
     rankings = []
     for mode in config.modes:
-        with clock.stage(f"rerank: {mode}"):
-            path = out / "rankings" / f"{mode}.parquet"
-            keys = {"dataset": dataset, "model": str(out / "runs" / mode), "out": path, "seed": config.seed}
-            rerank(build(RerankConfig, {"engine": engine}, settings["rerank"], **keys)).show()
-            rankings.append(path)
+        shape = training(mode)
+        # The base model on the same lists: what it could do before it saw a user of this shop.
+        before = {"model": shape["model"], "as_mode": mode, "ranking": shape["ranking"]}
+        chosen_models = {mode: {"model": str(out / "runs" / mode)}, mode + _UNTRAINED: before}
+        with clock.stage(f"rerank: {mode}, trained and not"):
+            for name, chosen in chosen_models.items():
+                path = out / "rankings" / f"{name}.parquet"
+                keys = {"dataset": dataset, "out": path, "seed": config.seed, **chosen}
+                rerank(build(RerankConfig, {"engine": engine}, settings["rerank"], **keys)).show()
+                rankings.append(path)
     return dataset, rankings
+
+
+def _print_gains(metrics: dict[str, Any], modes: Sequence[Mode]) -> None:
+    """What training added to each mode, user by user."""
+    found = {(d["a"], d["b"]): d for d in metrics["groups"][0]["differences"] if d["metric"] == "ndcg@10"}
+    table = Table("mode", "NDCG@10", "95% interval", "p (Holm)", title="What training added", title_justify="left")
+    for mode in modes:
+        gain = found[mode, mode + _UNTRAINED]
+        interval = f"{gain['low']:+.3f}, {gain['high']:+.3f}"
+        table.add_row(mode, f"{gain['difference']:+.3f}", interval, f"{gain['p_holm']:.3f}")
+    console.print(table)
 
 
 def _print_times(seconds: dict[str, float]) -> None:

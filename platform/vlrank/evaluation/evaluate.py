@@ -221,7 +221,10 @@ def _names(found: Sequence[tuple[str, Split, Path]]) -> list[str]:
     used: set[tuple[str, str]] = set()
     for key, (_, split, file) in zip(keys, found, strict=True):
         name = key[0]
-        if keys.count(key) > 1 or name in baselines.BASELINES:
+        alike = [other.stem for its_key, (_, _, other) in zip(keys, found, strict=True) if its_key == key]
+        if len(alike) > 1 and len(set(alike)) == len(alike) and file.stem not in baselines.BASELINES:
+            name = file.stem  # one mode several times, as before and after training: the files say which is which
+        elif len(alike) > 1 or name in baselines.BASELINES:
             name = f"{name} ({file.stem})"
         while (name, split) in used:
             name += "'"

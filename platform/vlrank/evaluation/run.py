@@ -156,10 +156,12 @@ def _print(groups: Sequence[Group], compared: Sequence[Difference]) -> None:
     for group in groups:
         metrics = _columns(group)
         ceiling = float((group.base.rank_of(group.targets) > 0).mean())
-        table = _table(f"{group.title}, ceiling {ceiling:.1%}", "method", *(label(name) for name in metrics))
-        if out.width < 120:  # the interval goes below its mean
+        narrow = out.width < 120
+        heads = [label(name).replace("Recall", "R") if narrow else label(name) for name in metrics]
+        table = _table(f"{group.title}, ceiling {ceiling:.1%}", "method", *heads)
+        if narrow:  # the interval goes below its mean
             for column in table.columns[1:]:
-                column.min_width = column.max_width = 9
+                column.min_width = column.max_width = 8
         best = {name: max(method.metrics.means[name] for method in group.methods) for name in metrics}
         for method in group.methods:
             cells = [
@@ -179,10 +181,14 @@ def _print(groups: Sequence[Group], compared: Sequence[Difference]) -> None:
         _print_differences(out, compared, f"{compared[0].a} against {compared[0].b}", metrics=True)
 
 
+_PAIRED = 4
+"""With more models the terminal leaves out their pairs."""
+
+
 def _shown(group: Group) -> list[Difference]:
-    """Of all comparisons those with the retriever, with chance, and between models; the report has the others."""
+    """Of all comparisons those with the retriever, with chance, and between few models; the report has the others."""
     models = {method.name for method in group.models}
-    rivals = models | {RETRIEVER if group.ordered else "random"}
+    rivals = (models if len(models) <= _PAIRED else set()) | {RETRIEVER if group.ordered else "random"}
     return [d for d in group.differences if d.metric == _main(group) and d.b in rivals]
 
 
