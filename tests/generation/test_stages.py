@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from vlrank.config import EngineConfig
+from vlrank.engines.base import engine_name
 from vlrank.errors import UserError
 from vlrank.generation.prompts import load_prompt
 from vlrank.generation.stages import (
@@ -19,7 +20,6 @@ from vlrank.generation.stages import (
     FAILED,
     Job,
     PictureError,
-    engine_name,
     judge,
     load_picture,
     prepare,

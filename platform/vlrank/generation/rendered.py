@@ -17,7 +17,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vlrank.config import EngineConfig
-from vlrank.generation.stages import DATA, FAILED, PREPARE_CPUS, Job, cpu_env, engine_gpus, prepare, vllm_engine_kwargs
+from vlrank.engines.base import engine_gpus
+from vlrank.generation.stages import DATA, FAILED, PREPARE_CPUS, Job, cpu_env, prepare, vllm_engine_kwargs
 
 if TYPE_CHECKING:
     import ray.data

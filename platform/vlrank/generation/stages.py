@@ -15,10 +15,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from vlrank.bulk import ENGINE_SECONDS, ERROR, ERROR_TYPE, RETRY, TOKENS_IN, TOKENS_OUT
 from vlrank.config import EngineConfig
+from vlrank.engines.base import engine_gpus, engine_name
 from vlrank.errors import UserError
 from vlrank.generation.prompts import Prompt
 from vlrank.generation.quality import problem
@@ -214,41 +215,6 @@ def _field(text: str, name: str) -> tuple[str, str, str]:
 
 
 # ---- engines ---------------------------------------------------------------------------------------------------------
-
-EngineName = Literal["vllm", "transformers"]
-
-
-def engine_name(config: EngineConfig) -> EngineName:
-    """Which engine ``auto`` means here.
-
-    Raises:
-        UserError: vLLM was asked for and is not installed.
-    """
-    import importlib.util
-
-    installed = importlib.util.find_spec("vllm") is not None
-    if config.name == "vllm" and not installed:
-        raise UserError("engine vllm is not installed", "pip install 'vlrank[gpu]', or set engine.name=transformers.")
-    if config.name == "auto":
-        return "vllm" if installed else "transformers"
-    return config.name
-
-
-def engine_gpus(config: EngineConfig) -> float:
-    """GPUs of one engine; by default one (per tensor-parallel rank) where the cluster has any.
-
-    Raises:
-        UserError: fractions together with tensor parallelism.
-    """
-    from vlrank.runtime import cluster_gpus
-
-    gpus = config.gpus if config.gpus is not None else float(cluster_gpus() > 0)
-    if config.tensor_parallel_size > 1 and 0 < gpus < 1:
-        raise UserError(
-            f"engine.gpus={gpus} with engine.tensor_parallel_size={config.tensor_parallel_size}",
-            "An engine that spans GPUs needs whole ones: leave engine.gpus away.",
-        )
-    return gpus
 
 
 def build(

@@ -28,13 +28,13 @@ from vlrank.data.candidates_io import write_rankings
 from vlrank.data.dataset import Dataset
 from vlrank.data.schemas import RANKINGS
 from vlrank.data.tables import atomic_write_json
-from vlrank.engines.base import ModelFolder, engine_name, open_model
+from vlrank.engines.base import ModelFolder, engine_gpus, engine_name, open_model
 from vlrank.errors import UserError
 from vlrank.reranking.modes import ItemMeta, ModeSpec, mode_spec, shows
 from vlrank.reranking.ranker import Ranking, UserLists
 from vlrank.reranking.reranker import open_ranker
 from vlrank.reranking.windows import fuse, stable_order, windows
-from vlrank.runtime import cluster_gpus, ray_session
+from vlrank.runtime import ray_session
 
 if TYPE_CHECKING:
     import ray.data
@@ -341,7 +341,7 @@ def _stages(dataset: ray.data.Dataset, job: _Job) -> ray.data.Dataset:
     from ray.data import ActorPoolStrategy
 
     config = job.engine
-    gpus = config.gpus if config.gpus is not None else float(cluster_gpus() > 0)
+    gpus = engine_gpus(config)
     return dataset.map_batches(
         _Worker,
         fn_constructor_args=(job,),
