@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from vlrank.evaluation.metrics import evaluate_ranks
 from vlrank.reranking.encoding import PromptTooLong
 from vlrank.training.samples import Sample
 
@@ -17,10 +18,7 @@ if TYPE_CHECKING:
 
 
 def rank_metrics(ranks: npt.ArrayLike, metrics: Sequence[str]) -> dict[str, float]:
-    """Metrics of single relevant items.
-
-    Recall@K is the share of ranks up to K, NDCG@K the mean of ``1 / log2(rank + 1)`` and MRR@K of ``1 / rank`` over
-    ranks up to K (Järvelin and Kekäläinen 2002, with one relevant item the ideal gain is 1).
+    """Metrics of single relevant items, by the definitions of `vlrank.evaluation.metrics`.
 
     Args:
         ranks: [users], from 1; infinity for a target that is not among the candidates.
@@ -30,16 +28,10 @@ def rank_metrics(ranks: npt.ArrayLike, metrics: Sequence[str]) -> dict[str, floa
     {'recall@2': 0.5, 'mrr@10': 0.4583333333333333}
     """
     rank = np.asarray(ranks, dtype=np.float64)
-    gains: dict[str, Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]] = {
-        "recall": np.ones_like,
-        "ndcg": lambda rank: 1 / np.log2(rank + 1),
-        "mrr": lambda rank: 1 / rank,
-    }
-    result = {}
-    for metric in metrics:
-        name, _, k = metric.partition("@")
-        result[metric] = float(np.where(rank <= int(k), gains[name](rank), 0.0).mean())
-    return result
+    listed = np.where(np.isfinite(rank), rank, 0).astype(np.int64)
+    ks = sorted({int(metric.partition("@")[2]) for metric in metrics})
+    means = evaluate_ranks(listed, ks=ks, bootstrap=0).means
+    return {metric: means[metric] for metric in metrics}
 
 
 def rank_of(scores: npt.NDArray[np.float32], target: int) -> int:
