@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlrank.config import MODES, RankingConfig, TrainConfig, load_config, merge, mode_defaults, parse_overrides
+from vlrank.config import (
+    MODES,
+    EvaluateConfig,
+    RankingConfig,
+    TrainConfig,
+    load_config,
+    merge,
+    mode_defaults,
+    parse_overrides,
+)
 from vlrank.errors import UserError
 
 NEEDED = {"dataset": "data", "out": "run", "mode": "caption"}
@@ -86,3 +95,10 @@ def test_merge_leaves_its_arguments_alone() -> None:
 def test_configs_cannot_change_after_they_were_checked() -> None:
     with pytest.raises(ValueError, match="frozen"):
         RankingConfig().top_k = 3  # type: ignore[misc]
+
+
+def test_the_message_of_a_rule_stands_without_the_librarys_words() -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(EvaluateConfig, dataset="d", rankings=["r"], out="o", ks=[0])
+    assert "ks must be at least 1, got 0" in str(caught.value)
+    assert "Value error" not in str(caught.value)

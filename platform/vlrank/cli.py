@@ -49,9 +49,9 @@ def doctor() -> int:
 
 @cli.command()
 @click.argument("dataset", type=click.Path(path_type=Path))
-@click.option("--user", type=int, help="Show this user's history.")
-@click.option("--item", type=int, help="Show this item: picture, text, caption, summary.")
-def inspect(dataset: Path, user: int | None, item: int | None) -> None:
+@click.option("--user", help="Show this user's history; an id, or the source's own name for the user.")
+@click.option("--item", help="Show this item: picture, text, caption, summary; an id, or the source's (ASIN).")
+def inspect(dataset: Path, user: str | None, item: str | None) -> None:
     """Show a dataset, one user's history, or one item."""
     from vlrank.data.inspect import inspect_dataset
 

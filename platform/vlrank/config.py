@@ -540,6 +540,7 @@ def _stage(kind: type[Config]) -> str:
 
 def _explain(kind: type[Config], loc: tuple[int | str, ...], error_type: str, message: str, value: Any) -> str:
     key = ".".join(str(part) for part in loc)
+    message = message.removeprefix("Value error, ")  # pydantic's, for what our own validators say
     if error_type == "extra_forbidden":
         near = difflib.get_close_matches(key, _keys(kind), n=1)
         return f"unknown config key `{key}`" + (f", did you mean `{near[0]}`?" if near else "")

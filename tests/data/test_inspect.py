@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from vlrank.cli import cli
 from vlrank.data.dataset import Dataset, write_dataset
 from vlrank.data.inspect import inspect_dataset
 from vlrank.data.schemas import PICTURES
@@ -72,3 +73,10 @@ def test_unknown_users_and_items(dataset: Dataset) -> None:
         shown(dataset, user=9)
     with pytest.raises(UserError, match="there is no item nope"):
         shown(dataset, item="nope")
+
+
+def test_the_command_takes_the_names_of_the_source(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["inspect", str(dataset.path), "--user", "u2"], standalone_mode=False)
+    assert "user 2 (u2)" in capsys.readouterr().out
+    cli.main(["inspect", str(dataset.path), "--item", "3"], standalone_mode=False)
+    assert "title 3" in capsys.readouterr().out
