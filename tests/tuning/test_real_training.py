@@ -37,8 +37,8 @@ def finished(
     models = {"raw_image": tiny_vision_model, "semantic_summary_small": tiny_text_model}
     config = load_config(
         TuneConfig,
-        dataset=folder / "shop",
-        out=folder / "sweep",
+        dataset="shop",  # relative, as people type it: trials must not look for it in their own folders
+        out="sweep",
         modes=tuple(models),
         trials=2,
         space={"batch_size": {"choice": [8, 16]}},
@@ -46,12 +46,14 @@ def finished(
         per_mode={mode: {"model": str(model)} for mode, model in models.items()},
         max_concurrent_trials=2,
     )
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
-    try:
-        run(config)
-        yield config
-    finally:
-        ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+        try:
+            run(config)
+            yield config
+        finally:
+            ray.shutdown()
 
 
 def test_every_mode_has_a_winner_with_a_curve_and_a_checkpoint(finished: TuneConfig) -> None:

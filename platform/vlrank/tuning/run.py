@@ -35,8 +35,14 @@ from vlrank.tuning.trials import Sweep, Trial, expected, rungs
 ERROR_FILE = "error.txt"
 """In a failed trial's run folder: the traceback of its last attempt."""
 _MAY_CHANGE = ("ray", "max_concurrent_trials", "trial_retries", "confirm_seeds", "test", "engine", "keep_checkpoints")
-# Ray Tune's own result files, state and boxes on stdout: the sweep has its own, and stdout belongs to the result.
-_QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "3600", "RAY_AIR_NEW_OUTPUT": "0"}
+_TUNE = {
+    # Ray Tune's own result files, state and boxes on stdout: the sweep has its own, and stdout belongs to the result.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Relative paths mean in a trial what they mean to `vlrank train`.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
 
 
 class Fitting(Protocol):
@@ -257,7 +263,7 @@ def _search(
         asha = AshaPerMode(sweep, longest, config.grace_period, config.reduction_factor)
     state = config.out.resolve() / ".tune"  # Tune insists on a place for its own state; nothing reads it again
     shutil.rmtree(state, ignore_errors=True)
-    with _environment(**_QUIET):
+    with _environment(**_TUNE):
         tuner = tune.Tuner(
             tune.with_resources(_driver(build), {"CPU": 0.1}),
             tune_config=tune.TuneConfig(
@@ -311,10 +317,10 @@ def _driver(build: Build) -> Callable[[dict[str, Any]], None]:
             tune.report(evaluation)  # what an earlier, killed sweep had trained but not yet written down
         error_file = Path(launched["runs"]) / launched["trial_id"] / ERROR_FILE
         error_file.unlink(missing_ok=True)
-        trainer = build(
-            config, name=launched["trial_id"], storage_path=launched["runs"], callbacks=[TuneReportCallback()]
-        )
         try:
+            trainer = build(
+                config, name=launched["trial_id"], storage_path=launched["runs"], callbacks=[TuneReportCallback()]
+            )
             outcome = getattr(trainer.fit(), "return_value", None)
             if isinstance(outcome, dict) and "problem" in outcome:  # how training tells what the user has to mend
                 raise UserError(outcome["problem"], outcome["remedy"])
