@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from vlrank.config import TrainConfig, TuneConfig, load_config
+from vlrank.config import EngineConfig, TrainConfig, TuneConfig, load_config
 from vlrank.data.dataset import Dataset
-from vlrank.tuning.run import run
+from vlrank.tuning import final
+from vlrank.tuning.run import mode_plan, run
 from vlrank.tuning.trials import Sweep
 
 pytestmark = pytest.mark.stack
@@ -81,3 +82,14 @@ def test_the_best_yaml_trains_to_exactly_the_same_validation_number(finished: Tu
     train(load_config(TrainConfig, file=Path(best["config"])))
     again = json.loads((finished.out / "best" / "semantic_summary_small" / "best.json").read_text())
     assert (again["metric"], again["value"]) == (best["metric"], best["value"])
+
+
+def test_the_winner_ranks_the_test_users_once(finished: TuneConfig) -> None:
+    config = finished.model_copy(update={"engine": EngineConfig(name="transformers")})
+    best = json.loads((config.out / "best.json").read_text())["semantic_summary_small"]
+    base = mode_plan(config, "semantic_summary_small").base
+    winner = config.out / "runs" / best["trial_id"]
+    metrics = final.test_metrics(config, base, winner)
+    assert 0 <= metrics["recall@1"] <= metrics["recall@5"] == 1, "5 candidates"
+    (winner / "best.json").unlink()
+    assert final.test_metrics(config, base, winner) == metrics, "kept: the test users are not looked at again"
