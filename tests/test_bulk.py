@@ -176,6 +176,11 @@ def test_out_of_memory_names_the_settings_to_lower(message: str) -> None:
     assert message[:40] in explained.problem
 
 
+def test_advice_that_mentions_memory_is_not_taken_for_a_full_gpu() -> None:
+    error = ValueError("Use the largest batch size that doesn't result in your GPU device running out of memory.")
+    assert bulk._explained(error) is error
+
+
 # ---- on Ray ----------------------------------------------------------------------------------------------------------
 
 

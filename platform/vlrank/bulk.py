@@ -396,7 +396,8 @@ def _exclusive(folder: Path) -> Iterator[None]:
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 _OUT_OF_MEMORY = (
-    "out of memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
     "OutOfMemoryError",
     "No available memory for the cache blocks",
     "is larger than the maximum number of tokens that can be stored in KV cache",

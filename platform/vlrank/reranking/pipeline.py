@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -327,7 +328,7 @@ def _rank(
     job = _Job(str(dataset.path.resolve()), folder, config.engine, split, f"qwen3vl/{folder.mode}", config.seed)
     result = run_bulk(
         work.wanted,
-        partial(_stages, job=job),
+        partial(_stages, job=job, shard_rows=config.shard_rows),
         shards,
         shard_rows=config.shard_rows,
         description="rerank" if split == config.split else f"rerank {split} users",
@@ -337,17 +338,24 @@ def _rank(
     return result, shards.committed().join(keys, on=["user_id", "input_hash"], how="semi", maintain_order="left")
 
 
-def _stages(dataset: ray.data.Dataset, job: _Job) -> ray.data.Dataset:
+def _stages(dataset: ray.data.Dataset, job: _Job, shard_rows: int) -> ray.data.Dataset:
     from ray.data import ActorPoolStrategy
 
     config = job.engine
     gpus = engine_gpus(config)
+    # vLLM takes prompts from several threads: the next shard's begin while the last ones of this shard are scored.
+    overlap = 2 if engine_name(config) == "vllm" else 1
     return dataset.map_batches(
         _Worker,
         fn_constructor_args=(job,),
-        batch_size=None,  # a shard at a time
+        batch_size=shard_rows,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=config.replicas),
+        compute=ActorPoolStrategy(
+            size=config.replicas,
+            max_tasks_in_flight_per_actor=2 * overlap,
+            max_concurrent_calls_per_actor=overlap,
+            enable_true_multi_threading=overlap > 1,
+        ),
         num_cpus=config.cpus,
         num_gpus=math.ceil(gpus * config.tensor_parallel_size) if gpus >= 1 else gpus,
     )
@@ -359,19 +367,20 @@ class _Worker:
     def __init__(self, job: _Job) -> None:
         self.job = job
         self.ranker = open_ranker(job.folder, job.engine, Dataset.open(job.dataset).item_meta())
+        self.counted = _engine_counts(self.ranker.engine)
+        self.counting = threading.Lock()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
         rows = batch.to_pylist()
-        engine: Any = self.ranker.engine
-        before = _engine_counts(engine)
         users = [
             UserLists(row["history"], row["candidates"], _user_seed(self.job.seed, row["user_id"])) for row in rows
         ]
         outcomes = [self._row(row, outcome) for row, outcome in zip(rows, self.ranker.rank(users), strict=True)]
-        # The engine counts for all its users at once: the shard's first row carries it.
-        after = _engine_counts(engine)
-        outcomes[0] |= {name: after[name] - before[name] for name in after}
+        # The engine counts for all its users at once: the shard's first row carries what has come since the last one.
+        with self.counting:
+            before, self.counted = self.counted, _engine_counts(self.ranker.engine)
+            outcomes[0] |= {name: value - before[name] for name, value in self.counted.items()}
         for outcome in outcomes:
             outcome[ENGINE_SECONDS] = time.monotonic() - started
         return pa.Table.from_pylist(outcomes, schema=_OUTCOME)
