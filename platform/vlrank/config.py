@@ -264,6 +264,9 @@ class TrainConfig(Config):
     patience: int = Field(5, ge=1, description="evaluations without improvement before stopping")
     loss: Literal["answer", "all"] = "answer"
     negatives: int = Field(19, ge=1, description="sampled per target")
+    negative_sampling: Literal["uniform", "popularity"] = Field(
+        "uniform", description="random negatives: all items alike, or in proportion to their training interactions + 1"
+    )
     candidates: str = Field(
         "ground_truth", description="ground_truth, or retrieval:NAME for negatives from candidates/NAME"
     )

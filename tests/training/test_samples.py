@@ -136,6 +136,17 @@ def test_the_share_of_random_negatives_moves_over_the_epochs() -> None:
     assert hard[0] < 20
 
 
+def test_negatives_by_popularity_follow_the_training_interactions() -> None:
+    # Items 1..5 were bought 40 times each, the other 95 never: 41 chances to 1.
+    sequences = {user: [1 + user % 5, 1 + (user + 1) % 5] for user in range(100)} | {999: [99, 100]}
+    samples = TrainingSamples(sequences, ITEMS, negatives=1, seed=0, sampling="popularity", per_user=1)
+    place = list(samples.users).index(999)
+    drawn = [next(iter(set(s.candidates) - {100})) for s in (samples.sample(epoch, place) for epoch in range(4000))]
+    share = sum(item <= 5 for item in drawn) / len(drawn)
+    assert abs(share - 5 * 41 / (5 * 41 + 93)) < 0.04
+    assert len(set(drawn)) > 60, "items that nobody bought occur too"
+
+
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
 

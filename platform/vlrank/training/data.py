@@ -159,6 +159,7 @@ def plan(config: TrainConfig, data: TrainingData) -> Plan:
         pools=data.pools or None,
         random_share=config.random_share,
         epochs=config.epochs,
+        sampling=config.negative_sampling,
     )
     validation = validation_samples(
         data.validation,

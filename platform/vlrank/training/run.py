@@ -256,7 +256,7 @@ def _watch(config: TrainConfig, total: int) -> Iterator[None]:
     seen = len(read_history(config.out))
 
     def follow() -> None:
-        shown, at = seen, 0
+        shown, at, warned = seen, 0, False
         with progress(f"train {config.mode}", total=total) as bar:
             while True:
                 finished = done.wait(0.3)
@@ -271,6 +271,9 @@ def _watch(config: TrainConfig, total: int) -> Iterator[None]:
                     mark = " [BEST]" if line["selection"] > best else ""
                     best = max(best, line["selection"])
                     console.print(epoch_line(line, config.epochs) + mark, markup=False)
+                    if line.get("guessing") and not warned:
+                        console.print(f"[yellow]Note:[/yellow] {_GUESSES}")
+                        warned = True
                 shown = len(history)
                 if finished:
                     bar.advance((history[-1]["step"] if history else at) - at, note="")
@@ -288,6 +291,12 @@ def _watch(config: TrainConfig, total: int) -> Iterator[None]:
 def epoch_line(line: Mapping[str, Any], epochs: int) -> str:
     """``[Qwen3VLReranker] Epoch 1/10 - val_Recall@10: 0.1234``."""
     return f"[Qwen3VLReranker] Epoch {line['epoch']}/{epochs} - val_{display_name(line['metric'])}: {line['value']:.4f}"
+
+
+_GUESSES = (
+    "neither loss nor validation tells this model from guessing yet. If it stays so: begin with random negatives "
+    "(random_share=[1, 0]) where they come from a retriever, take more steps, or another lr"
+)
 
 
 def _check_weights(folder: Path) -> None:

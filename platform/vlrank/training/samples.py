@@ -96,6 +96,9 @@ class TrainingSamples:
         pools: user id -> items of a retriever, best first; negatives are drawn from them first.
         random_share: Share of negatives drawn at random although there is a pool, in the first and the last epoch.
         epochs: Over how many epochs ``random_share`` moves from its first to its last value.
+        sampling: Random negatives are ``uniform``, or drawn by ``popularity``: in proportion to an item's training
+            interactions plus one. Popular items are targets more often, so against uniform negatives popularity alone
+            is a good answer; where all candidates are popular, as a retriever's are, it is none.
 
     Raises:
         UserError: no user with two items, or too few items to draw the negatives from.
@@ -117,6 +120,7 @@ class TrainingSamples:
         pools: Mapping[int, Sequence[int]] | None = None,
         random_share: tuple[float, float] = (0.0, 0.0),
         epochs: int = 1,
+        sampling: Literal["uniform", "popularity"] = "uniform",
     ) -> None:
         self._items = np.asarray(item_ids, dtype=np.int64)
         self._negatives = negatives
@@ -150,6 +154,10 @@ class TrainingSamples:
             for user in users
         }
         self._listed = {user: frozenset((pools or {}).get(user, ())) for user in users}
+        self._drawn_from = self._items
+        if sampling == "popularity":
+            bought = np.concatenate([np.asarray(items, dtype=np.int64) for items in sequences.values()])
+            self._drawn_from = np.concatenate([self._items, bought[np.isin(bought, self._items)]])
         counts = [len(self._sequences[user]) - 1 for user in users]
         counts = counts if per_user == "every_prefix" else [min(per_user, count) for count in counts]
         self._every_prefix = per_user == "every_prefix"
@@ -200,7 +208,7 @@ class TrainingSamples:
             n_pool = min(len(pool), int((rng.random(self._negatives) >= self.random_share(epoch)).sum()))
             chosen = [pool[i] for i in rng.choice(len(pool), size=n_pool, replace=False)]
             n_random -= n_pool
-        return chosen + draw_outside(rng, self._items, self._taken[user] | set(chosen), n_random)
+        return chosen + draw_outside(rng, self._drawn_from, self._taken[user] | set(chosen), n_random)
 
 
 def shuffle_in(rng: np.random.Generator, target: int, negatives: Sequence[int]) -> tuple[tuple[int, ...], int]:
@@ -211,15 +219,22 @@ def shuffle_in(rng: np.random.Generator, target: int, negatives: Sequence[int]) 
 
 
 def draw_outside(rng: np.random.Generator, items: np.ndarray, taken: frozenset[int] | set[int], n: int) -> list[int]:
-    """``n`` different items that are not taken, each set equally likely.
+    """``n`` different items that are not taken, one after the other, each entry of ``items`` equally likely.
 
-    Rejection is fast where the catalogue is large; where it is small the rest is listed and drawn from.
+    An item that is listed k times is drawn k times as often. Rejection is fast where most entries are free; where few
+    are, they are listed and shuffled.
+
+    Raises:
+        ValueError: fewer than ``n`` items are free.
     """
     if n <= 0:
         return []
     if len(items) < 4 * (n + len(taken)):
         rest = items[~np.isin(items, np.fromiter(taken, dtype=np.int64, count=len(taken)))]
-        return rng.choice(rest, size=n, replace=False).tolist()
+        free = list(dict.fromkeys(rng.permutation(rest).tolist()))
+        if len(free) < n:
+            raise ValueError(f"{n} items wanted, {len(free)} are free")
+        return free[:n]
     found: dict[int, None] = {}
     while len(found) < n:
         for item in items[rng.integers(len(items), size=2 * (n - len(found)))].tolist():

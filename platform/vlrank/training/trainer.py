@@ -242,6 +242,23 @@ class RerankTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
         return prefixed
 
+    def guesses(self, loss: float, recall_at_1: float) -> bool:
+        """Whether neither loss nor validation tells this model from one that guesses a number.
+
+        Knowing how answers look and nothing else costs ln(candidates) per answer (2.996 with 20). Hard negatives alone
+        can hold a model there for good, and the loss per token does not show it to people.
+
+        Args:
+            loss: Recent mean loss per learned token.
+            recall_at_1: Of the validation.
+        """
+        if self.config.loss != "answer":
+            return False
+        n = self.config.negatives + 1
+        chance = math.log(n) / float(np.mean([len(label) for label in self._encoder.trie(n).labels]))
+        noise = 2 * math.sqrt((n - 1) / n**2 / len(self.plan.validation))
+        return loss >= 0.98 * chance and recall_at_1 <= 1 / n + noise
+
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -406,6 +423,7 @@ class ReportCallback(TrainerCallback):
         progress: Called on rank 0 with the step and the latest loss, at most once a second.
         metric: What selects the best checkpoint.
         metric_names: What is reported of an evaluation.
+        guesses: `RerankTrainer.guesses`.
     """
 
     def __init__(
@@ -414,8 +432,9 @@ class ReportCallback(TrainerCallback):
         progress: Callable[[int, float | None], None],
         metric: str,
         metric_names: list[str],
+        guesses: Callable[[float, float], bool],
     ) -> None:
-        self._report, self._progress = report, progress
+        self._report, self._progress, self._guesses = report, progress, guesses
         self._metric, self._names = metric, metric_names
         self._loss: list[tuple[int, float]] = []
         self._shown = 0.0
@@ -442,16 +461,18 @@ class ReportCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Report."""
+        losses, recall = [loss for _, loss in self._loss], self._evaluated["recall@1"]
         metrics = {
             "epoch": math.ceil(round(state.epoch or 0, 6)),
             "step": state.global_step,
-            "loss": float(np.mean([loss for _, loss in self._loss])) if self._loss else float("nan"),
+            "loss": float(np.mean(losses)) if losses else float("nan"),
             **{name: self._evaluated[name] for name in self._names},
             "selection": self._evaluated["selection"],
             "metric": self._metric,
             "value": self._evaluated[self._metric],
             "best": state.best_global_step == state.global_step,
             "validation_s": round(self._evaluated["seconds"], 3),
+            "guessing": bool(losses) and self._guesses(float(np.mean(losses[len(losses) // 2 :])), recall),
         }
         self._loss.clear()
         self._report(metrics, Path(args.output_dir) / f"checkpoint-{state.global_step}")

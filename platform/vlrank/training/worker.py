@@ -149,7 +149,6 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         use_cpu=not on_gpu,
         ddp_find_unused_parameters=config.train_vision,
     )
-    names: list[str] = []
     trainer = RerankTrainer(
         trainable,
         arguments,
@@ -160,12 +159,11 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         validation_encoder=encoder,
         loader_workers=config.loader_workers if config.loader_workers is not None else (4 if on_gpu else 0),
         eval_tokens=32768 if on_gpu else 8192,
-        callbacks=[
-            EarlyStoppingCallback(config.patience),
-            ReportCallback(_reporter(home), show.step, run_plan.metric, names),
-        ],
+        callbacks=[EarlyStoppingCallback(config.patience)],
     )
-    names += trainer.metric_names
+    trainer.add_callback(
+        ReportCallback(_reporter(home), show.step, run_plan.metric, trainer.metric_names, trainer.guesses)
+    )
     last = ray.train.get_checkpoint()
     show(note="training")
     if last is None:
