@@ -158,7 +158,7 @@ def main() -> None:
 
     result = {
         "what": "raw CSV and Parquet metadata to a committed dataset: read, filter, k-core, split, write",
-        "command": "python bench/kcore.py " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python", "bench/kcore.py", *sys.argv[1:]]),
         "hardware": {
             "cores": len(os.sched_getaffinity(0)),
             "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),

@@ -40,7 +40,7 @@ VARIANTS: dict[str, str] = {
     "small/ours": "the same rows packed, answer-only head, bf16 adapters with float32 masters, compiled layers",
     "vl/plain-gc": "Qwen3-VL-2B full, text 8x2048: transformers with labels and gradient checkpointing, AdamW in bf16",
     "vl/ours": "the same rows, 4 packed rows of 4096, answer-only head, AdamW with float32 masters, compiled layers",
-    "lengths/plain": "Qwen3-0.6B LoRA, real prompts, batches of 32 padded: transformers + PEFT with labels",
+    "lengths/plain": "Qwen3-0.6B LoRA, 32 real prompts a step, padded, 8 in a pass: transformers + PEFT with labels",
     "lengths/padded": "the same prompts, padded, answer-only head, bf16 adapters, compiled layers (dynamic shapes)",
     "lengths/packed": "the same prompts packed into rows of 16384 tokens",
     "raw/pixels": "Qwen3-VL-2B LoRA, 20 pictures 224x224, pixels through the frozen tower each step, padded",
@@ -335,7 +335,8 @@ def build(name: str, args: argparse.Namespace) -> Work:
         wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=[int(os.environ["LOCAL_RANK"])])
     optimizer = make_optimizer(variant, model, plain)
     head = None if plain else AnswerHead(model)
-    forms = [collate(rows, packed, budget, vision, args) for rows in batches]
+    at_once = BATCH if plain else 32  # logits of 32 prompts are more than a GPU holds
+    forms = [collate(rows, packed, budget, vision, at_once) for rows in batches]
     device = next(model.parameters()).device
     at = 0
 
@@ -409,8 +410,8 @@ def make_optimizer(variant: str, model: Any, plain: bool) -> Any:
     return MasterAdamW(trained, lr=1e-5)
 
 
-def collate(rows: list[Any], packed: bool, budget: int, vision: bool, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The micro-batches of one step, pinned."""
+def collate(rows: list[Any], packed: bool, budget: int, vision: bool, at_once: int) -> list[dict[str, Any]]:
+    """The micro-batches of one step, pinned: packed rows of ``budget`` tokens, or ``at_once`` prompts side by side."""
     import torch
 
     from vlrank.training.collate import end_to_end, side_by_side
@@ -434,7 +435,8 @@ def collate(rows: list[Any], packed: bool, budget: int, vision: bool, args: argp
             for chosen in bins
         ]
     else:
-        batches = [side_by_side(rows, **form)]
+        passes = [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
+        batches = [side_by_side(chosen, **form) for chosen in passes]
     if not torch.cuda.is_available():
         return batches
     return [{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()} for batch in batches]
@@ -594,7 +596,7 @@ def unsloth_work(folder: Path, args: argparse.Namespace) -> Work:
 
     head = AnswerHead(model)
     batches = make_batches("small", args, model)
-    forms = [collate(rows, False, 0, False, args)[0] for rows in batches]
+    forms = [collate(rows, False, 0, False, BATCH)[0] for rows in batches]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     steps: Iterator[int] = iter(range(10**9))
