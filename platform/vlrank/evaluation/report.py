@@ -50,14 +50,6 @@ def render(config: EvaluateConfig, dataset: Dataset, groups: Sequence[Group]) ->
     Raises:
         UserError: a run or sweep folder of the config does not exist.
     """
-    import jinja2
-    from plotly.offline import get_plotlyjs
-
-    templates = files("vlrank.evaluation") / "templates"
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(label=label, display=display, percent=percent, number=number, p_value=p_value)
-    environment.globals.update(soft=soft)
-    page = environment.from_string((templates / "report.html.j2").read_text(encoding="utf-8"))
     items = _Items(dataset)
     views = [_view(config, dataset, group, items) for group in groups]
     data = {
@@ -67,15 +59,38 @@ def render(config: EvaluateConfig, dataset: Dataset, groups: Sequence[Group]) ->
         "runs": [_run_curves(path) for path in config.runs],
         "sweep": None if config.sweep is None else _sweep(config.sweep),
     }
-    counts = dataset.manifest.get("counts", {})
-    return page.render(
+    return _page(
         title=dataset.path.resolve().name,
-        version=vlrank.__version__,
-        counts=counts,
+        counts=dataset.manifest.get("counts", {}),
         split_method=dataset.manifest.get("split", {}).get("method", "leave_one_out"),
         config=config,
         groups=list(zip(groups, views, strict=True)),
         stages=_stages(config.stage_times),
+        data=data,
+    )
+
+
+def render_sweep(title: str, sweep: Path) -> str:
+    """A page with the trials of a sweep alone.
+
+    Raises:
+        UserError: the folder holds no sweep.
+    """
+    return _page(title=title, groups=[], stages=[], data={"groups": [], "runs": [], "sweep": _sweep(sweep)})
+
+
+def _page(data: Mapping[str, Any], **more: Any) -> str:
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    templates = files("vlrank.evaluation") / "templates"
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(label=label, display=display, percent=percent, number=number, p_value=p_value)
+    environment.globals.update(soft=soft)
+    page = environment.from_string((templates / "report.html.j2").read_text(encoding="utf-8"))
+    return page.render(
+        **more,
+        version=vlrank.__version__,
         data=data,
         data_json=_script_json(data),
         css=(templates / "report.css").read_text(encoding="utf-8"),
@@ -426,8 +441,10 @@ def _sweep(folder: Path) -> list[dict[str, Any]]:
             },
             "metric": str(row.get("metric", "")),
             "status": str(row.get("status", "")),
+            "seconds": row.get("seconds", 0.0),
+            "gpus": row.get("gpus", 0.0),
             "points": [
-                [entry["epoch"], entry["metric"]]
+                [entry["epoch"], entry["metric"], entry.get("seconds", 0.0)]
                 for entry in row.get("epochs", [])
                 if math.isfinite(entry.get("metric", math.nan))
             ],

@@ -1,9 +1,9 @@
 """``vlrank tune``: one sweep over any number of modes, Ray Tune over Ray Train.
 
 A sweep folder holds ``config.yaml``, ``trials.jsonl`` (see `vlrank.tuning.trials`), ``runs/TRIAL`` (run folders of
-``vlrank train``; only the winner of each mode keeps its checkpoints), ``best/MODE.yaml`` and ``best.json``. The same
-command continues a sweep that was killed, at any time: finished trials stay, interrupted ones go on from their last
-checkpoint.
+``vlrank train``; only the winner of each mode keeps its checkpoints), ``best/MODE.yaml``, ``best.json`` and
+``report.html``. The same command continues a sweep that was killed, at any time: finished trials stay, interrupted ones
+go on from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -436,6 +436,8 @@ def _conclude(
     test: Mapping[str, Mapping[str, float]],
 ) -> Summary:
     """Tables, best YAMLs and the summary."""
+    from vlrank.evaluation.report import render_sweep
+
     runs = config.out.resolve() / "runs"
     lines: dict[str, object] = {}
     chosen: dict[str, dict[str, Any]] = {}
@@ -463,6 +465,7 @@ def _conclude(
             chosen[plan.mode]["test"] = dict(test[plan.mode])
             lines[plan.mode] = f"{lines[plan.mode]}; on test {best.metric} {test[plan.mode][best.metric]:.4f}"
     atomic_write_json(config.out / "best.json", chosen)
+    atomic_write_text(config.out / "report.html", render_sweep(config.dataset.resolve().name, config.out))
     if not chosen:
         reasons = "\n".join(f"{mode}: {line}" for mode, line in lines.items())
         raise UserError(f"not one trial of the sweep succeeded\n{reasons}", "The same command tries them again.")
@@ -472,6 +475,7 @@ def _conclude(
     spent = sum(trial.seconds * trial.gpus for trial in trials) / 3600
     lines["epochs"] = f"{epochs:g} of {full} that full-length trials would take ({epochs / full:.0%})"
     lines["GPU-hours" if spent else "hours"] = spent or sum(trial.seconds for trial in trials) / 3600
+    lines["report"] = config.out / "report.html"
     lines["next"] = f"vlrank rerank {config.dataset} --model {next(iter(chosen.values()))['run']} ..."
     counts = {"trials": len(trials), "epochs": int(epochs)}
     counts |= {status: sum(t.status == status for t in trials) for status in ("completed", "stopped", "failed")}

@@ -228,14 +228,76 @@
     x: trial.points.map((p) => p[0]), y: trial.points.map((p) => p[1]), type: "scatter", mode: "lines+markers", name: plain(trial.mode), legendgroup: trial.mode,
     showlegend: sweep.find((other) => other.mode === trial.mode) === trial, line: { color: css(`--p${modes.indexOf(trial.mode) % 5}`), width: 1.5 }, marker: { size: 5 }, opacity: 0.8,
     hovertemplate: `epoch %{x}: %{y:.4f}<br>${about(trial)}<extra>${plain(trial.name)}</extra>`,
-  })), layout({ xaxis: axis("epoch"), yaxis: axis(label(sweep[0]?.metric ?? "metric"), { rangemode: "tozero" }) })]);
-  place("sweep-lr", () => [modes.map((mode, i) => {
-    const trials = sweep.filter((trial) => trial.mode === mode && trial.points.length && trial.config.lr);
-    return {
-      x: trials.map((trial) => trial.config.lr), y: trials.map((trial) => Math.max(...trial.points.map((p) => p[1]))), text: trials.map(about), type: "scatter", mode: "markers", name: plain(mode),
-      marker: { size: 10, color: css(`--p${i % 5}`), opacity: 0.85 }, hovertemplate: "%{y:.4f}<br>%{text}<extra></extra>",
+  })), layout({ xaxis: axis("epoch"), yaxis: axis(label(sweep[0]?.metric ?? "metric")) })]);
+  const value = (trial) => Math.max(...trial.points.map((p) => p[1]));
+  const tried = (mode) => sweep.filter((trial) => trial.mode === mode && trial.points.length);
+  const gpus = sweep.some((trial) => trial.gpus);
+  place("sweep-best", () => [modes.map((mode, i) => {
+    // In the order in which trials were planned, each after the one before: what they cost does not depend on how many ran at once.
+    let spent = 0, best = -Infinity;
+    const steps = tried(mode).flatMap((trial) => {
+      const at = trial.points.map(([, metric, seconds]) => [spent + seconds * (trial.gpus || 1) / 3600, best = Math.max(best, metric)]);
+      spent += trial.seconds * (trial.gpus || 1) / 3600;
+      return at;
+    });
+    return { x: steps.map((p) => p[0]), y: steps.map((p) => p[1]), type: "scatter", mode: "lines", name: plain(mode), line: { shape: "hv", color: css(`--p${i % 5}`), width: 2 }, hovertemplate: "%{y:.4f} after %{x:.3f} h<extra></extra>" };
+  }), layout({ xaxis: axis(gpus ? "GPU-hours" : "hours of trials"), yaxis: axis(label(sweep[0]?.metric ?? "metric")) })]);
+  const scale = (trials) => ({ color: trials.map(value), colorscale: "Viridis", showscale: true, colorbar: { thickness: 10, outlinewidth: 0, tickfont: { size: 11, color: css("--muted") } } });
+  const choice = document.querySelector("[data-sweep-mode]");
+  const shown = () => tried(choice ? pressed(choice) : modes[0]);
+  place("sweep-heat", () => {
+    const trials = shown().filter((trial) => trial.config.lr && trial.config.batch_size !== undefined);
+    const sizes = [...new Set(trials.map((trial) => trial.config.batch_size))].sort((a, b) => a - b);
+    const rates = trials.map((trial) => Math.log10(trial.config.lr));
+    const low = Math.min(...rates), width = (Math.max(...rates) - low) / 5 || 0.2;
+    const cell = (rate) => Math.min(4, Math.floor((rate - low) / width));
+    const best = sizes.map((size) => [0, 1, 2, 3, 4].map((column) => {
+      const here = trials.filter((trial, i) => trial.config.batch_size === size && cell(rates[i]) === column).map(value);
+      return here.length ? Math.max(...here) : null;
+    }));
+    const centre = (column) => low + (column + 0.5) * width;
+    const { color, ...look } = scale(trials);
+    return [[
+      { type: "heatmap", x: [0, 1, 2, 3, 4].map(centre), y: sizes.map(String), z: best, xgap: 2, ygap: 2, ...look, hovertemplate: "best %{z:.4f}<extra></extra>" },
+      { type: "scatter", mode: "markers", x: rates, y: trials.map((trial) => String(trial.config.batch_size)), text: trials.map((trial) => `${value(trial).toFixed(4)}<br>${about(trial)}`), marker: { size: 7, color: css("--panel"), line: { color: css("--ink"), width: 1.2 } }, hovertemplate: "%{text}<extra></extra>", showlegend: false },
+    ], layout({
+      legend: false, yaxis: axis("batch size", { type: "category" }),
+      xaxis: axis("learning rate", { tickvals: [0, 1, 2, 3, 4].map(centre), ticktext: [0, 1, 2, 3, 4].map((column) => Number((10 ** centre(column)).toPrecision(2)).toExponential()), range: [low - 0.05 * width, low + 5.05 * width] }),
+    })];
+  });
+  // Plotly's own parallel coordinates need WebGL, which phones and headless browsers may lack: plain lines do.
+  place("sweep-parallel", () => {
+    const trials = [...shown()].sort((x, y) => value(x) - value(y)); // the best on top
+    const keys = [...new Set(trials.flatMap((trial) => Object.keys(trial.config)))].filter((key) => new Set(trials.map((trial) => trial.config[key])).size > 1);
+    const round = (v) => typeof v === "number" ? String(Number(v.toPrecision(2))) : short(String(v), 14);
+    const dimension = (name, values) => {
+      const distinct = [...new Set(values)].sort((x, y) => (x > y) - (x < y));
+      if (distinct.length <= 4 || !values.every((v) => typeof v === "number"))
+        return { name, places: values.map((v) => distinct.length > 1 ? distinct.indexOf(v) / (distinct.length - 1) : 0.5), ticks: distinct.map((v, i) => [distinct.length > 1 ? i / (distinct.length - 1) : 0.5, round(v)]) };
+      const [low, high] = [distinct[0], distinct.at(-1)];
+      const scaled = low > 0 && high / low > 3 ? Math.log : (v) => v;
+      return { name, places: values.map((v) => (scaled(v) - scaled(low)) / (scaled(high) - scaled(low))), ticks: [[0, round(low)], [1, round(high)]] };
     };
-  }), layout({ xaxis: axis("learning rate", { type: "log" }), yaxis: axis(label(sweep[0]?.metric ?? "metric"), { rangemode: "tozero" }) })]);
+    const dimensions = [
+      ...keys.map((key) => dimension(key, trials.map((trial) => trial.config[key]))),
+      dimension("epochs run", trials.map((trial) => Math.max(...trial.points.map((p) => p[0])))),
+      dimension(label(trials[0]?.metric ?? "metric"), trials.map(value)),
+    ];
+    const result = dimensions.at(-1).places;
+    const traces = trials.map((trial, i) => ({
+      x: dimensions.map((_, j) => j), y: dimensions.map((d) => d.places[i]), type: "scatter", mode: "lines+markers", showlegend: false,
+      line: { color: css("--p0"), width: 1 + 1.5 * result[i] }, marker: { size: 4 }, opacity: 0.15 + 0.85 * result[i] ** 2,
+      hovertemplate: `${value(trial).toFixed(4)}<br>${about(trial)}<extra>${plain(trial.name)}</extra>`,
+    }));
+    const note = (x, y, text, more) => ({ x, y, text: plain(text), showarrow: false, bgcolor: css("--panel"), borderpad: 1, font: { size: 11, color: css("--muted") }, ...more });
+    return [traces, layout({
+      legend: false, hovermode: "closest", margin: { l: 34, r: 34, t: 8, b: 34 },
+      xaxis: axis("", { tickvals: dimensions.map((_, j) => j), ticktext: dimensions.map((d) => short(d.name, 14)), range: [-0.15, dimensions.length - 0.6] }),
+      yaxis: axis("", { showticklabels: false, showgrid: false, range: [-0.06, 1.06] }),
+      annotations: dimensions.flatMap((d, j) => d.ticks.map(([y, text]) => note(j, y, text, { xanchor: "left", xshift: 5 }))),
+    })];
+  });
+  if (choice) segmented(choice, () => all("[data-plot=sweep-heat], [data-plot=sweep-parallel]").forEach(draw));
 
   // ---- users
   function make(tag, className, text) {
