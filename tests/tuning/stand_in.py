@@ -30,12 +30,14 @@ class StandIn:
         self.run = Path(storage_path) / name
 
     def fit(self) -> None:
+        import ray
         from ray import tune
 
         checkpoint = self.run / "qwen3vl_rerank" / "checkpoint-1"
         checkpoint.mkdir(parents=True, exist_ok=True)
         (checkpoint / "model.safetensors").write_text("weights")
-        (self.run / "starts").open("a").write("start\n")
+        with (self.run / "starts").open("a") as file:
+            file.write(ray.get_runtime_context().get_node_id() + "\n")
         history = self.run / "history.jsonl"
         done = len(history.read_text().splitlines()) if history.exists() else 0
         for epoch in range(done + 1, self.config.epochs + 1):
