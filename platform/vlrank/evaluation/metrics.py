@@ -1,6 +1,6 @@
 """Ranking metrics, per user and averaged, with bootstrap intervals.
 
-Recall@K, HitRate@K, NDCG@K, MRR@K and MAP@K with binary relevance, as in trec_eval and ranx. With one target per user,
+Recall@K, HitRate@K, NDCG@K, MRR@K and MAP@K with binary relevance, as in trec_eval. With one target per user,
 as in leave-one-out, every metric is a function of the target's rank; so one small table of values per rank, the ranks'
 histogram and a multinomial draw give means and bootstrap intervals at a cost that does not grow with the users.
 """
