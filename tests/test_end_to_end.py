@@ -21,7 +21,15 @@ from vlrank.runtime import ray_session
 
 pytestmark = [pytest.mark.stack, pytest.mark.shared_data]
 
-TINY_TRAINING = ("epochs=1", "val_users=16", "ranking.max_history=3", "ranking.max_item_chars=60", "lr=1e-3")
+TINY_TRAINING = (
+    "epochs=1",
+    "val_users=16",
+    "negatives=5",
+    "metric=recall@1",
+    "ranking.max_history=3",
+    "ranking.max_item_chars=60",
+    "lr=1e-3",
+)
 ENGINE = ("engine.name=transformers", "engine.batch_size=16")
 
 

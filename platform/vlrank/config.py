@@ -307,7 +307,9 @@ class TrainConfig(Config):
     max_failures: int = Field(2, ge=0, description="worker failures survived by resuming from the last checkpoint")
     save_total_limit: int = Field(2, ge=1)
     resume: Literal["auto", "never"] = Field("auto", description="auto goes on from the last checkpoint in out")
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        (), description="TensorBoard's files lie in OUT/logs"
+    )
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")

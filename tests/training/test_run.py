@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,17 @@ def test_unknown_candidates_are_named(settings: Make) -> None:
 def test_unsloth_is_refused_where_it_cannot_serve(settings: Make) -> None:
     with pytest.raises(UserError, match="unsloth trains text models"):
         resolve_base(settings("caption", backend="unsloth"))
+
+
+def test_a_reporter_that_is_not_installed_is_named_before_anything_starts(settings: Make) -> None:
+    if find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    config = settings("caption", report_to=["wandb"])
+    with pytest.raises(UserError, match="pip install wandb"):
+        run(config)
+    assert not config.out.exists()
+    with pytest.raises(UserError, match="report_to"):
+        settings("caption", report_to=["weights"])
 
 
 def test_lists_in_memory_become_splits(told_shop: Dataset) -> None:

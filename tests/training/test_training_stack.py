@@ -26,7 +26,7 @@ def test_a_mode_trains_and_its_best_checkpoint_ranks(
     if mode == "semantic_summary_small":
         pytest.importorskip("bitsandbytes")
     full = mode == "raw_image"  # one mode trains everything, pixels included; the others adapt with LoRA
-    config = settings(mode, method="full" if full else "lora", train_vision=full)
+    config = settings(mode, method="full" if full else "lora", train_vision=full, report_to=["tensorboard"])
     summary = run(config)
 
     printed = capsys.readouterr().err
@@ -48,6 +48,9 @@ def test_a_mode_trains_and_its_best_checkpoint_ranks(
     assert (facts["mode"], facts["method"]) == (mode, "full" if full else "lora")
     assert RankingConfig(**facts["ranking"]) == config.ranking
     assert not list(checkpoint.glob("*args.bin"))
+    (events,) = (config.out / "logs").glob("events.out.tfevents.*")
+    assert b"train/loss" in events.read_bytes()
+    assert b"eval/recall_10" in events.read_bytes()
 
     from vlrank.engines.base import open_model
     from vlrank.engines.transformers import load_model, score_labels
@@ -87,5 +90,7 @@ def test_patience_and_a_metric_that_cannot_tell_models_apart(
     printed = " ".join(capsys.readouterr().err.split())
     assert "recall@10 is always 1 with 10 candidates; checkpoints are selected by ndcg@10" in printed
     assert "Early stopping at epoch 3" in printed
+    assert printed.count("neither loss nor validation tells this model from guessing") == 1
+    assert all(line["guessing"] for line in read_history(config.out))
     assert checkpoint.name == "checkpoint-5"
     assert Path(checkpoint / "adapter_model.safetensors").is_file()

@@ -157,6 +157,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Summary:
     config = config.model_copy(update={"out": config.out.resolve(), "dataset": config.dataset.resolve()})
     base = resolve_base(config)
+    _check_reporters(config)
     run_plan = plan(config, data)
     if _finished(config):
         console.print(f"{config.out} is finished already; delete it or set resume=never to train again")
@@ -215,6 +216,15 @@ def _finished(config: TrainConfig) -> bool:
             "Choose another --out, or set resume=never to replace it.",
         )
     return (out / "result.json").is_file()
+
+
+def _check_reporters(config: TrainConfig) -> None:
+    from importlib.util import find_spec
+
+    packages = {"tensorboard": ("tensorboardX", "tensorboard"), "mlflow": ("mlflow",), "wandb": ("wandb",)}
+    for name in config.report_to:
+        if not any(find_spec(package) for package in packages[name]):
+            raise UserError(f"report_to: {name}, but {packages[name][0]} is not installed", f"pip install {name}")
 
 
 def _check_resources(config: TrainConfig) -> None:
