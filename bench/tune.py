@@ -30,17 +30,16 @@ MODE = "semantic_summary_small"
 
 
 def make_data(folder: Path) -> tuple[Path, Path]:
-    """A shop whose summaries are the products' descriptions, and a tiny model without any training."""
-    from vlrank.demo.base_models import corpus, save_model, text_model, train_tokenizer
+    """A shop whose summaries are the products' descriptions, and the demo's small text model."""
+    from vlrank.demo.base_models import make_demo_models
 
-    shop = make_shop(folder / "shop", n_items=80, n_users=240)
+    shop = make_shop(folder / "shop", n_items=80, n_users=160)
     rows = [
         {"item_id": item, "text": text, "model": "shop", "prompt_id": "description", "input_hash": ""}
         for item, text in shop.items().select("item_id", "description").iter_rows()
     ]
     shop.add_generated("semantic_summary", rows)
-    tokenizer = train_tokenizer(corpus())
-    return shop.path, save_model(folder / "model", text_model(tokenizer), tokenizer)
+    return shop.path, make_demo_models(folder / "models")["text"]
 
 
 def replay(curves: list[Trial], epochs: int, grace: int, factor: int, concurrent: int, folder: Path) -> dict[str, Any]:
@@ -97,16 +96,18 @@ def main() -> None:
                 modes=MODE,
                 trials=arguments.trials,
                 scheduler="none",
-                # A model from scratch wants larger rates than the fine-tuning that configs/tune is made for.
-                space={"lr": {"loguniform": [3e-4, 3e-2]}, "batch_size": {"choice": [8, 16, 32]}},
+                # So small a model wants larger rates than those that configs/tune is made for.
+                space={"lr": {"loguniform": [1e-4, 3e-2]}, "batch_size": {"choice": [8, 16, 32]}},
                 train={
                     "model": str(model),
-                    "method": "full",
+                    "backend": "transformers",
+                    "load_in_4bit": False,
+                    "negatives": 9,
                     "epochs": arguments.epochs,
                     "patience": arguments.epochs,
                     "metric": "ndcg@10",
                     "seed": seed,
-                    "ranking": {"max_history": 5, "max_item_chars": 80},
+                    "ranking": {"max_history": 4, "max_item_chars": 80},
                 },
                 max_concurrent_trials=arguments.concurrent,
                 seed=seed,

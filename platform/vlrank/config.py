@@ -290,7 +290,9 @@ class TrainConfig(Config):
     )
     load_in_4bit: bool | None = Field(None, description="text LoRA: NF4 base weights; default true")
     packing: bool | None = Field(None, description="prompts back to back in rows of pack_tokens; default true on a GPU")
-    pack_tokens: int = Field(16384, ge=64, description="tokens of a packed row")
+    pack_tokens: int | None = Field(
+        None, ge=64, description="tokens of a packed row; default what a step fills well, at most 16384"
+    )
     compile: bool | None = Field(None, description="compile each decoder layer; default true on a GPU with packing")
     cache_vision: bool = Field(True, description="features of a frozen vision tower are computed once per picture")
     gradient_checkpointing: bool = False

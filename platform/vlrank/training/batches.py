@@ -57,7 +57,8 @@ class Steps(Dataset[Step]):
         encoder: Prompts -> token ids, in the mode that training shows.
         batch_size: Samples of a step over all ranks.
         micro_batch_size: Rows side by side; ignored when packing.
-        pack_tokens: Length of packed rows, or None to pad.
+        pack_tokens: Length of packed rows, or None to pad. A step with a longer prompt gets rows for the longest prompt
+            that the encoder makes, so that there are two shapes at most.
         rank, world: Which share of each step.
         vision: Whether the model is a Qwen3-VL.
         pad_id: Any token id that is no picture placeholder.
@@ -139,15 +140,17 @@ class Steps(Dataset[Step]):
                 side_by_side([rows[i] for i in chosen], **self._form)
                 for chosen in batches(lengths, self.micro_batch_size)
             ]
+        longest = self.encoder.ranking.max_prompt_tokens + ANSWER_ROOM
+        budget = self.pack_tokens if max(lengths) <= self.pack_tokens else max(longest, *lengths)
         return [
             end_to_end(
                 [rows[i] for i in chosen],
-                length=self.pack_tokens,
-                documents=min(self.batch_size, self.pack_tokens),
-                longest=min(self.pack_tokens, self.encoder.ranking.max_prompt_tokens + ANSWER_ROOM),
+                length=budget,
+                documents=min(self.batch_size, budget),
+                longest=min(budget, longest),
                 **self._form,
             )
-            for chosen in pack(lengths, self.pack_tokens)
+            for chosen in pack(lengths, budget)
         ]
 
     def _weight(self, sample: Sample) -> float:

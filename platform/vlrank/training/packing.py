@@ -5,9 +5,34 @@ Packing to a fixed budget keeps every shape static, so compiled layers are compi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+
+ROW_TOKENS = 16384
+"""Longest packed row unless the config says more: enough to fill a large GPU."""
+
+
+def row_length(lengths: Sequence[int], share: int, limit: int = ROW_TOKENS) -> int:
+    """The length of packed rows that steps of ``share`` prompts fill well.
+
+    A step's tokens vary around ``share * mean``; as few rows of at most ``limit`` tokens as hold nearly all steps are
+    shared out evenly. Where there are several, each has room for half a prompt more, because bins are never quite full.
+
+    Args:
+        lengths: Of some prompts, in tokens.
+        share: Prompts of one step on one device.
+        limit: Longest row, unless one prompt alone is longer.
+
+    >>> row_length([1000] * 50, share=8), row_length([1000] * 50, share=64)
+    (8064, 16512)
+    """
+    mean, spread = float(np.mean(lengths)), float(np.std(lengths))
+    step = share * mean + 2 * math.sqrt(share) * spread
+    rows = math.ceil(step / limit)
+    length = max(step / rows + (mean / 2 if rows > 1 else 0), max(lengths))
+    return math.ceil(length / 128) * 128
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:

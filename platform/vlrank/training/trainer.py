@@ -25,6 +25,7 @@ from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import Plan
 from vlrank.training.model import Base, Trainable, token_losses
 from vlrank.training.optim import MasterAdamW
+from vlrank.training.packing import ROW_TOKENS
 from vlrank.training.validation import encode_samples, rank_metrics, validation_ranks
 
 CHECKPOINT_FILE = "vlrank.json"
@@ -100,6 +101,7 @@ class RerankTrainer(Trainer):
         self._validation_prompts: list[Any] | None = None
         self._meter = _Meter()
         self._stability = Stability(math.log(len(trainable.encoder.tokenizer)))
+        self._norm: tuple[int, Callable[[], float]] | None = None
         self.bad: dict[str, tuple[str, str]] = {}
         super().__init__(
             model=trainable.model,
@@ -172,11 +174,19 @@ class RerankTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        # Called once per step, after all gradients are there and before they are used.
+        # Called once per step, after all gradients are there. Waiting for their norm would leave the GPU without work
+        # until the next step is launched, so the norm of the step before is looked at.
         norm = super()._clip_grad_norm(model)
         whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients have a sharded norm
-        self._stability.check_gradients(float(whole), self.state.global_step + 1)
+        self._check_gradients()
+        self._norm = self.state.global_step + 1, _read_later(whole)
         return whole
+
+    def _check_gradients(self) -> None:
+        """Look at the last norm that has not been looked at; nothing may be kept of a step before this."""
+        if self._norm is not None:
+            (step, read), self._norm = self._norm, None
+            self._stability.check_gradients(read(), step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Besides logging, stop a run whose loss explodes."""
@@ -212,6 +222,7 @@ class RerankTrainer(Trainer):
     ) -> dict[str, float]:
         """Rank the validation users' candidates, each rank its share of the users."""
         begun = time.perf_counter()
+        self._check_gradients()
         rank, world = self.args.process_index, self.args.world_size
         if self.config.parallel == "fsdp2":
             # Sharded weights are gathered by all ranks together: all must make the same passes, so all rank everybody.
@@ -262,6 +273,7 @@ class RerankTrainer(Trainer):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self._check_gradients()
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing needs
@@ -297,6 +309,22 @@ class RerankTrainer(Trainer):
         )
 
 
+def _read_later(value: torch.Tensor) -> Callable[[], float]:
+    """Copy a scalar to the host without waiting for it; the result waits, and only for this copy."""
+    if not value.is_cuda:
+        return lambda: float(value)
+    host = torch.empty((), dtype=value.dtype, pin_memory=True)
+    host.copy_(value, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> float:
+        copied.synchronize()
+        return float(host)
+
+    return read
+
+
 def write_checkpoint_facts(folder: Path, config: TrainConfig, base: Base) -> None:
     """Write `CHECKPOINT_FILE`."""
     facts = {
@@ -316,10 +344,9 @@ class DeviceFull(UserError):
 def device_full(config: TrainConfig, base: Base, when: str) -> DeviceFull:
     """The message for a full GPU: what to change, in the order of what it costs."""
     changes = []
-    if config.packing is not False and config.pack_tokens > config.ranking.max_prompt_tokens + ANSWER_ROOM:
-        changes.append(
-            f"pack_tokens={max(config.pack_tokens // 2, config.ranking.max_prompt_tokens + ANSWER_ROOM)} (same result)"
-        )
+    longest, row = config.ranking.max_prompt_tokens + ANSWER_ROOM, config.pack_tokens or ROW_TOKENS
+    if config.packing is not False and row > longest:
+        changes.append(f"pack_tokens={max(row // 2, longest)} (same result)")
     if (config.micro_batch_size or config.batch_size) > 1:
         half = max(1, (config.micro_batch_size or config.batch_size) // 2)
         changes.append(f"micro_batch_size={half} (same result), or auto_batch=true")
