@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -184,6 +185,13 @@ def test_advice_that_mentions_memory_is_not_taken_for_a_full_gpu() -> None:
 # ---- on Ray ----------------------------------------------------------------------------------------------------------
 
 
+class EngineThatAlwaysDies:
+    """What an engine does that runs out of memory at the first long prompt."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        os._exit(1)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     from ray import cloudpickle
@@ -282,3 +290,15 @@ def test_two_runs_on_one_folder_are_refused(cluster: None, tmp_path: Path) -> No
 def test_nothing_wanted_is_a_run_without_work(cluster: None, tmp_path: Path) -> None:
     result = run_bulk(make_wanted({}), _must_not_run, make_shards(tmp_path), shard_rows=10, description="nothing")
     assert dataclasses.replace(result, seconds=0.0) == BulkResult()
+
+
+@pytest.mark.stack
+def test_an_engine_that_always_dies_ends_the_run_with_its_remedy(cluster: None, tmp_path: Path) -> None:
+    def stages(dataset: Any) -> Any:
+        from ray.data import ActorPoolStrategy
+
+        pool = ActorPoolStrategy(size=1)
+        return dataset.map_batches(EngineThatAlwaysDies, compute=pool, num_cpus=1, **bulk.ENGINE_PROCESS)
+
+    with pytest.raises(UserError, match=r"engine's process died .* times"):
+        run_bulk(make_wanted({1: "a", 2: "b"}), stages, make_shards(tmp_path), shard_rows=1, description="dying")

@@ -33,6 +33,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -240,6 +241,7 @@ def run_bulk(
 
 def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int, description: str) -> dict[str, Any]:
     import ray.data
+    from ray.util.annotations import RayDeprecationWarning
 
     if os.environ.get("VLRANK_VERBOSE") != "1":
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -260,7 +262,10 @@ def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int,
     try:
         dataset = ray.data.range(n_shards, override_num_blocks=n_shards)
         dataset = dataset.map_batches(partial(_read_shards, plan=plan), batch_format="pyarrow", **light)
-        dataset = stages(dataset)
+        with warnings.catch_warnings():
+            # Ray 2.60 means to drop ENGINE_PROCESS's way of bounding restarts in 2.64 and has no other yet.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            dataset = stages(dataset)
         # Stages that carry pictures return small blocks (Ray Data cuts them at 128 MB on the way), and batches may join
         # some: make them shards again.
         dataset = dataset.repartition(target_num_rows_per_block=shard_rows, strict=True)
@@ -393,6 +398,12 @@ def _exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
+# ---- engines' processes ----------------------------------------------------------------------------------------------
+
+_RESTARTS = 5
+ENGINE_PROCESS: dict[str, Any] = {"max_restarts": _RESTARTS}
+"""For the step that holds the engines: Ray Data would start a process that dies anew for ever. Chance is survived."""
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 _OUT_OF_MEMORY = (
@@ -414,10 +425,16 @@ def _explained(error: BaseException) -> BaseException:
         seen.add(id(link))
         if isinstance(link, UserError):
             return link
-        text += f"\n{link}"
+        text += f"\n{type(link).__name__}: {link}"
         inner = getattr(link, "cause", None)  # of ray.exceptions.RayTaskError
         link = (inner if isinstance(inner, BaseException) else None) or link.__cause__ or link.__context__  # type: ignore[assignment]
     line = next((line.strip() for line in text.splitlines() if any(sign in line for sign in _OUT_OF_MEMORY)), None)
+    if line is None and "ActorDiedError" in text:
+        return UserError(
+            f"an engine's process died {_RESTARTS + 1} times",
+            "If its GPU's or the host's memory runs out, lower engine.max_model_len or engine.batch_size; "
+            "VLRANK_VERBOSE=1 shows what it printed. What is committed so far is kept.",
+        )
     if line is None:
         return error
     return UserError(

@@ -98,7 +98,7 @@ def test_patience_and_a_metric_that_cannot_tell_models_apart(
 
 def test_a_run_that_has_blown_up_stops_and_keeps_nothing_of_it(settings: Callable[..., TrainConfig]) -> None:
     config = settings("caption", lr=1e30, epochs=1, warmup_ratio=0.0, max_grad_norm=1e9)
-    with pytest.raises(UserError, match="not a number at step|exploded at step"):
+    with pytest.raises(UserError, match=r"not a number at step|exploded at step"):
         run(config)
     assert not list(config.out.glob("*/checkpoint-*"))
     assert not (config.out / "best.json").exists()

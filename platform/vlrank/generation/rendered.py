@@ -16,6 +16,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from vlrank.bulk import ENGINE_PROCESS
 from vlrank.config import EngineConfig
 from vlrank.engines.base import engine_gpus
 from vlrank.generation.stages import DATA, FAILED, PREPARE_CPUS, Job, cpu_env, prepare, vllm_engine_kwargs
@@ -62,6 +63,7 @@ def rendered_vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig, ren
         num_gpus=math.ceil(gpus * engine.tensor_parallel_size) if gpus >= 1 else gpus,
         zero_copy_batch=True,
         **environment,
+        **ENGINE_PROCESS,
     )
 
 

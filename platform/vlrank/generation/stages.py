@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlrank.bulk import ENGINE_SECONDS, ERROR, ERROR_TYPE, RETRY, TOKENS_IN, TOKENS_OUT
+from vlrank.bulk import ENGINE_PROCESS, ENGINE_SECONDS, ERROR, ERROR_TYPE, RETRY, TOKENS_IN, TOKENS_OUT
 from vlrank.config import EngineConfig
 from vlrank.engines.base import engine_gpus, engine_name
 from vlrank.errors import UserError
@@ -284,6 +284,7 @@ def _vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig) -> ray.data
     # Without its own last step the processor returns good and failed rows alike, in the column DATA; that step would
     # give the two kinds different columns.
     processor.postprocess = None
+    processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs |= ENGINE_PROCESS
     return processor(dataset)
 
 
@@ -352,6 +353,7 @@ def _transformers(dataset: ray.data.Dataset, job: Job, engine: EngineConfig) -> 
         compute=ActorPoolStrategy(size=engine.replicas),
         num_cpus=engine.cpus,
         num_gpus=math.ceil(gpus * engine.tensor_parallel_size) if gpus >= 1 else gpus,
+        **ENGINE_PROCESS,
     )
 
 

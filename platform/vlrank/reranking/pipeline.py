@@ -22,7 +22,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from vlrank.bulk import ENGINE_SECONDS, ERROR, ERROR_TYPE, TOKENS_IN, BulkResult, Shards, run_bulk
+from vlrank.bulk import ENGINE_PROCESS, ENGINE_SECONDS, ERROR, ERROR_TYPE, TOKENS_IN, BulkResult, Shards, run_bulk
 from vlrank.config import EngineConfig, RankingConfig, RerankConfig, Split, merge, validate
 from vlrank.console import Summary
 from vlrank.data.candidates_io import write_rankings
@@ -358,6 +358,7 @@ def _stages(dataset: ray.data.Dataset, job: _Job, shard_rows: int) -> ray.data.D
         ),
         num_cpus=config.cpus,
         num_gpus=math.ceil(gpus * config.tensor_parallel_size) if gpus >= 1 else gpus,
+        **ENGINE_PROCESS,
     )
 
 
