@@ -284,7 +284,6 @@ def _vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig) -> ray.data
     # Without its own last step the processor returns good and failed rows alike, in the column DATA; that step would
     # give the two kinds different columns.
     processor.postprocess = None
-    processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs |= ENGINE_PROCESS
     return processor(dataset)
 
 
