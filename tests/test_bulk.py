@@ -185,6 +185,13 @@ def test_advice_that_mentions_memory_is_not_taken_for_a_full_gpu() -> None:
 # ---- on Ray ----------------------------------------------------------------------------------------------------------
 
 
+class EngineThatCannotStart:
+    """Its constructor fails, as with a checkpoint that the engine does not know."""
+
+    def __init__(self) -> None:
+        raise ValueError("no such architecture")
+
+
 class EngineThatAlwaysDies:
     """What an engine does that runs out of memory at the first long prompt."""
 
@@ -302,3 +309,15 @@ def test_an_engine_that_always_dies_ends_the_run_with_its_remedy(cluster: None, 
 
     with pytest.raises(UserError, match=r"engine's process died .* times"):
         run_bulk(make_wanted({1: "a", 2: "b"}), stages, make_shards(tmp_path), shard_rows=1, description="dying")
+
+
+@pytest.mark.stack
+def test_an_engine_that_cannot_start_says_why(cluster: None, tmp_path: Path) -> None:
+    def stages(dataset: Any) -> Any:
+        from ray.data import ActorPoolStrategy
+
+        pool = ActorPoolStrategy(size=1)
+        return dataset.map_batches(EngineThatCannotStart, compute=pool, num_cpus=1, **bulk.ENGINE_PROCESS)
+
+    with pytest.raises(Exception, match="no such architecture"):
+        run_bulk(make_wanted({1: "a"}), stages, make_shards(tmp_path), shard_rows=1, description="starting")

@@ -429,7 +429,7 @@ def _explained(error: BaseException) -> BaseException:
         inner = getattr(link, "cause", None)  # of ray.exceptions.RayTaskError
         link = (inner if isinstance(inner, BaseException) else None) or link.__cause__ or link.__context__  # type: ignore[assignment]
     line = next((line.strip() for line in text.splitlines() if any(sign in line for sign in _OUT_OF_MEMORY)), None)
-    if line is None and "ActorDiedError" in text:
+    if line is None and "ActorDiedError" in text and "error raised in its creation task" not in text:
         return UserError(
             f"an engine's process died {_RESTARTS + 1} times",
             "If its GPU's or the host's memory runs out, lower engine.max_model_len or engine.batch_size; "
