@@ -72,8 +72,12 @@ def page(chromium: Any, report: Path) -> Iterator[Any]:
     chromium.set_window_size(1280, 1000)
     chromium.get(report.as_uri())
     yield chromium
-    problems = [entry for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
-    assert problems == []
+    assert problems(chromium) == []
+
+
+def problems(chromium: Any) -> list[Any]:
+    """What the console has to complain about."""
+    return [entry for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
 
 
 def count(page: Any, selector: str) -> int:

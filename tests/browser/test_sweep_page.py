@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tests.browser.test_report_page import count, scroll_to_all_charts
+from tests.browser.test_report_page import count, problems, scroll_to_all_charts
 from vlrank.evaluation.report import render_sweep
 
 
@@ -25,10 +25,6 @@ def sweep(folder: Path, modes: dict[str, list[dict[str, Any]]]) -> Path:
     page = folder / "report.html"
     page.write_text(render_sweep("shop", folder), encoding="utf-8")
     return page
-
-
-def problems(chromium: Any) -> list[Any]:
-    return [entry for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
 
 
 def test_all_plots_are_drawn_and_follow_the_mode(chromium: Any, tmp_path: Path) -> None:

@@ -107,13 +107,7 @@ class Steps(Dataset[Step]):
     def __getitem__(self, number: int) -> Step:
         drawn = self.drawn(number)
         own = [drawn[i] for i in share([self._weight(sample) for sample in drawn], self.rank, self.world)]
-        rows: list[Row] = []
-        bad: list[tuple[int, str, str]] = []
-        for sample in own:
-            try:
-                rows.append(self._row(sample))
-            except (PromptTooLong, OSError, ValueError) as error:
-                bad.append((sample.user_id, type(error).__name__, str(error)))
+        rows, bad = self._rows(own)
         answers = sum(len(row.targets) for row in rows)
         stand_in = [] if rows else [self._stand_in()]
         micro = self._micro_batches(rows or stand_in)
@@ -127,6 +121,22 @@ class Steps(Dataset[Step]):
             inserted=sum(sample.inserted for sample in own),
             bad=bad,
         )
+
+    def some_lengths(self, n: int = 256) -> list[int]:
+        """Tokens of the first rows of the first epoch, the same on every rank; prompts that cannot be made left out."""
+        rows, _ = self._rows([self.samples.sample(0, int(index)) for index in self.samples.order(0)[:n]])
+        return [len(row) for row in rows]
+
+    def _rows(self, samples: Sequence[Sample]) -> tuple[list[Row], list[tuple[int, str, str]]]:
+        """Rows, and (user, error type, message) of samples that could not be read."""
+        rows: list[Row] = []
+        bad: list[tuple[int, str, str]] = []
+        for sample in samples:
+            try:
+                rows.append(self._row(sample))
+            except (PromptTooLong, OSError, ValueError) as error:
+                bad.append((sample.user_id, type(error).__name__, str(error)))
+        return rows, bad
 
     def _row(self, sample: Sample) -> Row:
         history = [self.item_meta[item] for item in sample.history]

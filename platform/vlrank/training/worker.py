@@ -94,10 +94,7 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
     own_share = -(-config.batch_size // world)
     micro_batch_size = min(config.micro_batch_size or own_share, own_share)
     longest = config.ranking.max_prompt_tokens + ANSWER_ROOM
-    pack_tokens = None
-    if packing:
-        lengths = [] if config.pack_tokens else _some_lengths(run_plan, training_encoder)
-        pack_tokens = max(config.pack_tokens, longest) if config.pack_tokens else row_length(lengths, own_share)
+    pack_tokens = max(config.pack_tokens, longest) if packing and config.pack_tokens else None
     if config.auto_batch and on_gpu:
         show(note="finding the largest micro-batch")
         micro_batch_size, pack_tokens = _fit_memory(config, base, trainable, own_share, longest, packing)
@@ -115,6 +112,11 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         pictures=pictures,
         loss=config.loss,
     )
+    if packing and pack_tokens is None:
+        lengths = steps.some_lengths()
+        if not lengths:
+            raise UserError("not one prompt can be made", "Look at some items with `vlrank inspect`.")
+        steps.pack_tokens = row_length(lengths, own_share)
     sharding: dict[str, Any] = {}
     if config.parallel == "fsdp2":
         sharding = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": blocks(trainable.model)}}
@@ -181,27 +183,6 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
             trainer.train(resume_from_checkpoint=folder)
     shutil.rmtree(staging.parent, ignore_errors=True)
     return trainer.outcome()
-
-
-def _some_lengths(run_plan: Plan, encoder: Any, n: int = 256) -> list[int]:
-    """Tokens of some of the first epoch's prompts with their answers, the same on every rank.
-
-    Raises:
-        UserError: not one of them can be made.
-    """
-    from vlrank.reranking.encoding import PromptTooLong
-
-    lengths, problem = [], ""
-    for index in run_plan.samples.order(0)[:n]:
-        sample = run_plan.samples.sample(0, int(index))
-        history, candidates = ([run_plan.item_meta[i] for i in items] for items in (sample.history, sample.candidates))
-        try:
-            lengths.append(len(encoder.encode(history, candidates).ids) + ANSWER_ROOM)
-        except (PromptTooLong, OSError, ValueError) as error:
-            problem = str(error)
-    if not lengths:
-        raise UserError(f"not one of {n} prompts can be made: {problem}", "Look at some items with `vlrank inspect`.")
-    return lengths
 
 
 def _fit_memory(

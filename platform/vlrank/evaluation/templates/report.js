@@ -242,7 +242,6 @@
     });
     return { x: steps.map((p) => p[0]), y: steps.map((p) => p[1]), type: "scatter", mode: "lines", name: plain(mode), line: { shape: "hv", color: css(`--p${i % 5}`), width: 2 }, hovertemplate: "%{y:.4f} after %{x:.3f} h<extra></extra>" };
   }), layout({ xaxis: axis(gpus ? "GPU-hours" : "hours of trials"), yaxis: axis(label(sweep[0]?.metric ?? "metric")) })]);
-  const scale = (trials) => ({ color: trials.map(value), colorscale: "Viridis", showscale: true, colorbar: { thickness: 10, outlinewidth: 0, tickfont: { size: 11, color: css("--muted") } } });
   const choice = document.querySelector("[data-sweep-mode]");
   const shown = () => tried(choice ? pressed(choice) : modes[0]);
   place("sweep-heat", () => {
@@ -256,7 +255,7 @@
       return here.length ? Math.max(...here) : null;
     }));
     const centre = (column) => low + (column + 0.5) * width;
-    const { color, ...look } = scale(trials);
+    const look = { colorscale: "Viridis", showscale: true, colorbar: { thickness: 10, outlinewidth: 0, tickfont: { size: 11, color: css("--muted") } } };
     return [[
       { type: "heatmap", x: [0, 1, 2, 3, 4].map(centre), y: sizes.map(String), z: best, xgap: 2, ygap: 2, ...look, hovertemplate: "best %{z:.4f}<extra></extra>" },
       { type: "scatter", mode: "markers", x: rates, y: trials.map((trial) => String(trial.config.batch_size)), text: trials.map((trial) => `${value(trial).toFixed(4)}<br>${about(trial)}`), marker: { size: 7, color: css("--panel"), line: { color: css("--ink"), width: 1.2 } }, hovertemplate: "%{text}<extra></extra>", showlegend: false },
