@@ -31,6 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
+FOLDERS = {"vl": "qwen3-vl-2b", "raw": "qwen3-vl-2b", "smol": "smollm2-135m"}
 ANSWER = 3  # tokens of an answer: two digits and the end
 LENGTH, BATCH = 2048, 8
 
@@ -39,12 +40,14 @@ VARIANTS: dict[str, str] = {
     "small/plain": "Qwen3-0.6B LoRA r8, 8x2048: transformers + PEFT with labels, float32 adapters",
     "small/ours": "the same rows packed, answer-only head, bf16 adapters with float32 masters, compiled layers",
     "vl/plain-gc": "Qwen3-VL-2B full, text 8x2048: transformers with labels and gradient checkpointing, AdamW in bf16",
-    "vl/ours": "the same rows, 4 packed rows of 4096, answer-only head, AdamW with float32 masters, compiled layers",
+    "vl/ours": "the same rows, packed, answer-only head, AdamW with float32 masters, compiled layers",
     "lengths/plain": "Qwen3-0.6B LoRA, 32 real prompts a step, padded, 8 in a pass: transformers + PEFT with labels",
     "lengths/padded": "the same prompts, padded, answer-only head, bf16 adapters, compiled layers (dynamic shapes)",
-    "lengths/packed": "the same prompts packed into rows of 16384 tokens",
+    "lengths/packed": "the same prompts packed into rows as long as `row_length` says",
     "raw/pixels": "Qwen3-VL-2B LoRA, 20 pictures 224x224, pixels through the frozen tower each step, padded",
     "raw/cached": "the same with cached vision features (deepstack included), packed and compiled",
+    "smol/ours": "SmolLM2-135M full, 64 prompts of 450 to 750 tokens, packed",
+    "small/peft": "small/ours with PEFT's own LoRA layers",
     "small/eager": "small/ours without compilation",
     "small/padded": "small/ours side by side instead of packed",
     "small/unsloth": "Unsloth's own path: 4-bit base weights, LoRA r8, padded",
@@ -53,7 +56,7 @@ VARIANTS: dict[str, str] = {
     "vl/one-row": "vl/bf16 with one packed row of 16384",
     "vl/8bit-gc": "vl/ours with 8-bit paged AdamW and gradient checkpointing, one row of 2048 at a time",
     "raw/full-pixels": "raw/pixels, full fine-tuning of the language model (tower frozen), gradient checkpointing",
-    "raw/full-cached": "raw/cached, full fine-tuning of the language model, 4 rows",
+    "raw/full-cached": "raw/cached, full fine-tuning of the language model",
     "raw/packed-pixels": "raw/cached, but with pixels: what packing and compilation alone give",
 }
 DEFAULT = [name for name in VARIANTS if list(VARIANTS).index(name) < 10]
@@ -101,7 +104,7 @@ def main() -> None:
 def parent(args: argparse.Namespace) -> None:
     """Each variant in a subprocess; prints and stores the table."""
     begun = time.monotonic()
-    chosen = [v for v in VARIANTS if any(v.startswith(p) for p in args.only)] if args.only else DEFAULT
+    chosen = [v for prefix in args.only for v in VARIANTS if v.startswith(prefix)] or DEFAULT
     results: dict[str, Any] = {}
     for name in chosen:
         left = args.deadline - (time.monotonic() - begun)
@@ -290,16 +293,17 @@ def build(name: str, args: argparse.Namespace) -> Work:
 
     from vlrank.training.attention import compile_layers, use_packed_attention
     from vlrank.training.batches import to_device
+    from vlrank.training.lora import fuse_lora
     from vlrank.training.model import AnswerHead, core, token_losses
 
     random.seed(0)
     family, variant = name.split("/")
-    folder = args.config_dir / ("qwen3-vl-2b" if family in ("vl", "raw") else "qwen3-0.6b")
+    folder = args.config_dir / FOLDERS.get(family, "qwen3-0.6b")
     if variant == "unsloth":
         return unsloth_work(folder, args)
     model = random_model(folder, args.tiny)
     vision = hasattr(model.config, "vision_config")
-    full = family == "vl" or variant.startswith("full")
+    full = family in ("vl", "smol") or variant.startswith("full")
     plain = variant.startswith("plain")
     if family in ("small", "lengths"):
         model = with_lora(model, float32_adapters=plain)
@@ -314,15 +318,11 @@ def build(name: str, args: argparse.Namespace) -> Work:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     packed = variant not in ("padded", "plain", "plain-gc", "pixels", "full-pixels")
-    budget = {"vl": 4096}.get(family, 16384) if variant not in ("one-row", "8bit-gc") else 16384
-    if variant == "8bit-gc":
-        budget = LENGTH + ANSWER
-    if variant == "full-cached":
-        budget = 8192
-    if args.tiny:
-        budget = 512
+    budget = row_tokens(variant, core(model), batches)
     if packed:
         use_packed_attention(core(model))
+        if not full and variant != "peft":
+            fuse_lora(model)
     if variant != "eager" and (packed or variant == "padded"):
         if packed:
             compile_layers(core(model))
@@ -377,6 +377,19 @@ def build(name: str, args: argparse.Namespace) -> Work:
         )
         * mean,
     )
+
+
+def row_tokens(variant: str, model: Any, batches: list[list[Any]]) -> int:
+    """Length of packed rows, chosen as training does."""
+    from vlrank.training.packing import row_length, row_limit
+
+    if variant == "8bit-gc":
+        return LENGTH + ANSWER
+    if variant == "one-row":
+        return BATCH * LENGTH
+    text = model.config.get_text_config()
+    limit = row_limit(text.num_hidden_layers, text.hidden_size)
+    return row_length([len(row) for rows in batches for row in rows], len(batches[0]), limit)
 
 
 def plain_loss(model: Any, batch: dict[str, Any]) -> Any:
@@ -455,6 +468,9 @@ def make_batches(family: str, args: argparse.Namespace, model: Any) -> list[list
     if family == "raw":
         length = 96 if args.tiny else 600
         return [[random_row(length) for _ in range(BATCH)] for _ in range(4)]
+    if family == "smol":
+        lengths = [random.randrange(450, 750) // (8 if args.tiny else 1) for _ in range(256)]
+        return [[random_row(length) for length in lengths[i : i + 64]] for i in range(0, 256, 64)]
     lengths = real_lengths(args)
     if args.tiny:
         lengths = [max(8, length // 16) for length in lengths]
@@ -467,7 +483,7 @@ def random_row(length: int) -> Any:
 
     from vlrank.training.collate import Row
 
-    ids = np.array([random.randrange(1, 150_000) for _ in range(length)], dtype=np.int64)
+    ids = np.array([random.randrange(1, 49_000) for _ in range(length)], dtype=np.int64)
     places = np.arange(length - ANSWER, length)
     targets = np.array([random.randrange(15, 25) for _ in range(ANSWER)], dtype=np.int64)
     return Row(ids, np.tile(np.arange(length), (3, 1)), places, targets)

@@ -25,7 +25,6 @@ from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import Plan
 from vlrank.training.model import Base, Trainable, token_losses
 from vlrank.training.optim import MasterAdamW
-from vlrank.training.packing import ROW_TOKENS
 from vlrank.training.validation import encode_samples, rank_metrics, validation_ranks
 
 CHECKPOINT_FILE = "vlrank.json"
@@ -167,7 +166,8 @@ class RerankTrainer(Trainer):
                     self.accelerator.backward(part)
                 loss += part.detach()
         except torch.OutOfMemoryError as error:
-            raise device_full(self.config, self.base, f"step {self.state.global_step + 1}") from error
+            at = f"step {self.state.global_step + 1}"
+            raise device_full(self.config, self.base, at, self.steps.pack_tokens) from error
         self._meter.did(inputs)
         for user, kind, message in inputs["bad"]:
             self.bad[str(user)] = (kind, message)
@@ -341,13 +341,20 @@ class DeviceFull(UserError):
     """The GPU's memory ran out on one rank; the others know nothing of it."""
 
 
-def device_full(config: TrainConfig, base: Base, when: str) -> DeviceFull:
-    """The message for a full GPU: what to change, in the order of what it costs."""
+def device_full(config: TrainConfig, base: Base, when: str, row: int | None) -> DeviceFull:
+    """The message for a full GPU: what to change, in the order of what it costs.
+
+    Args:
+        config, base: The run.
+        when: Where it happened.
+        row: Tokens of a packed row; None without packing.
+    """
     changes = []
-    longest, row = config.ranking.max_prompt_tokens + ANSWER_ROOM, config.pack_tokens or ROW_TOKENS
-    if config.packing is not False and row > longest:
-        changes.append(f"pack_tokens={max(row // 2, longest)} (same result)")
-    if (config.micro_batch_size or config.batch_size) > 1:
+    longest = config.ranking.max_prompt_tokens + ANSWER_ROOM
+    if row is not None:  # packed; micro-batches do not matter
+        if row > longest:
+            changes.append(f"pack_tokens={max(row // 2, longest)} (same result), or auto_batch=true")
+    elif (config.micro_batch_size or config.batch_size) > 1:
         half = max(1, (config.micro_batch_size or config.batch_size) // 2)
         changes.append(f"micro_batch_size={half} (same result), or auto_batch=true")
     if config.loss == "all":

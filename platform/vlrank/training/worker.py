@@ -17,7 +17,7 @@ from vlrank.errors import UserError
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import Plan, TrainingData, pictures_folder, plan
 from vlrank.training.model import FOLDERS, Base
-from vlrank.training.packing import row_length
+from vlrank.training.packing import row_length, row_limit
 
 PROGRESS_FILE = "progress.json"
 _OPTIMIZERS = {
@@ -89,15 +89,16 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         from vlrank.training.attention import compile_layers, use_packed_attention
 
         use_packed_attention(core(trainable.model))
+        if on_gpu and base.method == "lora" and config.parallel == "ddp":
+            from vlrank.training.lora import fuse_lora
+
+            fuse_lora(trainable.model)
         if config.compile if config.compile is not None else on_gpu:
             compile_layers(core(trainable.model))
     own_share = -(-config.batch_size // world)
     micro_batch_size = min(config.micro_batch_size or own_share, own_share)
     longest = config.ranking.max_prompt_tokens + ANSWER_ROOM
     pack_tokens = max(config.pack_tokens, longest) if packing and config.pack_tokens else None
-    if config.auto_batch and on_gpu:
-        show(note="finding the largest micro-batch")
-        micro_batch_size, pack_tokens = _fit_memory(config, base, trainable, own_share, longest, packing)
     steps = Steps(
         run_plan.samples,
         run_plan.item_meta,
@@ -112,11 +113,19 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         pictures=pictures,
         loss=config.loss,
     )
+    lengths = steps.some_lengths() if packing else []
+    if packing and not lengths:
+        raise UserError("not one prompt can be made", "Look at some items with `vlrank inspect`.")
+    limit = pack_tokens
+    if config.auto_batch and on_gpu:
+        show(note="finding the largest micro-batch")
+        start = row_length(lengths, own_share, own_share * longest) if packing else own_share
+        fits = _fit_memory(config, base, trainable, start, longest, own_share if packing else None)
+        limit, steps.micro_batch_size = (fits, own_share) if packing else (None, fits)
     if packing and pack_tokens is None:
-        lengths = steps.some_lengths()
-        if not lengths:
-            raise UserError("not one prompt can be made", "Look at some items with `vlrank inspect`.")
-        steps.pack_tokens = row_length(lengths, own_share)
+        text = core(trainable.model).config.get_text_config()
+        limit = limit or row_limit(text.num_hidden_layers, text.hidden_size)
+        steps.pack_tokens = row_length(lengths, own_share, limit)
     sharding: dict[str, Any] = {}
     if config.parallel == "fsdp2":
         sharding = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": blocks(trainable.model)}}
@@ -186,9 +195,15 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
 
 
 def _fit_memory(
-    config: TrainConfig, base: Base, trainable: Any, own_share: int, longest: int, packing: bool
-) -> tuple[int, int | None]:
+    config: TrainConfig, base: Base, trainable: Any, start: int, longest: int, documents: int | None
+) -> int:
     """The largest micro-batch of longest prompts, or the longest packed row, whose pass and optimizer state fit.
+
+    Args:
+        config, base, trainable: The run.
+        start: What to try first: tokens of a packed row, or rows side by side.
+        longest: Tokens of the longest prompt with its answer.
+        documents: Prompts of a packed row at most; None without packing.
 
     Raises:
         UserError: not even one prompt fits.
@@ -210,8 +225,8 @@ def _fit_memory(
     def attempt(size: int) -> None:
         # What AdamW will need beside weights and gradients: moments and, for bfloat16 weights, masters.
         moments = [torch.empty(p.numel(), 3, device=p.device) for p in trained]
-        if packing:
-            batch = end_to_end([row] * (size // longest), length=size, documents=own_share, longest=longest, **form)
+        if documents is not None:
+            batch = end_to_end([row] * (size // longest), length=size, documents=documents, longest=longest, **form)
         else:
             batch = side_by_side([row] * size, **form)
         batch = to_device(batch, trained[0].device)
@@ -219,11 +234,11 @@ def _fit_memory(
         trainable.model.zero_grad(set_to_none=True)
         del moments
 
-    largest = own_share * longest if packing else own_share
-    found = largest_that_fits(attempt, largest, longest if packing else 1)
+    smallest = 1 if documents is None else longest
+    found = largest_that_fits(attempt, max(start, smallest), smallest)
     if found is None:
-        raise device_full(config, base, "the first pass of a single prompt")
-    return (own_share, found) if packing else (found, None)
+        raise device_full(config, base, "the first pass of a single prompt", None)
+    return found
 
 
 def _prepare_pictures(

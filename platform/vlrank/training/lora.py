@@ -1,0 +1,138 @@
+"""LoRA without its memory traffic: projections that read the same input share one product with it.
+
+An adapter of rank 8 adds nothing to the arithmetic of a projection and doubles its memory traffic: PEFT's layers read
+the input once more for each A, and write and read each output once more to add B to it. Here the input of a group
+(query, key and value; gate and up) meets one matrix of all A; that product is put behind the input, B behind the frozen
+weight, and one matrix product gives everything: ``[x | x A^T] [W | s B]^T``. The backward pass has the same form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import nn
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Projections with one input, in the order in which Qwen3, Qwen3-VL and Llama call them."""
+
+
+class _Projections(torch.autograd.Function):
+    """``y = x W^T + (x A^T) B^T`` with W frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """See `project`. x [M, K], weight [N, K], a [R, K], b [N, R] -> [M, N]."""
+        low = x @ a.T
+        ctx.save_for_backward(x, low, weight, a, b)
+        return torch.cat([x, low], dim=1) @ torch.cat([weight, b], dim=1).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, a and b."""
+        x, low, weight, a, b = ctx.saved_tensors
+        grad_x, grad_low = (grad @ torch.cat([weight, b], dim=1)).split([x.shape[1], low.shape[1]], dim=1)
+        return grad_x + grad_low @ a, None, grad_low.T @ x, grad.T @ low
+
+
+def project(x: torch.Tensor, layers: list[Linear], weight: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs of several LoRA layers for one input.
+
+    Args:
+        x: [..., K].
+        layers: With one adapter each, r_i of it.
+        weight: Their base weights, one behind the other, [sum of N_i, K].
+
+    Returns:
+        [..., N_i] for each layer.
+    """
+    name = layers[0].active_adapters[0]
+    a = torch.cat([layer.lora_A[name].weight for layer in layers])
+    b = torch.block_diag(*(layer.lora_B[name].weight * layer.scaling[name] for layer in layers))
+    y = _Projections.apply(x.reshape(-1, x.shape[-1]), weight, a.to(x.dtype), b.to(x.dtype))
+    sizes = [layer.out_features for layer in layers]
+    return [part.reshape(*x.shape[:-1], -1) for part in y.split(sizes, dim=1)]
+
+
+class _First(Linear):
+    """The layer of a group that is called first; it computes the others' outputs with its own."""
+
+    others: list[_Other]
+    weights: list[torch.Tensor]  # in a list, so that it is no part of the model's state
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As PEFT's, and leaves the others' outputs with them."""
+        layers = [self, *self.others]
+        if args or kwargs or not all(map(_active, layers)):
+            return super().forward(x, *args, **kwargs)
+        own, *rest = project(x, layers, self.weights[0])
+        for layer, output in zip(self.others, rest, strict=True):
+            layer.ready = (x, output)
+        return own
+
+
+class _Other(Linear):
+    """A layer whose output `_First` computes."""
+
+    ready: tuple[torch.Tensor, torch.Tensor] | None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As PEFT's."""
+        ready, self.ready = self.ready, None
+        if ready is not None and ready[0] is x:
+            return ready[1]
+        return super().forward(x, *args, **kwargs)
+
+
+def _active(layer: Linear) -> bool:
+    return not layer.disable_adapters and not layer.merged
+
+
+def fuse_lora(model: Any) -> int:
+    """Let LoRA layers of one input compute together, in place; call it once the model is where it will be trained.
+
+    Adapters keep their names and their places, so checkpoints are those of PEFT. Layers that are not plain (quantised,
+    with a bias, dropout, DoRA or several adapters) stay as they are.
+
+    Args:
+        model: A `PeftModel`, or anything with `peft.tuners.lora.Linear` inside.
+
+    Returns:
+        Layers that were changed.
+    """
+    changed = 0
+    for parent in list(model.modules()):
+        for names in GROUPS:
+            layers: list[Any] = [layer for name in names if _plain(layer := getattr(parent, name, None))]
+            if not layers:
+                continue
+            weight = torch.cat([layer.get_base_layer().weight.detach() for layer in layers])
+            bases = [layer.get_base_layer() for layer in layers]
+            for base, part in zip(bases, weight.split([base.out_features for base in bases]), strict=True):
+                base.weight.data = part  # one copy in memory
+            first, *others = layers
+            for layer in others:
+                layer.__class__ = _Other
+                layer.ready = None
+            first.__class__ = _First
+            first.others, first.weights = others, [weight]
+            changed += len(layers)
+    return changed
+
+
+def _plain(layer: Any) -> bool:
+    if type(layer) is not Linear or type(layer.get_base_layer()) is not nn.Linear:
+        return False
+    (name, *more) = layer.active_adapters
+    weight = layer.get_base_layer().weight
+    return (
+        not more
+        and list(layer.lora_A) == [name]
+        and not layer.use_dora.get(name, False)
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+        and layer.get_base_layer().bias is None
+        and layer.lora_B[name].bias is None
+        and not weight.requires_grad
+        and weight.is_floating_point()
+    )
