@@ -387,8 +387,11 @@ def row_tokens(variant: str, model: Any, batches: list[list[Any]]) -> int:
         return LENGTH + ANSWER
     if variant == "one-row":
         return BATCH * LENGTH
+    import torch
+
     text = model.config.get_text_config()
-    limit = row_limit(text.num_hidden_layers, text.hidden_size)
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else float("inf")
+    limit = row_limit(text.num_hidden_layers, text.hidden_size, memory)
     return row_length([len(row) for rows in batches for row in rows], len(batches[0]), limit)
 
 

@@ -95,6 +95,12 @@ def _engines() -> Iterator[Check]:
     yield Check("vllm", "ok", vllm) if vllm else Check("vllm", "missing", missing, extra)
     yield _package("unsloth", "mode semantic_summary_small", extra)
     yield _package("bitsandbytes", "4-bit models and 8-bit optimizers", extra)
+    if gpu and torch.cuda.get_device_capability()[0] >= 9:
+        flash = _version("flash-attn-4")
+        absent = Check(
+            "flash-attn-4", "note", "not there: training would be faster with it", "pip install 'vlrank[flash]'"
+        )
+        yield Check("flash-attn-4", "ok", flash) if flash else absent
 
 
 def _ray() -> Check:

@@ -10,20 +10,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_ROW_WORK = 28 * 1024 * 16384
+_ROW_BYTES = 44
 
 
-def row_limit(layers: int, hidden: int) -> int:
-    """Longest packed row for a model unless the config says more.
+def row_limit(layers: int, hidden: int, memory: float) -> int:
+    """Longest packed row unless the config says more: what a row must remember may take a quarter of the GPU.
 
-    Long rows keep a large GPU busy, and what a row must remember for the backward pass grows with its tokens times the
-    model's layers times their width. 16,384 tokens of Qwen3-0.6B (28 layers of 1024) take about 20 GiB; other models
-    get rows that take as much.
+    Long rows keep a large GPU busy; a small model needs longer ones. Every layer keeps about 44 bytes per token and
+    hidden unit for the backward pass (measured: 16,384 tokens of Qwen3-0.6B, 28 layers of 1024, take 20 GiB).
 
-    >>> row_limit(layers=28, hidden=1024), row_limit(layers=28, hidden=2048), row_limit(layers=2, hidden=64)
-    (16384, 8192, 65536)
+    Args:
+        layers: Of the language model.
+        hidden: Their width.
+        memory: Bytes of the GPU.
+
+    >>> h100 = 79.2 * 2**30
+    >>> row_limit(28, 1024, h100), row_limit(28, 2048, h100), row_limit(30, 576, h100), row_limit(28, 1024, h100 / 3)
+    (16384, 8192, 27648, 5120)
     """
-    return max(2048, min(65536, _ROW_WORK // (layers * hidden)) // 1024 * 1024)
+    tokens = memory / 4 / (_ROW_BYTES * layers * hidden)
+    return int(max(2.0, min(64.0, tokens / 1024))) * 1024
 
 
 def row_length(lengths: Sequence[int], share: int, limit: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -58,6 +59,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
 def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, world: int) -> Any:
     import ray.train
     import ray.train.torch
+    import torch
 
     quiet_libraries()
     if base.unsloth:
@@ -124,7 +126,8 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         limit, steps.micro_batch_size = (fits, own_share) if packing else (None, fits)
     if packing and pack_tokens is None:
         text = core(trainable.model).config.get_text_config()
-        limit = limit or row_limit(text.num_hidden_layers, text.hidden_size)
+        memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
+        limit = limit or row_limit(text.num_hidden_layers, text.hidden_size, memory)
         steps.pack_tokens = row_length(lengths, own_share, limit)
     sharding: dict[str, Any] = {}
     if config.parallel == "fsdp2":
