@@ -141,19 +141,21 @@ class RerankTrainer(Trainer):
         Returns:
             This rank's part of the mean loss per learned token, scaled so that the mean over ranks is the loss.
         """
-        model.train()
+        if not model.training:  # walking through all modules in every step takes milliseconds
+            model.train()
         inputs = self._prepare_inputs(inputs)
         micro, world = inputs["micro"], self.args.world_size
-        counts = torch.tensor([inputs["answers"], len(micro)], dtype=torch.int64, device=self.args.device)
+        # Nothing here may wait for the GPU: it would run dry while the next kernels are launched.
+        scale: Any = world / max(1, inputs["answers"])
+        repeats = 0
         if world > 1:
-            answers, longest = counts[:1].clone(), counts[1:].clone()
-            dist.all_reduce(answers)
-            dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-            total, passes = int(answers), int(longest)
-        else:
-            total, passes = int(inputs["answers"]), len(micro)
-        # Sharded weights are gathered by all ranks together, so every rank makes as many passes as the busiest one.
-        repeats = passes - len(micro) if self.config.parallel == "fsdp2" else 0
+            counts = torch.tensor([inputs["answers"], len(micro)]).to(self.args.device, non_blocking=True)
+            dist.all_reduce(counts[:1])
+            scale = world / counts[0].clamp(min=1)
+            if self.config.parallel == "fsdp2":
+                # Sharded weights are gathered by all ranks together: all make as many passes as the busiest one.
+                dist.all_reduce(counts[1:], op=dist.ReduceOp.MAX)
+                repeats = int(counts[1]) - len(micro)
         work = [(batch, inputs["answers"] > 0) for batch in micro] + [(micro[-1], False)] * repeats
         loss = torch.zeros((), device=self.args.device)
         try:
@@ -161,7 +163,7 @@ class RerankTrainer(Trainer):
                 last = i == len(work) - 1
                 with nullcontext() if last or world == 1 else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
-                        part = token_losses(model, self.head, batch).sum() * (world / max(1, total))
+                        part = token_losses(model, self.head, batch).sum() * scale
                         part = part if counted else part * 0.0  # keeps the output connected to the model
                     self.accelerator.backward(part)
                 loss += part.detach()
