@@ -21,8 +21,9 @@ would be skipped as done; failed rows count as done for ever; its ids live besid
 and it appends every row again when its folder is cleaned. The price of our way is the anti-join on the driver: two
 columns of the committed shards in memory, some 100 bytes per row.
 
-**Where.** ``folder`` and ``quarantine`` are folders that the driver and all workers share: a local disk on one machine,
-NFS or Lustre on a cluster. Renames have to be atomic, which rules out most object-store mounts.
+**Where.** ``folder`` and ``quarantine`` are what the driver and all workers share: a local disk on one machine, NFS or
+Lustre on a cluster, or a bucket (`vlrank.storage`), where a shard is one upload instead of a rename. Folders need
+atomic renames, which rules out most mounts of object stores: give a bucket by its URL.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -47,8 +47,9 @@ import pyarrow.parquet as pq
 
 from vlrank.console import progress
 from vlrank.data.schemas import BULK_QUARANTINE
-from vlrank.data.tables import atomic_path, disk_errors, empty_frame, write_parquet_atomic
+from vlrank.data.tables import atomic_path, disk_errors, empty_frame, parquet_file, write_parquet_atomic
 from vlrank.errors import UserError
+from vlrank.storage import BucketPath, Location, claim, each, listing
 
 if TYPE_CHECKING:
     import ray.data
@@ -74,10 +75,10 @@ class Shards:
         stage: The ``stage`` column of quarantined rows, e.g. ``"caption"``.
     """
 
-    folder: Path
+    folder: Location
     schema: pa.Schema
     key: str
-    quarantine: Path
+    quarantine: Location
     stage: str
 
     def committed(self) -> pl.DataFrame:
@@ -116,11 +117,12 @@ class Shards:
         as_text = [pl.col(self.key).cast(pl.String).alias("key"), "input_hash"]
         self._prune(self.quarantine, "key", failed.select(as_text), known=current.select(as_text)["key"])
 
-    def _prune(self, folder: Path, key: str, current: pl.DataFrame, known: pl.Series | None = None) -> None:
+    def _prune(self, folder: Location, key: str, current: pl.DataFrame, known: pl.Series | None = None) -> None:
         known = current[key] if known is None else known
         seen: set[Any] = set()
-        for path in reversed(_files(folder)):
-            table = pl.read_parquet(path)
+        newest_first = _files(folder)[::-1]
+        for path, shard in zip(newest_first, each(_read, newest_first), strict=True):
+            table = _frame(shard)
             rows = table.select(key, "input_hash").join(
                 current.select(key, "input_hash").with_columns(current=True),
                 on=[key, "input_hash"],
@@ -136,18 +138,15 @@ class Shards:
             if kept.is_empty():
                 path.unlink()
             else:
-                write_parquet_atomic(kept, path, pq.read_schema(path))
+                write_parquet_atomic(kept, path, shard.schema)
 
     def _newest(
-        self, folder: Path, schema: pa.Schema, key: str | None = None, columns: Sequence[str] | None = None
+        self, folder: Location, schema: pa.Schema, key: str | None = None, columns: Sequence[str] | None = None
     ) -> pl.DataFrame:
         columns = list(columns or schema.names)
         empty = empty_frame(schema).select(columns)
         # Rows that other code put into quarantine have no hash: diagonal.
-        parts = [
-            pl.read_parquet(path).select(pl.col(n) for n in columns if n in pq.read_schema(path).names)
-            for path in _files(folder)
-        ]
+        parts = [_frame(part) for part in each(partial(_read, columns=columns), _files(folder))]
         return pl.concat([empty, *parts], how="diagonal").unique(key or self.key, keep="last", maintain_order=True)
 
 
@@ -291,16 +290,15 @@ def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int,
     return {**counts, "retry": tuple(retry), "working_seconds": working}
 
 
-def _read_shards(batch: pa.Table, plan: Path) -> Iterator[pa.Table]:
-    with pq.ParquetFile(plan) as file:
+def _read_shards(batch: pa.Table, plan: Location) -> Iterator[pa.Table]:
+    with pq.ParquetFile(plan.open("rb")) as file:
         for number in batch["id"].to_pylist():
             yield file.read_row_group(number)
 
 
 def _commit(block: pa.Table, shards: Shards, run: str) -> pa.Table:
     """Write one block; returns one row of counts. Runs in a worker."""
-    table = pl.from_arrow(block)
-    assert isinstance(table, pl.DataFrame)
+    table = _frame(block)
     if table.is_empty():
         return pa.table({"rows": pa.array([], pa.int64())})
     for name, dtype in (
@@ -350,8 +348,20 @@ def _commit(block: pa.Table, shards: Shards, run: str) -> pa.Table:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+def _files(folder: Location) -> list[Location]:
+    return listing(folder, "[!.]*.parquet")
+
+
+def _read(path: Location, columns: Sequence[str] | None = None) -> pa.Table:
+    """A shard, or those of the columns that it has."""
+    file = parquet_file(path)
+    return file.read(columns and [name for name in columns if name in file.schema_arrow.names])
+
+
+def _frame(table: pa.Table) -> pl.DataFrame:
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
 
 
 def _next_run(shards: Shards) -> str:
@@ -360,19 +370,18 @@ def _next_run(shards: Shards) -> str:
     return f"{max((int(run) for run in runs if run.isdigit()), default=0) + 1:08d}"
 
 
-def _write_or_remove(table: pl.DataFrame, path: Path, schema: pa.Schema) -> None:
+def _write_or_remove(table: pl.DataFrame, path: Location, schema: pa.Schema) -> None:
     if table.is_empty():
         path.unlink(missing_ok=True)
     else:
         write_parquet_atomic(table, path, schema)
 
 
-def _write_plan(rows: pl.DataFrame, path: Path, shard_rows: int) -> int:
+def _write_plan(rows: pl.DataFrame, path: Location, shard_rows: int) -> int:
     """Write the pending rows, one row group per shard; returns the number of shards."""
     with atomic_path(path) as temporary:
         pq.write_table(_arrow(rows), temporary, row_group_size=shard_rows, compression="zstd")
-    with pq.ParquetFile(path) as file:
-        return int(file.num_row_groups)
+        return int(pq.read_metadata(temporary).num_row_groups)
 
 
 def _arrow(table: pl.DataFrame) -> pa.Table:
@@ -388,8 +397,12 @@ def _sweep(shards: Shards) -> None:
 
 
 @contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
+def _exclusive(folder: Location) -> Iterator[None]:
     """Hold the folder's lock; the system releases it when the process ends, however it ends."""
+    if isinstance(folder, BucketPath):
+        with claim(folder):
+            yield
+        return
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from vlrank import __version__
@@ -48,10 +46,10 @@ def doctor() -> int:
 
 
 @cli.command()
-@click.argument("dataset", type=click.Path(path_type=Path))
+@click.argument("dataset")
 @click.option("--user", help="Show this user's history; an id, or the source's own name for the user.")
 @click.option("--item", help="Show this item: picture, text, caption, summary; an id, or the source's (ASIN).")
-def inspect(dataset: Path, user: str | None, item: str | None) -> None:
+def inspect(dataset: str, user: str | None, item: str | None) -> None:
     """Show a dataset, one user's history, or one item."""
     from vlrank.data.inspect import inspect_dataset
 

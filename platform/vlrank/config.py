@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlrank.errors import UserError
+from vlrank.storage import ConfigLocation, LocalPath, Location
 
 Mode = Literal["raw_image", "caption", "semantic_summary", "semantic_summary_small"]
 MODES: tuple[Mode, ...] = ("raw_image", "caption", "semantic_summary", "semantic_summary_small")
@@ -98,20 +99,22 @@ class PicturesConfig(Config):
 class PrepareConfig(Config):
     """``vlrank prepare``: raw reviews, metadata and pictures become a dataset folder."""
 
-    reviews: tuple[Path, ...] = Field(
+    reviews: tuple[ConfigLocation, ...] = Field(
         (), description="interactions: .json(l), .csv, .tsv, .inter or .parquet, also compressed"
     )
-    meta: tuple[Path, ...] = Field((), description="items: .json(l), .csv, .tsv, .item or .parquet, also compressed")
+    meta: tuple[ConfigLocation, ...] = Field(
+        (), description="items: .json(l), .csv, .tsv, .item or .parquet, also compressed"
+    )
     dataset_code: str | None = Field(
         None,
         description="an Amazon data set instead of --reviews and --meta: beauty, games, sports, ... or its full name",
     )
     release: Literal["2014", "2018", "2023"] = Field("2014", description="Amazon release of dataset_code")
-    raw_dir: Path = Field(
+    raw_dir: LocalPath = Field(
         Path("data/raw"), description="where raw files of dataset_code are looked for and downloaded to"
     )
     download: bool = Field(True, description="download missing raw files of dataset_code")
-    out: Path | None = Field(None, description="dataset folder; default data/DATASET_CODE")
+    out: ConfigLocation | None = Field(None, description="dataset folder; default data/DATASET_CODE")
     min_rating: float = Field(0, ge=0, description="keep interactions rated at least this; 0 keeps all")
     min_uc: int = Field(5, ge=1, description="fewest interactions of a user, to the fixpoint with min_sc")
     min_sc: int = Field(5, ge=1, description="fewest interactions of an item, to the fixpoint with min_uc")
@@ -131,7 +134,9 @@ class PrepareConfig(Config):
     )
     use_image: bool = Field(False, description="copy or download the items' pictures")
     retry_failed: bool = Field(False, description="try only the pictures that failed before")
-    image_root: Path | None = Field(None, description="folder of relative picture paths; default the metadata file's")
+    image_root: LocalPath | None = Field(
+        None, description="folder of relative picture paths; default the metadata file's"
+    )
     max_text_chars: int = Field(600, ge=16, description="item text is cut to this many characters")
     max_line_mb: int = Field(64, ge=1, description="longer lines of JSON files go to quarantine")
     allow_truncated: bool = Field(False, description="use what can be read of a compressed file that was cut off")
@@ -155,7 +160,7 @@ class PrepareConfig(Config):
         return self
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Location:
         """Where the dataset will be."""
         return self.out if self.out is not None else Path("data") / str(self.dataset_code)
 
@@ -163,12 +168,12 @@ class PrepareConfig(Config):
 class GenerateConfig(Config):
     """``vlrank generate``: captions or semantic summaries for every item."""
 
-    dataset: Path
+    dataset: ConfigLocation
     what: What
     model: str = Field("Qwen/Qwen3-VL-2B-Instruct", description="Hugging Face name or local folder")
     prompt: str | None = Field(None, description="prompt id, e.g. caption/v1; default the newest of its kind")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face model")
-    adapter: Path | None = Field(None, description="LoRA adapter folder, used with the model")
+    adapter: LocalPath | None = Field(None, description="LoRA adapter folder, used with the model")
     max_tokens: int = Field(96, ge=1)
     temperature: float = Field(0.0, ge=0)
     seed: int = 0
@@ -191,7 +196,7 @@ class GenerateConfig(Config):
 class RetrieveConfig(Config):
     """``vlrank retrieve``: candidate lists from a first-stage retriever."""
 
-    dataset: Path
+    dataset: ConfigLocation
     method: str = Field("popularity", description="popularity, item_knn, als, or a file to import")
     name: str | None = Field(None, description="candidates/NAME; default the method, or the file's name")
     top_k: int = Field(50, ge=1, description="candidates per user")
@@ -239,8 +244,8 @@ class RankingConfig(Config):
 class TrainConfig(Config):
     """``vlrank train``: one reranker in one mode."""
 
-    dataset: Path
-    out: Path
+    dataset: ConfigLocation
+    out: ConfigLocation
     mode: Mode
     model: str | None = Field(None, description="Hugging Face name or local folder; default the mode's base model")
     method: Literal["lora", "full"] | None = Field(None, description="default the mode's")
@@ -330,8 +335,8 @@ class TrainConfig(Config):
 class TuneConfig(Config):
     """``vlrank tune``: ASHA over learning rate, batch size and any other training key, per mode."""
 
-    dataset: Path
-    out: Path
+    dataset: ConfigLocation
+    out: LocalPath
     modes: tuple[Mode, ...] = Field(MODES, description="all, or some of them")
     space: dict[str, Any] = Field(
         default_factory=dict,
@@ -369,11 +374,11 @@ class TuneConfig(Config):
 class RerankConfig(Config):
     """``vlrank rerank``: candidates in, full rankings out."""
 
-    dataset: Path
+    dataset: ConfigLocation
     model: str = Field(..., description="a run folder of vlrank train, or a checkpoint folder")
     candidates: str = Field("ground_truth", description="candidates/NAME, or ground_truth: target + sampled negatives")
     split: Split = "test"
-    out: Path
+    out: ConfigLocation
     limit: int | None = Field(None, ge=1, description="only the first users")
     negatives: int = Field(19, ge=1, description="for candidates: ground_truth")
     ranking: dict[str, Any] = Field(default_factory=dict, description="overrides of the run's ranking settings")
@@ -398,9 +403,9 @@ class RerankConfig(Config):
 class EvaluateConfig(Config):
     """``vlrank evaluate``: metrics with intervals and a report."""
 
-    dataset: Path
-    rankings: tuple[Path, ...] = Field(..., min_length=1)
-    out: Path = Field(..., description="folder for report.html and metrics.json")
+    dataset: ConfigLocation
+    rankings: tuple[ConfigLocation, ...] = Field(..., min_length=1)
+    out: ConfigLocation = Field(..., description="folder for report.html and metrics.json")
     ks: tuple[int, ...] = Field((1, 5, 10, 20, 50), min_length=1, description="cut-offs of the metrics")
     baselines: tuple[str, ...] = Field(
         ("identity", "random", "popularity", "item_knn", "als", "bm25"),
@@ -414,8 +419,8 @@ class EvaluateConfig(Config):
     protocol: Literal["auto", "ground_truth", "retrieval"] = Field("auto", description="default found by content")
     compare: tuple[str, ...] = Field((), description="two methods (names or files): their paired difference")
     bootstrap: int = Field(2000, ge=100, description="resamples for the intervals")
-    runs: tuple[Path, ...] = Field((), description="training runs whose curves the report shows")
-    sweep: Path | None = Field(None, description="a sweep of vlrank tune to show")
+    runs: tuple[ConfigLocation, ...] = Field((), description="training runs whose curves the report shows")
+    sweep: LocalPath | None = Field(None, description="a sweep of vlrank tune to show")
     stage_times: dict[str, float] = Field(default_factory=dict, description="stage -> seconds, shown in the report")
     sample_users: int = Field(60, ge=0, description="users to browse in the report")
     seed: int = 0
@@ -432,7 +437,7 @@ class EvaluateConfig(Config):
 class DemoConfig(Config):
     """``vlrank demo``: the whole platform on an embedded shop, without a GPU."""
 
-    out: Path = Field(Path("vlrank-demo"), description="folder for everything the demo makes")
+    out: LocalPath = Field(Path("vlrank-demo"), description="folder for everything the demo makes")
     modes: tuple[Mode, ...] = MODES
     seed: int = 0
     trials: int = Field(3, ge=0, description="trials of the sweep; 0 leaves it out")

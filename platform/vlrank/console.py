@@ -8,13 +8,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from vlrank.storage import Location
 
 console = Console(stderr=True, highlight=False)
 """Progress and messages go to stderr, so that stdout stays fit for pipes: results and the jobs' JSON line."""
@@ -55,7 +56,7 @@ class Summary:
 
     title: str
     lines: Mapping[str, object] = field(default_factory=dict)
-    output: Path | None = None
+    output: Location | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
 
     def show(self) -> None:

@@ -14,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -32,6 +31,7 @@ from vlrank.config import (
 from vlrank.console import Summary
 from vlrank.errors import UserError
 from vlrank.options import stage_command
+from vlrank.storage import Location
 
 C = TypeVar("C", bound=Config)
 
@@ -114,7 +114,9 @@ def user_error_in(error: BaseException | None) -> UserError | None:
     return None
 
 
-def _last_line(status: str, message: str, output: Path | None = None, counts: Mapping[str, int] | None = None) -> None:
+def _last_line(
+    status: str, message: str, output: Location | None = None, counts: Mapping[str, int] | None = None
+) -> None:
     sys.stderr.flush()
     place = None if output is None else str(output)
     print(json.dumps({"status": status, "output": place, "counts": dict(counts or {}), "message": message}), flush=True)

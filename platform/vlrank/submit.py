@@ -29,6 +29,7 @@ from vlrank.console import Summary, console
 from vlrank.errors import UserError
 from vlrank.jobs import STAGES
 from vlrank.options import stage_command
+from vlrank.storage import location
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -296,7 +297,7 @@ def _wait(address: str, job_id: str) -> Summary:
         )
     facts = last or {}
     output = facts.get("output")
-    return Summary(job_id, {"status": "succeeded"}, Path(output) if output else None, facts.get("counts", {}))
+    return Summary(job_id, {"status": "succeeded"}, location(output) if output else None, facts.get("counts", {}))
 
 
 @click.group("jobs")
@@ -335,7 +336,7 @@ def show_command(address: str, job_id: str) -> Summary:
     lines: dict[str, object] = {"status": str(details.status), "message": last.get("message") or details.message}
     lines |= dict((details.metadata or {}).items())
     output = last.get("output")
-    return Summary(f"job: {job_id}", lines, Path(output) if output else None, last.get("counts", {}))
+    return Summary(f"job: {job_id}", lines, location(output) if output else None, last.get("counts", {}))
 
 
 @jobs_command.command("logs")

@@ -15,6 +15,7 @@ import polars as pl
 from vlrank.data import schemas
 from vlrank.data.tables import atomic_write_text, write_parquet_atomic
 from vlrank.errors import UserError
+from vlrank.storage import Location
 
 if TYPE_CHECKING:
     from vlrank.data.dataset import Dataset
@@ -94,7 +95,9 @@ def read_llamarec(path: Path, *, top_k: int = 50) -> list[tuple[str, int, list[i
     return rows
 
 
-def write_rankings(table: pl.DataFrame, path: Path, format: str | None = None, dataset: Dataset | None = None) -> None:
+def write_rankings(
+    table: pl.DataFrame, path: Location, format: str | None = None, dataset: Dataset | None = None
+) -> None:
     """Write rankings, whole or not at all.
 
     Args:

@@ -1,4 +1,4 @@
-"""A dataset folder: its reader, and the writer that makes it appear whole or not at all.
+"""A dataset folder, on a disk or in a bucket: its reader, and the writer that makes it appear whole or not at all.
 
 DATASET/
   manifest.json            options, counts, split, schema version, content hashes
@@ -18,8 +18,11 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,11 +37,13 @@ from vlrank.data.tables import (
     disk_errors,
     empty_frame,
     file_sha256,
+    file_size,
     read_json,
     read_parquet,
     write_parquet_atomic,
 )
 from vlrank.errors import UserError
+from vlrank.storage import BucketPath, Location, claim, each, listing, location, remove_tree, upload_tree
 
 if TYPE_CHECKING:  # only the type: data does not need the rooms that are built on it
     from vlrank.reranking.modes import ItemMeta
@@ -55,22 +60,22 @@ class Dataset:
     """A prepared dataset, read lazily: every method reads its table when it is called.
 
     Attributes:
-        path: The dataset folder.
+        path: The dataset folder; a `BucketPath` where it lies in a bucket.
         manifest: Content of ``manifest.json``.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Location, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
 
     @classmethod
-    def open(cls, path: str | Path) -> Dataset:
-        """Open a dataset folder.
+    def open(cls, path: str | Location) -> Dataset:
+        """Open a dataset, given by its folder or URL.
 
         Raises:
             UserError: not a dataset, incomplete, or of another schema version.
         """
-        folder = Path(path)
+        folder = location(path)
         if not (folder / "manifest.json").is_file():
             what = "is not a dataset (it has no manifest.json)" if folder.exists() else "does not exist"
             raise UserError(f"dataset {folder} {what}", f"Make it with `vlrank prepare ... --out {folder}`.")
@@ -107,13 +112,13 @@ class Dataset:
         Where an item was done more than once the row of the file whose name sorts last counts (`add_generated` names
         files so that this is the newest).
         """
-        files = sorted((self.path / GENERATED_FOLDERS[what]).glob("[!.]*.parquet"))
+        files = listing(self.path / GENERATED_FOLDERS[what], "[!.]*.parquet")
         if not files:
             return None
-        table = pl.concat([read_parquet(file, schemas.GENERATED) for file in files])
+        table = pl.concat(each(partial(read_parquet, schema=schemas.GENERATED), files))
         return table.unique("item_id", keep="last", maintain_order=True).sort("item_id")
 
-    def add_generated(self, what: What, table: Table) -> Path:
+    def add_generated(self, what: What, table: Table) -> Location:
         """Commit one shard of captions or summaries."""
         path = next_file(self.path / GENERATED_FOLDERS[what])
         write_parquet_atomic(table, path, schemas.GENERATED)
@@ -121,7 +126,7 @@ class Dataset:
 
     def candidate_names(self) -> list[str]:
         """Names of the candidate tables that exist."""
-        return sorted(file.stem for file in (self.path / "candidates").glob("[!.]*.parquet"))
+        return [file.stem for file in listing(self.path / "candidates", "[!.]*.parquet")]
 
     def candidates(self, name: str) -> pl.DataFrame:
         """The candidate lists of that name (`schemas.CANDIDATES`).
@@ -137,7 +142,7 @@ class Dataset:
             )
         return read_parquet(self.path / "candidates" / f"{name}.parquet", schemas.CANDIDATES)
 
-    def write_candidates(self, name: str, table: Table) -> Path:
+    def write_candidates(self, name: str, table: Table) -> Location:
         """Store candidate lists as ``candidates/NAME.parquet``, replacing those of the same name.
 
         Raises:
@@ -155,7 +160,7 @@ class Dataset:
 
     def quarantine_stages(self) -> list[str]:
         """Stages that have quarantined rows."""
-        return sorted({file.parent.name for file in (self.path / "quarantine").glob("*/[!.]*.parquet")})
+        return sorted({file.parent.name for file in listing(self.path / "quarantine", "*/[!.]*.parquet")})
 
     def add_quarantine(self, stage: str, rows: Iterable[Mapping[str, Any]], *, replace: bool = False) -> None:
         """Put rows aside with their reason; see `write_quarantine`."""
@@ -234,7 +239,10 @@ class Dataset:
         )
 
     def item_meta(self) -> dict[int, ItemMeta]:
-        """item_id -> ``{"text", "image_path" (absolute), "caption", "semantic_summary"}``; None where there is none."""
+        """item_id -> ``{"text", "image_path", "caption", "semantic_summary"}``; None where there is none.
+
+        Pictures are named by their absolute path, or by their URL.
+        """
         items = self.items().select("item_id", "text", "image_path")
         for what, column in (("caption", "caption"), ("semantic_summary", "semantic_summary")):
             table = self.generated(what)  # type: ignore[arg-type]
@@ -278,7 +286,7 @@ class Dataset:
                 )
 
 
-def load_item_meta(path: str | Path) -> dict[int, ItemMeta]:
+def load_item_meta(path: str | Location) -> dict[int, ItemMeta]:
     """`Dataset.item_meta` of the dataset at ``path``.
 
     Raises:
@@ -287,7 +295,7 @@ def load_item_meta(path: str | Path) -> dict[int, ItemMeta]:
     return Dataset.open(path).item_meta()
 
 
-def write_quarantine(folder: Path, stage: str, rows: Iterable[Mapping[str, Any]], *, replace: bool = False) -> None:
+def write_quarantine(folder: Location, stage: str, rows: Iterable[Mapping[str, Any]], *, replace: bool = False) -> None:
     """Put rows aside with their reason.
 
     Args:
@@ -300,25 +308,25 @@ def write_quarantine(folder: Path, stage: str, rows: Iterable[Mapping[str, Any]]
         {"key": str(r["key"]), "stage": stage, "error_type": str(r["error_type"]), "message": str(r["message"])}
         for r in rows
     ]
-    old = sorted((folder / "quarantine" / stage).glob("[!.]*.parquet")) if replace else []
+    old = listing(folder / "quarantine" / stage, "[!.]*.parquet") if replace else []
     if table:
         write_parquet_atomic(table, next_file(folder / "quarantine" / stage), schemas.QUARANTINE)
     for file in old:
         file.unlink()
 
 
-def _read_quarantine(folder: Path, stage: str) -> pl.DataFrame:
-    files = sorted((folder / "quarantine" / stage).glob("[!.]*.parquet"))
-    return pl.concat([empty_frame(schemas.QUARANTINE), *(read_parquet(file, schemas.QUARANTINE) for file in files)])
+def _read_quarantine(folder: Location, stage: str) -> pl.DataFrame:
+    files = listing(folder / "quarantine" / stage, "[!.]*.parquet")
+    return pl.concat([empty_frame(schemas.QUARANTINE), *each(partial(read_parquet, schema=schemas.QUARANTINE), files)])
 
 
-def next_file(folder: Path) -> Path:
+def next_file(folder: Location) -> Location:
     """A new name that sorts after all existing ones, and that no other process chooses at the same time."""
     numbers = [int(file.name[:8]) for file in folder.glob("*.parquet") if file.name[:8].isdigit()]
     return folder / f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex[:8]}.parquet"
 
 
-def store_image(folder: Path, data: bytes, suffix: str, *, sync: bool = True) -> str:
+def store_image(folder: Location, data: bytes, suffix: str, *, sync: bool = True) -> str:
     """Store an encoded picture under its content hash; the same picture is stored once.
 
     Args:
@@ -343,6 +351,9 @@ class DatasetWriter:
     Leaving the block without a commit (an error, Ctrl-C) removes the sibling. What a killed process left is removed by
     the next writer of the same path; two writers at once are refused.
 
+    A dataset in a bucket is built in a temporary folder and uploaded on `commit`, the manifest last: until then readers
+    find no dataset. Replacing another one takes its manifest away first.
+
         with DatasetWriter("data/toy") as writer:
             picture = writer.add_image(png_bytes, "png")
             dataset = writer.commit(items=..., sequences=..., options={...})
@@ -355,28 +366,28 @@ class DatasetWriter:
         UserError: the path exists and ``overwrite`` is off, or another process is writing it.
     """
 
-    def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
-        self.path = Path(path)
-        self.folder = self.path.with_name(f".{self.path.name}.building")
-        self._replaced = self.path.with_name(f".{self.path.name}.replaced")
+    def __init__(self, path: str | Location, *, overwrite: bool = False) -> None:
+        self.path = location(path)
         self._overwrite = overwrite
-        self._lock: int | None = None
+        self._held = ExitStack()
+        self._appeared = False
+        self.folder = Path(f"{self.path}.building")
+        if isinstance(self.path, Path):
+            self.folder = self.path.with_name(f".{self.path.name}.building")
 
     def __enter__(self) -> DatasetWriter:
-        with disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self._replaced.exists() and not self.path.exists():
-                os.rename(self._replaced, self.path)  # killed between the two renames of an overwrite
-            self._refuse_existing()
-            self._lock = self._take_folder()
+        with self._held:  # undone if something goes wrong here
+            if isinstance(self.path, BucketPath):
+                self._take_bucket(self.path)
+            else:
+                self._take_disk(self.path)
+            self._held = self._held.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._release()
+        self._held.close()
 
     def _refuse_existing(self) -> None:
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
@@ -388,26 +399,52 @@ class DatasetWriter:
                 f"dataset {self.path} exists already", "Choose another folder, or replace it with overwrite=true."
             )
 
-    def _take_folder(self) -> int:
-        self.folder.mkdir(exist_ok=True)
-        lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(lock)
-                raise UserError(
-                    f"another process is writing {self.path}", "Wait for it, or choose another folder."
-                ) from None
-            # A file system without locks: go on without the protection.
-        for entry in self.folder.iterdir():  # left by a killed process
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        return lock
+    def _take_disk(self, path: Path) -> None:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if _replaced(path).exists() and not path.exists():
+                os.rename(_replaced(path), path)  # killed between the two renames of an overwrite
+            self._refuse_existing()
+            self.folder.mkdir(exist_ok=True)
+            lock = os.open(self.folder, os.O_RDONLY)
+            self._held.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise UserError(
+                        f"another process is writing {path}", "Wait for it, or choose another folder."
+                    ) from None
+                # A file system without locks: go on without the protection.
+            self._held.callback(self._drop_draft)
+            for entry in self.folder.iterdir():  # left by a killed process
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
-    def _release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def _drop_draft(self) -> None:
+        if not self._appeared:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _take_bucket(self, path: BucketPath) -> None:
+        self._held.enter_context(claim(path))
+        mark = path.with_name(f".{path.name}.building")
+        # Without a manifest, what lies there under this mark is a killed writer's, and nobody has read it.
+        if (path / "manifest.json").is_file() or not mark.is_file():
+            self._refuse_existing()
+        mark.write_bytes(b"")
+        self._held.callback(self._leave_bucket, path, mark)
+        self.folder = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="vlrank-")))
+
+    def _leave_bucket(self, path: BucketPath, mark: BucketPath) -> None:
+        """After a commit, or after an error before it."""
+        with suppress(UserError):  # it would hide what went wrong; the mark stays, and the next writer cleans up
+            if not (path / "manifest.json").is_file():
+                remove_tree(path)
+            mark.unlink(missing_ok=True)
+
+    @property
+    def pictures_home(self) -> Location:
+        """Where pictures that were fetched before belong: they do not make a detour over this machine."""
+        return self.path if isinstance(self.path, BucketPath) else self.folder
 
     def add_image(self, data: bytes, suffix: str = "jpg") -> str:
         """Store an encoded picture; returns the value for ``items.image_path``."""
@@ -456,22 +493,39 @@ class DatasetWriter:
         }
         atomic_write_json(self.folder / "manifest.json", manifest)
         with disk_errors(self.path):
-            self._appear()
-        self._release()
+            if isinstance(self.path, BucketPath):
+                self._upload(self.path)
+            else:
+                self._appear(self.path)
+        self._appeared = True
+        self._held.close()
         return Dataset(self.path, manifest)
 
-    def _appear(self) -> None:
-        if not self.path.exists() or not any(self.path.iterdir()):
-            os.rename(self.folder, self.path)  # an empty folder may be renamed over
+    def _appear(self, path: Path) -> None:
+        if not path.exists() or not any(path.iterdir()):
+            os.rename(self.folder, path)  # an empty folder may be renamed over
             return
-        shutil.rmtree(self._replaced, ignore_errors=True)
-        os.rename(self.path, self._replaced)
+        replaced = _replaced(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(path, replaced)
         try:
-            os.rename(self.folder, self.path)
+            os.rename(self.folder, path)
         except BaseException:
-            os.rename(self._replaced, self.path)
+            os.rename(replaced, path)
             raise
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _upload(self, path: BucketPath) -> None:
+        """Replace what is there: the manifest goes first and comes last."""
+        (path / "manifest.json").unlink(missing_ok=True)
+        pictures = read_parquet(self.folder / "items.parquet", schemas.ITEMS)["image_path"].drop_nulls()
+        remove_tree(path, keep=[path / picture for picture in pictures])
+        upload_tree(self.folder, path, last="manifest.json")
+
+
+def _replaced(path: Path) -> Path:
+    """Where a dataset waits while the one that replaces it is renamed into place."""
+    return path.with_name(f".{path.name}.replaced")
 
 
 def write_dataset(
@@ -493,8 +547,8 @@ def write_dataset(
         return writer.commit(items=items, sequences=sequences, options=options, counts=counts, split=split, extra=extra)
 
 
-def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    return {name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in _TABLES}
+def _hashes(folder: Location) -> dict[str, dict[str, Any]]:
+    return {name: {"sha256": file_sha256(folder / name), "bytes": file_size(folder / name)} for name in _TABLES}
 
 
 def _check_tables(folder: Path) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -17,15 +16,16 @@ from vlrank.data.dataset import Dataset
 from vlrank.data.summary import describe
 from vlrank.data.tables import read_parquet
 from vlrank.errors import UserError
+from vlrank.storage import Location
 
 
 def inspect_dataset(
-    path: str | Path, *, user: int | str | None = None, item: int | str | None = None, out: Console | None = None
+    path: str | Location, *, user: int | str | None = None, item: int | str | None = None, out: Console | None = None
 ) -> None:
     """Print the dataset's summary, or one user's history, or one item.
 
     Args:
-        path: The dataset folder.
+        path: The dataset folder, or its URL.
         user: A user_id, or the user's id in the source.
         item: An item_id, or the item's id in the source.
         out: Where to print; default standard output.

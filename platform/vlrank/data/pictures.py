@@ -2,15 +2,17 @@
 
 While pictures come they lie beside the dataset in ``.NAME.pictures``, so that an interrupted run loses one shard at
 most and leaves no half dataset. A source that succeeded is never fetched again, one that failed only on request.
+For a dataset in a bucket that place is in the bucket, too, and taking a picture is a copy that the server makes.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -20,6 +22,7 @@ from vlrank.data import schemas
 from vlrank.data.dataset import next_file, store_image
 from vlrank.data.images import Fetched, fetch_pictures
 from vlrank.data.tables import atomic_path, disk_errors, read_parquet, write_parquet_atomic
+from vlrank.storage import BucketPath, Location, listing, several
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +36,18 @@ class Known:
         message: The reason of a failure.
     """
 
-    root: Path
+    root: Location
     image_path: str | None
     error_type: str | None
     message: str | None
 
 
-def work_folder(target: Path) -> Path:
+def work_folder(target: Location) -> Location:
     """Where pictures lie until the dataset takes them."""
     return target.with_name(f".{target.name}.pictures")
 
 
-def fetch(target: Path, sources: Sequence[str], config: PrepareConfig) -> dict[str, Known]:
+def fetch(target: Location, sources: Sequence[str], config: PrepareConfig) -> dict[str, Known]:
     """Every source's fate, after fetching those that were never tried (and, with ``retry_failed``, those that failed).
 
     Args:
@@ -57,7 +60,7 @@ def fetch(target: Path, sources: Sequence[str], config: PrepareConfig) -> dict[s
     """
     work = work_folder(target)
     known = _known(target, target / "pictures.parquet", schemas.PICTURES) if target.exists() else {}
-    for shard in sorted((work / "fetched").glob("[!.]*.parquet")):
+    for shard in listing(work / "fetched", "[!.]*.parquet"):
         known |= _known(work, shard, schemas.FETCHED)
     wanted = dict.fromkeys(sources)
     pending = [source for source in wanted if _is_pending(known.get(source), config.retry_failed)]
@@ -71,13 +74,22 @@ def fetch(target: Path, sources: Sequence[str], config: PrepareConfig) -> dict[s
     return {source: known[source] for source in wanted if source in known}
 
 
-def _known(root: Path, table: Path, schema: object) -> dict[str, Known]:
+def _known(root: Location, table: Location, schema: Any) -> dict[str, Known]:
     if not table.exists():
         return {}
     tried = read_parquet(table, schema).filter(pl.col("image_path").is_not_null() | pl.col("error_type").is_not_null())
     rows = tried.select("source", "image_path", "error_type", "message").iter_rows()
+    present = _present(root)
     # A picture that somebody deleted counts as never fetched.
-    return {source: Known(root, path, *rest) for source, path, *rest in rows if path is None or (root / path).is_file()}
+    return {source: Known(root, path, *rest) for source, path, *rest in rows if path is None or present(path)}
+
+
+def _present(root: Location) -> Callable[[str], bool]:
+    """Whether a picture lies below ``root``; a bucket is asked once for all of them."""
+    if isinstance(root, BucketPath):
+        there = {str(file.relative_to(root)) for file in (root / "images").files()}
+        return there.__contains__
+    return lambda path: (root / path).is_file()
 
 
 def _is_pending(known: Known | None, retry_failed: bool) -> bool:
@@ -86,16 +98,19 @@ def _is_pending(known: Known | None, retry_failed: bool) -> bool:
     return retry_failed and known.image_path is None
 
 
-def _commit(work: Path, rows: Sequence[Fetched]) -> dict[str, Known]:
+def _commit(work: Location, rows: Sequence[Fetched]) -> dict[str, Known]:
     """Store a shard: first its pictures, then the table that says they are there."""
+
+    def store(row: Fetched) -> str | None:
+        return None if row.data is None or row.suffix is None else store_image(work, row.data, row.suffix, sync=False)
+
     with disk_errors(work):
-        known = {}
-        for row in rows:
-            stored = None
-            if row.data is not None and row.suffix is not None:
-                stored = store_image(work, row.data, row.suffix, sync=False)
-            known[row.source] = Known(work, stored, row.error_type, row.message)
-        os.sync()
+        paths = several(store, rows, at_once=isinstance(work, BucketPath))
+        known = {
+            row.source: Known(work, path, row.error_type, row.message) for row, path in zip(rows, paths, strict=True)
+        }
+        if isinstance(work, Path):
+            os.sync()
     table = [
         {"source": source, "image_path": fate.image_path, "error_type": fate.error_type, "message": fate.message}
         for source, fate in known.items()
@@ -104,12 +119,24 @@ def _commit(work: Path, rows: Sequence[Fetched]) -> dict[str, Known]:
     return known
 
 
-def adopt(found: Iterable[Known], folder: Path) -> None:
+def adopt(found: Iterable[Known], folder: Location) -> None:
     """Bring the pictures into a dataset folder: as hard links where the file system has them, else as copies."""
+    if isinstance(folder, BucketPath):
+        present = _present(folder)
+        missing = {fate.image_path: fate.root for fate in found if fate.image_path and not present(fate.image_path)}
+
+        def copy(name: str) -> None:
+            source = missing[name] / name
+            assert isinstance(source, BucketPath)  # what is fetched for a bucket lies in the bucket
+            source.copy_to(folder / name)
+
+        list(several(copy, list(missing), at_once=True))
+        return
     with disk_errors(folder):
         for fate in found:
             if fate.image_path is None or (folder / fate.image_path).exists():
                 continue
+            assert isinstance(fate.root, Path)
             place = folder / fate.image_path
             place.parent.mkdir(parents=True, exist_ok=True)
             try:

@@ -16,7 +16,6 @@ The dataset appears in one rename at the end.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +48,7 @@ from vlrank.data.summary import describe
 from vlrank.data.tables import disk_errors, file_sha256, read_parquet, write_parquet_atomic
 from vlrank.data.text import item_text
 from vlrank.errors import UserError
+from vlrank.storage import fetch, remove_tree
 
 # Keys that say where things are or how pictures are had, and so do not change the tables.
 _NOT_OPTIONS = {"reviews", "meta", "out", "dataset_code", "release", "raw_dir", "download", "overwrite", "use_image"}
@@ -92,7 +92,7 @@ def run(config: PrepareConfig) -> Summary:
             )
     with DatasetWriter(target, overwrite=config.overwrite) as writer:
         dataset = _build(config, writer, options, inputs)
-    shutil.rmtree(pictures.work_folder(target), ignore_errors=True)
+    remove_tree(pictures.work_folder(target))
     return describe(dataset, title, time.monotonic() - started)
 
 
@@ -109,7 +109,7 @@ def plan(config: PrepareConfig) -> Summary:
     lines: dict[str, object] = {}
     total = 0
     for role, paths in (("reviews", config.reviews), ("meta", config.meta)):
-        rows = [estimate_rows(path) for path in paths]
+        rows = [estimate_rows(fetch(path)) for path in paths]
         total += sum(rows)
         lines[role] = ", ".join(f"{path} (about {n:,} rows)" for path, n in zip(paths, rows, strict=True)) or "none"
     options = {"min_rating": config.min_rating, "min_uc": config.min_uc, "min_sc": config.min_sc, "split": config.split}
@@ -143,8 +143,9 @@ def _inputs(config: PrepareConfig) -> dict[str, list[dict[str, Any]]]:
         for path in paths:
             if not path.is_file():
                 raise UserError(f"input file {path} does not exist", f"Check --{role}.")
-            size = path.stat().st_size
-            described[role].append({"name": path.name, "bytes": size, "sha256": file_sha256(path)})
+            local = fetch(path)
+            size = local.stat().st_size
+            described[role].append({"name": path.name, "bytes": size, "sha256": file_sha256(local)})
     return described
 
 
@@ -208,7 +209,7 @@ def _build(
     clean_items.unlink()
     wanted = table.filter(pl.col("image").is_not_null()).select("item_id", source="image")
     found = pictures.fetch(config.folder, wanted["source"].to_list(), config) if _wants_pictures(config) else {}
-    pictures.adopt(found.values(), writer.folder)
+    pictures.adopt(found.values(), writer.pictures_home)
     pictures_table = pictures.pictures_table(wanted, found)
     write_parquet_atomic(pictures_table, writer.folder / "pictures.parquet", schemas.PICTURES)
     writer.add_quarantine("pictures", pictures.rejects(pictures_table))
@@ -237,7 +238,7 @@ def _read_interactions(config: PrepareConfig, writer: DatasetWriter, stages: _St
     with progress("read interactions", None) as bar:
         for path in config.reviews:
             rated = False
-            for batch in interactions(path, _raw_options(config), rejects):
+            for batch in interactions(fetch(path), _raw_options(config), rejects):
                 missing = np.isnan(batch.rating)
                 rated = rated or not missing.all()
                 if config.min_rating > 0 and len(missing) and not rated:
@@ -291,7 +292,7 @@ def _read_items(config: PrepareConfig, writer: DatasetWriter, data: Interactions
     path = writer.folder / "clean_items.tmp"
     with _ItemSpill(path) as spill, progress("read metadata", len(wanted)) as bar:
         for file in config.meta:
-            rows = items(file, wanted, _raw_options(config), rejects, config.max_text_chars)
+            rows = items(fetch(file), wanted, _raw_options(config), rejects, config.max_text_chars)
             for number, (key, item) in enumerate(rows, start=1):
                 if number % 1000 == 0:
                     bar.advance(1000)
@@ -402,5 +403,5 @@ def _complete_pictures(dataset: Dataset, config: PrepareConfig) -> bool:
         write_parquet_atomic(new, path, schemas.PICTURES)
         dataset.add_quarantine("pictures", pictures.rejects(new), replace=True)
         dataset.update_items(pictures.place_in_items(dataset.items(), new), pictures=counts)
-    shutil.rmtree(pictures.work_folder(dataset.path), ignore_errors=True)
+    remove_tree(pictures.work_folder(dataset.path))
     return not new.equals(old)

@@ -1,7 +1,8 @@
 """Files that are either whole or absent: Parquet tables with an enforced schema, text and JSON.
 
 Everything is written to a temporary sibling, flushed to the disk and renamed into place (POSIX rename is atomic), so a
-crash, a full disk or Ctrl-C leaves the old file or none, never half of one.
+crash, a full disk or Ctrl-C leaves the old file or none, never half of one. What goes to a bucket is written to a
+temporary file and uploaded in one piece, which comes to the same.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlrank.errors import UserError
+from vlrank.storage import BucketPath, Location
 
 Table: TypeAlias = Union[pa.Table, pl.DataFrame, Sequence[Mapping[str, Any]]]  # noqa: UP007 (Arrow is untyped)
 """What can be written as a table: Arrow, Polars, or a list of rows."""
@@ -30,7 +33,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Location) -> Iterator[None]:
     """Turn "the disk is full" and "not allowed" into messages that name the file."""
     try:
         yield
@@ -46,7 +49,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
+def atomic_path(path: Location, *, sync: bool = True) -> Iterator[Path]:
     """A temporary sibling to write to; renamed to ``path`` when the block ends well, removed otherwise.
 
     With ``sync`` the content is on the disk before the name is: even a power failure leaves no empty file.
@@ -54,6 +57,12 @@ def atomic_path(path: Path, *, sync: bool = True) -> Iterator[Path]:
     Raises:
         UserError: no space left, or no permission.
     """
+    if isinstance(path, BucketPath):
+        with disk_errors(path), tempfile.TemporaryDirectory(prefix="vlrank-") as folder:
+            draft = Path(folder) / path.name
+            yield draft
+            path.upload(draft)
+        return
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -79,23 +88,26 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def atomic_write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
+def atomic_write_bytes(path: Location, data: bytes, *, sync: bool = True) -> None:
     """Write a whole file or nothing."""
+    if isinstance(path, BucketPath):
+        path.write_bytes(data)
+        return
     with atomic_path(path, sync=sync) as temporary:
         temporary.write_bytes(data)
 
 
-def atomic_write_text(path: Path, text: str) -> None:
+def atomic_write_text(path: Location, text: str) -> None:
     """Write a whole UTF-8 file or nothing."""
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
-def atomic_write_json(path: Path, value: Any) -> None:
+def atomic_write_json(path: Location, value: Any) -> None:
     """Write indented JSON, keys in the order given, ending in a newline."""
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Location) -> Any:
     """The content of a JSON file.
 
     Raises:
@@ -109,7 +121,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
-def write_parquet_atomic(table: Table, path: Path, schema: pa.Schema) -> None:
+def write_parquet_atomic(table: Table, path: Location, schema: pa.Schema) -> None:
     """Write a Parquet file with exactly the columns, types and order of ``schema``.
 
     Rows are cast and written in groups, so the copy in the target's types never holds the whole table.
@@ -141,14 +153,21 @@ def _as_arrow(table: Table, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_pylist([dict(row) for row in table], schema=schema)
 
 
-def read_parquet(path: Path, schema: pa.Schema) -> pl.DataFrame:
+def parquet_file(path: Location) -> pq.ParquetFile:
+    """An open Parquet file: mapped from a disk, or read from a bucket in one request."""
+    if isinstance(path, BucketPath):
+        return pq.ParquetFile(pa.BufferReader(path.read_bytes()))
+    return pq.ParquetFile(path, memory_map=True)
+
+
+def read_parquet(path: Location, schema: pa.Schema) -> pl.DataFrame:
     """A Parquet file as a Polars frame with the columns and types of ``schema``.
 
     Raises:
         UserError: missing, unreadable, or with other columns or types.
     """
     try:
-        table = pq.ParquetFile(path, memory_map=True).read()
+        table = parquet_file(path).read()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (pa.ArrowInvalid, OSError) as error:
@@ -171,7 +190,12 @@ def empty_frame(schema: pa.Schema) -> pl.DataFrame:
     return frame
 
 
-def file_sha256(path: Path) -> str:
+def file_size(path: Location) -> int:
+    """Bytes of a file."""
+    return path.size() if isinstance(path, BucketPath) else path.stat().st_size
+
+
+def file_sha256(path: Location) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from vlrank.errors import UserError
 from vlrank.reranking.encoding import Encoded, Encoder
 from vlrank.reranking.modes import Family, mode_spec
 from vlrank.runtime import cluster_gpus
+from vlrank.storage import BucketPath, Location, fetch_model, location
 
 Float32 = npt.NDArray[np.float32]
 
@@ -92,20 +92,20 @@ class ModelFolder:
         return self.path != self.base
 
 
-def open_model(model: str | Path, mode: str | None = None) -> ModelFolder:
+def open_model(model: str | Location, mode: str | None = None) -> ModelFolder:
     """Find the model in a run folder (its best checkpoint), a checkpoint folder, a plain model folder or a hub name.
 
     Args:
-        model: Where it is.
+        model: Where it is; a URL stays one until `on_this_node`.
         mode: Needed for models that were not trained by vlrank; must agree with ``vlrank.json`` otherwise.
 
     Raises:
         UserError: nothing usable there.
     """
-    path = Path(model)
+    path = location(model)
     if path.is_dir():
         path = _best_checkpoint(path)
-    elif path.is_absolute() or str(model).startswith("."):
+    elif isinstance(path, BucketPath) or path.is_absolute() or str(model).startswith("."):
         raise UserError(f"model folder {model} does not exist", "Give a run folder of `vlrank train` or a checkpoint.")
     else:
         spec = mode_spec(mode) if mode else None
@@ -136,7 +136,7 @@ def open_model(model: str | Path, mode: str | None = None) -> ModelFolder:
     )
 
 
-def _best_checkpoint(path: Path) -> Path:
+def _best_checkpoint(path: Location) -> Location:
     best = path / "best.json"
     if not best.is_file():
         if (path / "config.yaml").is_file():
@@ -150,7 +150,7 @@ def _best_checkpoint(path: Path) -> Path:
     return checkpoint
 
 
-def _adapter_base(path: Path, details: dict[str, Any]) -> str:
+def _adapter_base(path: Location, details: dict[str, Any]) -> str:
     base = details.get("base_model") or _read_json(path / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise UserError(f"{path / 'adapter_config.json'} does not name its base model", "Set base_model_name_or_path.")
@@ -160,11 +160,11 @@ def _adapter_base(path: Path, details: dict[str, Any]) -> str:
 def _family(base: str, details: dict[str, Any]) -> Family:
     if details.get("family") in ("vision", "text"):
         return "vision" if details["family"] == "vision" else "text"
-    config = Path(base) / "config.json"
+    config = location(base) / "config.json"
     return "vision" if config.is_file() and "vision_config" in _read_json(config) else "text"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Location) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -172,6 +172,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, expected an object")
     return loaded
+
+
+def on_this_node(model: ModelFolder) -> ModelFolder:
+    """The model as engines can load it: what lies in a bucket comes into this node's cache, once."""
+    return replace(model, path=fetch_model(model.path), base=fetch_model(model.base))
 
 
 def open_engine(model: ModelFolder, config: EngineConfig) -> Engine:

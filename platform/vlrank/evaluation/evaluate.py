@@ -23,6 +23,7 @@ from vlrank.evaluation.compare import Difference, compare_ranks, corrected
 from vlrank.evaluation.importing import read_candidates
 from vlrank.evaluation.lists import Ints, Lists
 from vlrank.evaluation.metrics import Metrics, evaluate_ranks, expected_random
+from vlrank.storage import Location, fetch
 
 Protocol = Literal["ground_truth", "retrieval"]
 RETRIEVER = "identity"
@@ -45,7 +46,7 @@ class Method:
     kind: Literal["model", "baseline"]
     lists: Lists
     metrics: Metrics
-    file: Path | None = None
+    file: Location | None = None
     expected: dict[str, float] | None = None
 
 
@@ -124,7 +125,7 @@ class _Run:
     name: str
     split: Split
     lists: Lists
-    file: Path
+    file: Location
     declared: str | None
 
 
@@ -157,7 +158,7 @@ def evaluate(config: EvaluateConfig, dataset: Dataset) -> list[Group]:
     return groups
 
 
-def read_rankings(files: Sequence[Path], dataset: Dataset) -> list[_Run]:
+def read_rankings(files: Sequence[Location], dataset: Dataset) -> list[_Run]:
     """The files' rankings, one entry per split and source, with distinct names.
 
     Besides Parquet files of `vlrank rerank` these may be what `read_candidates` reads: TREC runs, JSONL, text.
@@ -165,7 +166,7 @@ def read_rankings(files: Sequence[Path], dataset: Dataset) -> list[_Run]:
     Raises:
         UserError: unreadable, empty, of another dataset, or with two rankings of one user.
     """
-    found: list[tuple[str, Split, Lists, Path]] = []
+    found: list[tuple[str, Split, Lists, Location]] = []
     for file in files:
         table = _read_table(file, dataset)
         if table.is_empty():
@@ -189,12 +190,13 @@ def read_rankings(files: Sequence[Path], dataset: Dataset) -> list[_Run]:
     ]
 
 
-def _read_table(file: Path, dataset: Dataset) -> pl.DataFrame:
+def _read_table(file: Location, dataset: Dataset) -> pl.DataFrame:
     if not file.is_file():
         raise UserError(f"rankings {file} do not exist", "Make them with `vlrank rerank`.")
-    if file.suffix == ".parquet" and _is_ours(file):
-        return read_parquet(file, schemas.RANKINGS)
-    return read_candidates(file, dataset).table.with_columns(source=pl.lit(file.stem))
+    local = fetch(file)
+    if file.suffix == ".parquet" and _is_ours(local):
+        return read_parquet(local, schemas.RANKINGS)
+    return read_candidates(local, dataset).table.with_columns(source=pl.lit(file.stem))
 
 
 def _is_ours(file: Path) -> bool:
@@ -210,7 +212,7 @@ def _declared(source: str) -> str | None:
     return said[0] if said else None
 
 
-def _names(found: Sequence[tuple[str, Split, Path]]) -> list[str]:
+def _names(found: Sequence[tuple[str, Split, Location]]) -> list[str]:
     """Short and distinct: without what all sources share (``qwen3vl/``) and what the protocol says."""
     words = [[word for word in source.split() if not word.startswith("candidates=")] for source, _, _ in found]
     families = {head.partition("/")[0] if "/" in head else None for head, *_ in words}
@@ -317,7 +319,7 @@ def _evaluate_group(
     known = {int(user): len(past[int(user)]) for user in users}
     findings += check_times(dataset.sequences(), split, known)
 
-    def method(label: str, lists: Lists, file: Path | None = None) -> Method:
+    def method(label: str, lists: Lists, file: Location | None = None) -> Method:
         ranks = lists.rank_of(targets)
         metrics = evaluate_ranks(ranks, users, ks=config.ks, bootstrap=config.bootstrap, seed=config.seed)
         return Method(label, "baseline" if file is None else "model", lists, metrics, file)

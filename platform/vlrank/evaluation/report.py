@@ -27,6 +27,7 @@ from vlrank.evaluation.compare import Difference
 from vlrank.evaluation.evaluate import RETRIEVER, Group, Method, main_metrics
 from vlrank.evaluation.lists import Ints, Lists
 from vlrank.evaluation.metrics import LABELS, label
+from vlrank.storage import Location, fetch
 
 _NAMES = {
     "identity": "retriever's order",
@@ -337,11 +338,11 @@ def _cut(text: str) -> str:
     return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
 
 
-def _thumbnail(path: Path) -> str | None:
+def _thumbnail(path: Location) -> str | None:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        with Image.open(fetch(path)) as image:
             image.draft("RGB", (_PICTURE_SIZE, _PICTURE_SIZE))  # a JPEG decoded at a fraction of its size
             small = ImageOps.exif_transpose(image).convert("RGB")
             small.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE))
@@ -410,7 +411,7 @@ def _stages(times: Mapping[str, float]) -> list[tuple[str, float, float]]:
     return [(name, seconds, seconds / longest) for name, seconds in times.items()]
 
 
-def _run_curves(folder: Path) -> dict[str, Any]:
+def _run_curves(folder: Location) -> dict[str, Any]:
     """Validation metrics and losses by epoch (or step) from ``RUN/history.jsonl``."""
     path = folder / "history.jsonl"
     if not path.is_file():
@@ -453,7 +454,7 @@ def _sweep(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def _json_lines(path: Location) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import polars as pl
 
@@ -15,6 +13,7 @@ from vlrank.evaluation import baselines
 from vlrank.evaluation.importing import read_candidates
 from vlrank.evaluation.lists import Lists
 from vlrank.evaluation.metrics import Metrics, evaluate_rankings
+from vlrank.storage import fetch, location
 
 RETRIEVERS = ("popularity", "item_knn", "als")
 SPLITS: tuple[Split, ...] = ("val", "test")
@@ -68,7 +67,7 @@ def run(config: RetrieveConfig) -> Summary:
 def _name(config: RetrieveConfig) -> str:
     if config.name:
         return config.name
-    return config.method if config.method in RETRIEVERS else Path(config.method).stem
+    return config.method if config.method in RETRIEVERS else location(config.method).stem
 
 
 def _retrieve(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[dict[str, str]], dict[str, object]]:
@@ -83,13 +82,13 @@ def _retrieve(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[di
 
 
 def _import(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[dict[str, str]], dict[str, object]]:
-    path = Path(config.method)
+    path = location(config.method)
     if not path.is_file():
         raise UserError(
             f"retrieval method {config.method!r} is neither {', '.join(RETRIEVERS)} nor a file",
             f"Example: vlrank retrieve {dataset.path} --method item_knn",
         )
-    imported = read_candidates(path, dataset, split=config.split, ids=config.ids)
+    imported = read_candidates(fetch(path), dataset, split=config.split, ids=config.ids)
     tables: Tables = {}
     strangers: list[dict[str, str]] = []
     duplicates = seen = 0

@@ -7,10 +7,10 @@ import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from vlrank.data.tables import atomic_write_text
 from vlrank.generation.stages import PictureError, load_picture
+from vlrank.storage import Location
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --dim: #888; --bad: #c0392b; }
@@ -46,7 +46,7 @@ class Card:
     problem: str | None = None
 
 
-def write_contact_sheet(path: Path, title: str, facts: str, cards: Sequence[Card]) -> None:
+def write_contact_sheet(path: Location, title: str, facts: str, cards: Sequence[Card]) -> None:
     """Write the page: one file that needs nothing else, pictures embedded at 320 pixels.
 
     Raises:

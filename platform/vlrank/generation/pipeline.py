@@ -24,6 +24,7 @@ from vlrank.errors import UserError
 from vlrank.generation.prompts import Prompt, load_prompt
 from vlrank.generation.stages import Job, build
 from vlrank.runtime import ray_session
+from vlrank.storage import Location, is_url
 
 ESTIMATE_ROWS = 32
 """Items that ``--dry_run`` generates, to extrapolate from."""
@@ -195,6 +196,11 @@ def _check_model(model: str) -> tuple[str, bool]:
     Raises:
         UserError: a folder that lacks what every engine needs, or an unknown model.
     """
+    if is_url(model):
+        raise UserError(
+            f"model {model}: engines that generate load no models by URL",
+            "Give a folder that every node has, or a Hugging Face name like Qwen/Qwen3-VL-2B-Instruct.",
+        )
     folder = Path(model)
     if folder.is_dir():
         for needed, what in (("config.json", "model"), ("tokenizer_config.json", "tokenizer")):
@@ -222,7 +228,7 @@ def _check_model(model: str) -> tuple[str, bool]:
         ) from None
 
 
-def _wanted(items: pl.DataFrame, job: Job, root: Path) -> pl.DataFrame:
+def _wanted(items: pl.DataFrame, job: Job, root: Location) -> pl.DataFrame:
     """The rows with the hash of all that their result depends on; the engine is not part of it."""
     absolute = root.resolve()
     common = hashlib.sha256(json.dumps(_identity(job), sort_keys=True).encode()).digest()
@@ -267,7 +273,7 @@ def _model_hash(model: str, revision: str | None) -> str:
     return digest.hexdigest()
 
 
-def _picture_hash(path: Path) -> str:
+def _picture_hash(path: Location) -> str:
     """Of a picture's content. Prepared datasets name pictures by it; others are read."""
     if _CONTENT_NAME.fullmatch(path.stem):
         return path.stem
@@ -340,7 +346,7 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-def _contact_sheet(config: GenerateConfig, work: _Work) -> Path:
+def _contact_sheet(config: GenerateConfig, work: _Work) -> Location:
     from vlrank.generation.contact_sheet import Card, write_contact_sheet
 
     dataset = Dataset.open(config.dataset)

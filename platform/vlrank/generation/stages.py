@@ -23,6 +23,7 @@ from vlrank.engines.base import engine_gpus, engine_name
 from vlrank.errors import UserError
 from vlrank.generation.prompts import Prompt
 from vlrank.generation.quality import problem
+from vlrank.storage import fetch
 
 if TYPE_CHECKING:
     import ray.data
@@ -93,7 +94,7 @@ def load_picture(path: str, side: int) -> Image.Image:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as file:
+        with Image.open(fetch(path)) as file:
             file.draft("RGB", (side, side))  # JPEG: decode at a half, a quarter or an eighth where that is enough
             picture = ImageOps.exif_transpose(file)
             if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:

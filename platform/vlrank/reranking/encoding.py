@@ -20,6 +20,7 @@ from vlrank.errors import UserError
 from vlrank.reranking.labels import LabelTrie
 from vlrank.reranking.modes import ItemMeta, ModeSpec
 from vlrank.reranking.prompts import Prompt, build_prompt, render
+from vlrank.storage import fetch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -189,7 +190,7 @@ class Encoder:
             from PIL import Image
             from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-            with Image.open(path) as image:
+            with Image.open(fetch(path)) as image:
                 width, height = _shrunk(*_upright_size(image), self.ranking.max_image_pixels)
             processor = self.image_processor
             patch = processor.patch_size
@@ -273,7 +274,7 @@ def load_picture(path: str, max_pixels: int) -> Image:
     """
     from PIL import Image, ImageOps
 
-    with Image.open(path) as opened:
+    with Image.open(fetch(path)) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")
     size = _shrunk(*image.size, max_pixels)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)

@@ -28,7 +28,7 @@ from vlrank.console import Summary
 from vlrank.data.candidates_io import write_rankings
 from vlrank.data.dataset import Dataset
 from vlrank.data.schemas import RANKINGS
-from vlrank.data.tables import atomic_write_json
+from vlrank.data.tables import atomic_write_json, file_size
 from vlrank.engines.base import ModelFolder, engine_gpus, engine_name, open_model
 from vlrank.errors import UserError
 from vlrank.reranking.modes import ItemMeta, ModeSpec, mode_spec, shows
@@ -36,6 +36,7 @@ from vlrank.reranking.ranker import Ranking, UserLists
 from vlrank.reranking.reranker import open_ranker
 from vlrank.reranking.windows import fuse, stable_order, windows
 from vlrank.runtime import ray_session
+from vlrank.storage import listing, location
 
 if TYPE_CHECKING:
     import ray.data
@@ -269,18 +270,19 @@ def _fingerprint(folder: ModelFolder) -> str:
     """Of everything about the model that changes rankings: its settings, and its files."""
     parts: list[Any] = [folder.mode, folder.ranking.model_dump()]
     for path in dict.fromkeys((folder.path, folder.base)):
-        if not Path(path).is_dir():
+        place = location(path)
+        if not place.is_dir():
             parts.append(path)  # a name on the hub
             continue
-        for file in sorted(Path(path).iterdir()):
+        for file in listing(place, "*"):
             if file.suffix == ".safetensors":
-                with file.open(
-                    "rb"
-                ) as content:  # the ends of a weights file tell trainings apart; whole ones are large
+                # The ends of a weights file tell trainings apart; whole ones are large.
+                size = file_size(file)
+                with file.open("rb") as content:
                     head = content.read(1 << 20)
-                    content.seek(max(0, file.stat().st_size - (1 << 20)))
+                    content.seek(max(0, size - (1 << 20)))
                     data = head + content.read()
-                parts.append([file.name, file.stat().st_size, hashlib.sha256(data).hexdigest()])
+                parts.append([file.name, size, hashlib.sha256(data).hexdigest()])
             elif file.suffix in (".json", ".jinja") and file.is_file():
                 parts.append([file.name, hashlib.sha256(file.read_bytes()).hexdigest()])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -14,6 +14,7 @@ from vlrank.data.tables import atomic_write_json
 from vlrank.errors import UserError
 from vlrank.reranking.modes import ItemMeta, mode_spec
 from vlrank.reranking.ranker import Ranker, Ranking, UserLists
+from vlrank.storage import Location, location
 
 if TYPE_CHECKING:
     import polars as pl
@@ -51,7 +52,7 @@ class Qwen3VLReranker:
         mode: str,
         top_k: int = 50,
         max_history: int = 20,
-        model: str | Path | None = None,
+        model: str | Location | None = None,
         *,
         engine: str = "transformers",
         **ranking: Any,
@@ -74,7 +75,7 @@ class Qwen3VLReranker:
         val_data: Interactions,
         item_meta: Mapping[int, ItemMeta],
         *,
-        out: str | Path | None = None,
+        out: str | Location | None = None,
         **settings: Any,
     ) -> Qwen3VLReranker:
         """Train, and take the best checkpoint.
@@ -83,7 +84,7 @@ class Qwen3VLReranker:
             train_data: user id -> items, oldest first.
             val_data: user id -> validation items; the last one is the target.
             item_meta: item id -> ``{"text", "image_path", "caption", "semantic_summary"}``.
-            out: Run folder; default a temporary one.
+            out: Run folder or URL; default a temporary one.
             **settings: Fields of `TrainConfig`: epochs, lr, batch_size, method, ...
 
         Raises:
@@ -91,7 +92,7 @@ class Qwen3VLReranker:
         """
         from vlrank.training.run import fit
 
-        folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="vlrank-"))
+        folder = location(out if out is not None else tempfile.mkdtemp(prefix="vlrank-"))
         # The data comes in memory; `dataset` only names where it would come from.
         given = {"dataset": folder, "out": folder, "mode": self.mode, "model": self.model, **settings}
         config = load_config(TrainConfig, **{"ranking": self.ranking.model_dump(), **given})
@@ -166,7 +167,9 @@ class Qwen3VLReranker:
         Raises:
             UserError: nothing trained or loaded yet; ``path`` exists already.
         """
-        folder, target = self._folder(), Path(path)
+        from vlrank.engines.base import on_this_node
+
+        folder, target = on_this_node(self._folder()), Path(path)
         if not Path(folder.path).is_dir():
             raise UserError(
                 f"{folder.path} is not a local folder", "Only trained models and local folders can be saved."
@@ -191,7 +194,7 @@ class Qwen3VLReranker:
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | Location,
         *,
         mode: str | None = None,
         item_meta: Mapping[int, ItemMeta] | None = None,
@@ -201,7 +204,7 @@ class Qwen3VLReranker:
         """A reranker from a run folder, a checkpoint, or what `save` wrote.
 
         Args:
-            path: The folder.
+            path: The folder, or its URL.
             mode: Only for models that vlrank did not train.
             item_meta: Kept as the default of `rerank`.
             engine: As in the constructor.
@@ -251,9 +254,10 @@ class Qwen3VLReranker:
 def open_ranker(folder: ModelFolder, config: EngineConfig, item_meta: Mapping[int, ItemMeta]) -> Ranker:
     """Load tokenizer and engine of a model whose mode is known."""
     from vlrank.compat import patch_torchvision
-    from vlrank.engines.base import engine_name, open_engine
+    from vlrank.engines.base import engine_name, on_this_node, open_engine
     from vlrank.reranking.encoding import Encoder
 
+    folder = on_this_node(folder)
     assert folder.mode is not None
     patch_torchvision()
     spec = mode_spec(folder.mode)

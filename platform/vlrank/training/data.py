@@ -12,6 +12,7 @@ import numpy as np
 from vlrank.config import TrainConfig
 from vlrank.errors import UserError
 from vlrank.reranking.modes import ItemMeta, ModeSpec, mode_spec
+from vlrank.storage import cache_folder
 from vlrank.training.samples import (
     Sample,
     Split,
@@ -89,12 +90,14 @@ class TrainingData:
         }
         return cls(train, splits, item_meta)
 
-    def without_pictures(self, paths: set[str]) -> TrainingData:
-        """The same with these (unreadable) pictures treated as missing."""
-        if not paths:
+    def with_pictures(self, places: Mapping[str, str | None]) -> TrainingData:
+        """The same with pictures in other places; None stands for those that cannot be used."""
+        if not places:
             return self
         meta: dict[int, ItemMeta] = {
-            item: ({**entry, "image_path": None} if entry.get("image_path") in paths else entry)
+            item: (
+                {**entry, "image_path": places[path]} if (path := entry.get("image_path") or "") in places else entry
+            )
             for item, entry in self.item_meta.items()
         }
         return replace(self, item_meta=meta)
@@ -194,6 +197,9 @@ def display_name(metric: str) -> str:
 
 
 def pictures_folder(config: TrainConfig) -> Path:
-    """Where cached vision features lie: with the dataset, so that runs and trials share them, else in the run."""
+    """Where cached vision features lie: with the dataset, so that runs and trials share them, else in the run.
+
+    They are memory-mapped: those of a dataset (or run) in a bucket lie in this node's cache.
+    """
     home = config.dataset if (config.dataset / "manifest.json").is_file() else config.out
-    return home / ".vision_features"
+    return home / ".vision_features" if isinstance(home, Path) else cache_folder() / "vision_features"

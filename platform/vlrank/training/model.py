@@ -7,13 +7,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlrank.config import TrainConfig
 from vlrank.errors import UserError
 from vlrank.reranking.modes import Family, ModeSpec, mode_spec
+from vlrank.storage import Location, fetch_model, is_url, location
 from vlrank.training.collate import ANSWER_ROOM
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Base:
     """The base model of a run, as far as it is known without loading it.
 
     Attributes:
-        name: Hugging Face name, or the absolute path of a local folder.
+        name: Hugging Face name, the absolute path of a local folder, or a URL.
         family: What reads the prompts.
         method: ``lora`` or ``full``.
         unsloth: Whether Unsloth loads and patches it.
@@ -75,7 +76,9 @@ def resolve_base(config: TrainConfig) -> Base:
     defaults = mode_defaults(config.mode)
     name = config.model or defaults["model"]
     method = config.method or defaults["method"]
-    if Path(name).exists() or name.startswith(("/", "./", "../", "~")):
+    if is_url(name):
+        _check_folder(location(name), spec)
+    elif Path(name).exists() or name.startswith(("/", "./", "../", "~")):
         name = str(Path(name).expanduser().resolve())
         _check_folder(Path(name), spec)
     if spec.family == "vision" or method == "full":
@@ -96,7 +99,7 @@ def resolve_base(config: TrainConfig) -> Base:
     return Base(name, "text", method, unsloth=installed and config.backend != "transformers", in_4bit=in_4bit)
 
 
-def _check_folder(folder: Path, spec: ModeSpec) -> None:
+def _check_folder(folder: Location, spec: ModeSpec) -> None:
     if not (folder / "config.json").is_file():
         if (folder / "best.json").is_file():
             raise UserError(f"model {folder} is a run folder", "Name one of its checkpoint folders, or its base model.")
@@ -124,6 +127,7 @@ def load_trainable(config: TrainConfig, base: Base, device: torch.device) -> Tra
     from vlrank.reranking.encoding import Encoder
 
     spec = mode_spec(config.mode)
+    base = replace(base, name=fetch_model(base.name))
     dtype = weight_dtype(config, device)
     torch.manual_seed(config.seed)  # adapters start at random
     try:

@@ -7,13 +7,11 @@ checkpoint), ``result.json`` (when it is done) and the checkpoints, plain Huggin
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -21,13 +19,14 @@ import yaml
 from vlrank.config import TrainConfig
 from vlrank.console import Summary, console, progress
 from vlrank.data.dataset import Dataset
-from vlrank.data.tables import atomic_write_json, atomic_write_text
+from vlrank.data.tables import atomic_write_json, atomic_write_text, file_size
 from vlrank.errors import UserError
 from vlrank.reranking.modes import ItemMeta
 from vlrank.runtime import cluster_gpus, ray_session
+from vlrank.storage import BucketPath, Location, listing, location, remove_tree
 from vlrank.training.data import TrainingData, display_name, plan
 from vlrank.training.model import FOLDERS, Base, resolve_base
-from vlrank.training.worker import PROGRESS_FILE
+from vlrank.training.worker import PROGRESS_FILE, PROGRESS_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +52,7 @@ def fit(
     val_data: Mapping[int, Sequence[int]],
     item_meta: Mapping[int, ItemMeta],
     config: TrainConfig,
-) -> Path:
+) -> Location:
     """Train on lists in memory.
 
     Args:
@@ -80,7 +79,7 @@ def build_trainer(
     config: TrainConfig,
     *,
     name: str,
-    storage_path: str | Path,
+    storage_path: str | Location,
     callbacks: Sequence[Any] = (),
     data: TrainingData | None = None,
 ) -> TorchTrainer:
@@ -101,7 +100,7 @@ def build_trainer(
 
     from vlrank.training.worker import train_loop
 
-    folder = Path(storage_path).resolve() / name
+    folder = location(storage_path).resolve() / name
     config = config.model_copy(update={"out": folder, "dataset": config.dataset.resolve()})
     base = resolve_base(config)
     if data is None:
@@ -116,7 +115,7 @@ def build_trainer(
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=FOLDERS[base.family],
-            storage_path=str(folder),
+            **_ray_storage(folder),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.save_total_limit, checkpoint_score_attribute="selection"
@@ -126,7 +125,13 @@ def build_trainer(
     )
 
 
-def _run_folder_callback(folder: Path) -> Any:
+def _ray_storage(folder: Location) -> dict[str, Any]:
+    if isinstance(folder, BucketPath):
+        return {"storage_path": folder.in_file_system, "storage_filesystem": folder.file_system}
+    return {"storage_path": str(folder)}
+
+
+def _run_folder_callback(folder: Location) -> Any:
     from ray.train import UserCallback
 
     class RunFolder(UserCallback):
@@ -138,7 +143,7 @@ def _run_folder_callback(folder: Path) -> Any:
     return RunFolder()
 
 
-def record_evaluation(folder: Path, metrics: Mapping[str, Any]) -> None:
+def record_evaluation(folder: Location, metrics: Mapping[str, Any]) -> None:
     """Add an evaluation to a run folder; one that is repeated after a crash replaces the earlier line."""
     history = [line for line in read_history(folder) if line["step"] < metrics["step"]]
     history.append({**metrics, "time": time.time()})
@@ -148,7 +153,7 @@ def record_evaluation(folder: Path, metrics: Mapping[str, Any]) -> None:
     atomic_write_json(folder / "best.json", facts)
 
 
-def read_history(folder: Path) -> list[dict[str, Any]]:
+def read_history(folder: Location) -> list[dict[str, Any]]:
     """The evaluations of a run, oldest first."""
     path = folder / "history.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
@@ -199,12 +204,14 @@ def _finished(config: TrainConfig) -> bool:
         UserError: ``out`` holds a run with other settings, or something that is no run.
     """
     out = config.out
+    if isinstance(out, BucketPath) and not out.key:
+        raise UserError(f"{out} is a whole bucket", f"Choose a folder in it: --out {out}/NAME.")
     if not out.exists() or not any(out.iterdir()):
         return False
     if not (out / "config.yaml").is_file():
         raise UserError(f"{out} is not empty and is no training run", "Choose another --out.")
     if config.resume == "never":
-        shutil.rmtree(out)
+        remove_tree(out)
         return False
     saved = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     wanted = config.model_dump(mode="json")
@@ -225,6 +232,11 @@ def _check_reporters(config: TrainConfig) -> None:
     for name in config.report_to:
         if not any(find_spec(package) for package in packages[name]):
             raise UserError(f"report_to: {name}, but {packages[name][0]} is not installed", f"pip install {name}")
+    if "tensorboard" in config.report_to and isinstance(config.out, BucketPath):
+        raise UserError(
+            f"report_to: tensorboard adds to its files at every step, which {config.out} cannot take",
+            "Give an --out on a disk, or report to mlflow or wandb.",
+        )
 
 
 def _check_resources(config: TrainConfig) -> None:
@@ -262,20 +274,23 @@ def _fit(trainer: TorchTrainer) -> dict[str, Any]:
 def _watch(config: TrainConfig, total: int) -> Iterator[None]:
     """Show progress and a line per evaluation while the block runs."""
     done = threading.Event()
+    pause = PROGRESS_S if isinstance(config.out, BucketPath) else 0.3
     (config.out / PROGRESS_FILE).unlink(missing_ok=True)
     seen = len(read_history(config.out))
 
     def follow() -> None:
         shown, at, warned = seen, 0, False
+        history: list[dict[str, Any]] = []
         with progress(f"train {config.mode}", total=total) as bar:
             while True:
-                finished = done.wait(0.3)
-                with suppress(OSError, ValueError):
+                finished = done.wait(pause)
+                with suppress(OSError, ValueError, UserError):
                     facts = json.loads((config.out / PROGRESS_FILE).read_text(encoding="utf-8"))
                     loss = f"loss {facts['loss']:.3f}" if facts.get("loss") is not None else facts.get("note", "")
                     bar.advance(facts.get("step", 0) - at, note=loss)
                     at = facts.get("step", 0)
-                history = read_history(config.out)
+                with suppress(UserError):  # a bucket that does not answer for once
+                    history = read_history(config.out)
                 best = max((line["selection"] for line in history[:shown]), default=float("-inf"))
                 for line in history[shown:]:
                     mark = " [BEST]" if line["selection"] > best else ""
@@ -309,16 +324,23 @@ _GUESSES = (
 )
 
 
-def _check_weights(folder: Path) -> None:
-    """Open the checkpoint's tensors; a folder that cannot be read must not pass for the best model."""
-    from safetensors import safe_open
+def _check_weights(folder: Location) -> None:
+    """Look at the checkpoint's tensors; a folder that cannot be read must not pass for the best model.
 
-    files = sorted(folder.glob("*.safetensors"))
+    A safetensors file says in its head where each tensor ends (8 bytes of length, then JSON): reading all of it, and
+    from a bucket at that, is not needed to see that nothing is missing.
+    """
+    files = listing(folder, "*.safetensors")
     if not files:
         raise UserError(f"{folder} holds no weights", "The disk may be full; train again with resume=never.")
     for file in files:
-        with safe_open(str(file), framework="numpy") as tensors:
-            tensors.keys()
+        size = file_size(file)
+        with file.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            tensors = json.loads(content.read(length)) if length < size else {}
+        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+        if size != 8 + length + max(ends, default=0):
+            raise UserError(f"{file} is cut off", "The disk may be full; train again with resume=never.")
 
 
 def _facts(config: TrainConfig, base: Base, data: TrainingData) -> Summary:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,25 @@ from typing import Any
 from vlrank.config import TrainConfig
 from vlrank.console import quiet_libraries
 from vlrank.errors import UserError
+from vlrank.storage import (
+    BucketPath,
+    Location,
+    cache_folder,
+    fetch,
+    is_url,
+    listing,
+    remove_tree,
+    several,
+    upload_tree,
+)
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import Plan, TrainingData, pictures_folder, plan
 from vlrank.training.model import FOLDERS, Base
 from vlrank.training.packing import row_length, row_limit
 
 PROGRESS_FILE = "progress.json"
+PROGRESS_S = 5.0
+"""How often it is written, and looked for, in a bucket; on a disk it follows every step."""
 _OPTIMIZERS = {
     "adamw": "adamw_torch",
     "adamw_bf16": "adamw_torch",
@@ -134,7 +148,7 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         sharding = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": blocks(trainable.model)}}
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(config.out / "logs"))
     n_steps = steps.per_epoch * config.epochs
-    staging = config.out / ".staging" / f"rank-{rank}"
+    staging = staging_folder(config.out) / f"rank-{rank}"
     shutil.rmtree(staging, ignore_errors=True)
     by_steps = config.eval_steps is not None
     arguments = TrainingArguments(
@@ -256,6 +270,10 @@ def _prepare_pictures(
 
     encoder = trainable.encoder
     run_plan = plan(config, data)
+    if remote := [path for path in run_plan.picture_paths if is_url(path)]:
+        show(note=f"fetching {len(remote):,} pictures")
+        data = data.with_pictures(_fetch_pictures(remote, world))
+        run_plan = plan(config, data)
     pictures: Any = Pixels(encoder)
     paths = run_plan.picture_paths
     if paths and config.cache_vision and not config.train_vision:
@@ -269,7 +287,7 @@ def _prepare_pictures(
         pictures, bad = compute_features(trainable.model, encoder, paths, folder)
         encoder = FeatureEncoder(encoder, pictures)
         if bad:
-            data = data.without_pictures(set(bad))
+            data = data.with_pictures(dict.fromkeys(bad))
             run_plan = plan(config, data)
     training_encoder = encoder
     if run_plan.train_spec is not run_plan.spec:
@@ -277,7 +295,36 @@ def _prepare_pictures(
     return encoder, training_encoder, pictures, data, run_plan
 
 
-def _reporter(home: Path) -> Callable[[dict[str, Any], Path], None]:
+def _fetch_pictures(urls: Sequence[str], world: int) -> dict[str, str | None]:
+    """Local copies, None where there is no such picture.
+
+    All of them before training begins: the loader's processes are forks, and storage clients do not survive a fork.
+    """
+    import ray.train
+    import torch.distributed as dist
+
+    def local(url: str) -> str | None:
+        try:
+            return str(fetch(url))
+        except FileNotFoundError:
+            return None
+
+    if world > 1 and ray.train.get_context().get_local_rank() > 0:
+        dist.barrier()  # the first worker of this node fetches them for all
+    copies = dict(zip(urls, several(local, urls, at_once=True), strict=True))
+    if world > 1 and ray.train.get_context().get_local_rank() == 0:
+        dist.barrier()
+    return copies
+
+
+def staging_folder(out: Location) -> Path:
+    """Where checkpoints are written before they are reported."""
+    if isinstance(out, Path):
+        return out / ".staging"
+    return cache_folder() / "staging" / hashlib.sha256(str(out).encode()).hexdigest()[:16]
+
+
+def _reporter(home: Location) -> Callable[[dict[str, Any], Path], None]:
     def report(metrics: dict[str, Any], folder: Path) -> None:
         import ray.train
 
@@ -293,10 +340,13 @@ def _reporter(home: Path) -> Callable[[dict[str, Any], Path], None]:
     return report
 
 
-def _move(source: Path, target: Path) -> Any:
+def _move(source: Path, target: Location) -> Any:
     """Files of this rank into the checkpoint folder; renames where both lie on one disk, copies elsewhere."""
     import ray.train
 
+    if isinstance(target, BucketPath):
+        upload_tree(source, target)
+        return ray.train.Checkpoint(target.in_file_system, filesystem=target.file_system)
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         place = target / file.relative_to(source)
@@ -305,7 +355,7 @@ def _move(source: Path, target: Path) -> Any:
     return ray.train.Checkpoint.from_directory(str(target))
 
 
-def remove_orphans(home: Path) -> list[str]:
+def remove_orphans(home: Location) -> list[str]:
     """Delete checkpoint folders that Ray Train does not know: a crash cut their report off.
 
     Returns:
@@ -316,28 +366,34 @@ def remove_orphans(home: Path) -> list[str]:
     if snapshot.is_file():
         state = json.loads(snapshot.read_text(encoding="utf-8"))
         known = {result["checkpoint_dir_name"] for result in state["checkpoint_results"]}
-    orphans = [folder for folder in home.glob("checkpoint-*") if folder.is_dir() and folder.name not in known]
+    orphans = [folder for folder in listing(home, "checkpoint-*") if folder.name not in known and folder.is_dir()]
     for folder in orphans:
-        shutil.rmtree(folder)
+        remove_tree(folder)
     return [folder.name for folder in orphans]
 
 
 class _Progress:
     """Tells the driver what this worker is doing, through a small file in the run folder; silence is no error."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Location | None) -> None:
         self._path = None if folder is None else folder / PROGRESS_FILE
         self._last: dict[str, Any] = {}
+        self._written = 0.0
 
     def __call__(self, **facts: Any) -> None:
         if self._path is None:
             return
         self._last |= facts | {"time": time.time()}
         try:
+            if isinstance(self._path, BucketPath):
+                if "note" in facts or time.monotonic() - self._written >= PROGRESS_S:
+                    self._path.write_bytes(json.dumps(self._last).encode())
+                    self._written = time.monotonic()
+                return
             draft = self._path.with_suffix(".tmp")
             draft.write_text(json.dumps(self._last), encoding="utf-8")
             os.replace(draft, self._path)
-        except OSError:
+        except (OSError, UserError):
             self._path = None
 
     def step(self, step: int, loss: float | None) -> None:
