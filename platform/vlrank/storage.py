@@ -16,6 +16,7 @@ machine's role; ``GOOGLE_APPLICATION_CREDENTIALS``. PyArrow brings the clients.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -385,6 +386,9 @@ def _explained(place: BucketPath) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            remedy = f"Free some in {cache_folder()}, or set VLRANK_CACHE to a folder on another disk."
+            raise UserError(f"no space is left on this machine for a copy of {place}", remedy) from error
         raise _user_error(place, str(error)) from error
 
 
