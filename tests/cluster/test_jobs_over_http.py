@@ -24,13 +24,6 @@ from vlrank.submit import Environment, absolute_paths, config_of, job_name, pack
 
 from .nodes import Nodes
 
-try:
-    import ray.dashboard.optional_deps  # noqa: F401
-except ImportError:
-    JOB_SERVER = False
-else:
-    JOB_SERVER = True
-
 VLRANK = """
 import sys
 from vlrank.options import main
@@ -68,8 +61,6 @@ class User:
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[User]:
-    if not JOB_SERVER:
-        pytest.skip("Ray's job server needs ray[default] (aiohttp_cors, opencensus, ...)")
     workdir = tmp_path_factory.mktemp("shared")
     write_raw_shop(workdir / "raw", n_items=40, n_users=60)
     nodes = Nodes()

@@ -82,7 +82,7 @@ def main(folder: Path, rows: int, nodes: bool, actors: int) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     victims = [cluster.add_node(num_cpus=4), cluster.add_node(num_cpus=4)]
     ray.init(address=cluster.address, log_to_driver=False)
 
