@@ -103,3 +103,31 @@ def test_historic_flags_reach_the_config(capsys: Capture) -> None:
 
     outcome(capsys, stage, [*ARGV, "--rounds", "200"], aliases={"bootstrap": ["--rounds"]})
     assert seen[0].bootstrap == 200
+
+
+def test_relative_paths_of_a_job_are_taken_from_the_shared_folder(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray starts a job in a copy of its working directory that goes away with it: results there would be lost."""
+    seen: list[tuple[EvaluateConfig, Path]] = []
+
+    def stage(config: EvaluateConfig) -> Summary:
+        seen.append((config, Path.cwd()))
+        return Summary("done")
+
+    job = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    code, line = outcome(capsys, stage, ARGV)
+    assert (code, seen) == (2, [])
+    assert "`dataset` is data/shop, a relative path" in line["message"]
+    assert "VLRANK_WORKDIR" in line["message"]
+
+    monkeypatch.setenv("VLRANK_WORKDIR", str(tmp_path))
+    assert outcome(capsys, stage, ARGV)[0] == 0
+    ((config, folder),) = seen
+    assert (config.dataset, config.out, folder) == (tmp_path / "data/shop", tmp_path / "report", tmp_path)
+    monkeypatch.setenv("VLRANK_WORKDIR", str(tmp_path / "not_mounted"))
+    code, line = outcome(capsys, stage, ARGV)
+    assert code == 2
+    assert "not_mounted cannot be entered" in line["message"]

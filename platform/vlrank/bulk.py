@@ -241,6 +241,7 @@ def run_bulk(
 def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int, description: str) -> dict[str, Any]:
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
+    from ray.util.metrics import Counter
 
     if os.environ.get("VLRANK_VERBOSE") != "1":
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -255,6 +256,8 @@ def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int,
     n_shards = _write_plan(pending, plan, shard_rows)
     counts: dict[str, int] = dict.fromkeys(("done", "quarantined", TOKENS_IN, TOKENS_OUT), 0)
     retry: list[Any] = []
+    # For dashboards (ray_vlrank_rows_total in Prometheus): what share of the rows goes to quarantine.
+    exported: Any = Counter("vlrank_rows", "Rows that came out of a bulk stage", tag_keys=("stage", "outcome"))
     # A quarter of a CPU keeps the first and the last step apart from the stages (Ray Data fuses steps of equal
     # resources, and a fused commit would see the stages' batches, not the shards) and leaves the CPUs to the stages.
     light: dict[str, Any] = {"num_cpus": 0.25, "batch_size": None}
@@ -275,6 +278,9 @@ def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int,
             for row in dataset.iter_rows():
                 for name in counts:
                     counts[name] += int(row[name])
+                for outcome in ("done", "quarantined"):
+                    if row[outcome]:
+                        exported.inc(int(row[outcome]), tags={"stage": shards.stage, "outcome": outcome})
                 if row[ENGINE_SECONDS] > 0:
                     working_since = min(working_since, time.monotonic() - row[ENGINE_SECONDS])
                 retry.extend(pa.ipc.open_stream(row["retry"]).read_all()["key"].to_pylist())

@@ -10,6 +10,7 @@ as the message of a failed job, so the reason stands in its status.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from vlrank.config import (
     RetrieveConfig,
     TrainConfig,
     TuneConfig,
+    validate,
 )
 from vlrank.console import Summary
 from vlrank.errors import UserError
@@ -49,6 +51,10 @@ STAGES: dict[str, Stage] = {
 """Stages that can run as jobs: config, ``run`` and what ``--dry_run`` calls, imported when called."""
 
 
+WORKDIR = "VLRANK_WORKDIR"
+"""Environment variable: the folder that a job's relative paths are taken from."""
+
+
 def main(
     stage: Callable[[C], Summary],
     config_type: type[C],
@@ -68,10 +74,21 @@ def main(
         plan: What ``--dry_run`` calls instead of ``stage``.
         aliases, adapt, extra: Historic flags, see `vlrank.options.stage_command`.
     """
+
+    def at_home(work: Callable[[C], Summary]) -> Callable[[C], Summary]:
+        return lambda config: work(_in_workdir(config))
+
     name = config_type.__name__.removesuffix("Config").lower()
     positional = ["dataset"] if "dataset" in config_type.model_fields else []
     command = stage_command(
-        name, config_type, stage, plan=plan, positional=positional, aliases=aliases, adapt=adapt, extra=extra
+        name,
+        config_type,
+        at_home(stage),
+        plan=at_home(plan) if plan else None,
+        positional=positional,
+        aliases=aliases,
+        adapt=adapt,
+        extra=extra,
     )
     arguments = None if argv is None else list(argv)
     run_and_exit(lambda: command.main(args=arguments, standalone_mode=False))
@@ -93,13 +110,44 @@ def run_and_exit(work: Callable[[], Summary | int | None]) -> NoReturn:
         cause = user_error_in(error)
         if cause is None:
             traceback.print_exc()
-        _last_line("error", str(cause) if cause else f"{type(error).__name__}: {error}")
+        inner = getattr(error, "cause", None) or error  # a RayTaskError's text is a traceback
+        _last_line("error", str(cause) if cause else f"{type(inner).__name__}: {inner}")
         raise SystemExit(2 if cause else 1) from None
     if isinstance(summary, Summary):
         summary.show()
         facts = "; ".join([summary.title, *(f"{key}: {value}" for key, value in summary.lines.items())])
         _last_line("ok", facts, summary.output, summary.counts)
     raise SystemExit(0)
+
+
+def _in_workdir(config: C) -> C:
+    """The config with paths that mean the same on every node: in a job, relative ones are taken from `WORKDIR`.
+
+    Raises:
+        UserError: no such folder; or none is given, a path is relative, and the current folder goes away with the job.
+    """
+    from vlrank.submit import absolute_paths
+
+    folder = os.environ.get(WORKDIR)
+    if not folder and _UPLOADED not in Path.cwd().parts:
+        return config
+    try:
+        values = absolute_paths(config, folder)
+        if folder:
+            os.chdir(folder)  # for what is a path or a name: `model`, a file as `method`
+    except UserError as error:
+        remedy = f"Give absolute paths on storage that every node sees, or set {WORKDIR}=/FOLDER in the job's env_vars."
+        raise UserError(error.problem, remedy) from None
+    except OSError as error:
+        raise UserError(
+            f"{WORKDIR} {folder} cannot be entered on this node: {error.strerror}",
+            "Give a folder on storage that every node has mounted at the same place.",
+        ) from None
+    return validate(type(config), values)
+
+
+_UPLOADED = "working_dir_files"
+"""Ray unpacks a job's working directory into a folder of this name."""
 
 
 def user_error_in(error: BaseException | None) -> UserError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlrank.config import RayConfig
+
+CAPACITY = "VLRANK_CAPACITY"
+"""Environment variable: what an autoscaling cluster can grow to, JSON such as ``{"GPU": 8}``."""
 
 
 @contextmanager
@@ -39,8 +43,19 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def cluster_gpus() -> float:
-    """GPUs of the connected cluster."""
+def cluster_resources() -> dict[str, float]:
+    """Resources of the connected cluster, grown to what `CAPACITY` says that it can have.
+
+    Groups of workers that are scaled down to nothing are not to be seen in Ray, which does not know what they could be:
+    a stage would take a cluster for one without GPUs and run on its CPUs.
+    """
     import ray
 
-    return float(ray.cluster_resources().get("GPU", 0))
+    grown = {kind: float(number) for kind, number in json.loads(os.environ.get(CAPACITY, "{}")).items()}
+    there = {kind: float(number) for kind, number in ray.cluster_resources().items()}
+    return there | {kind: max(number, there.get(kind, 0.0)) for kind, number in grown.items()}
+
+
+def cluster_gpus() -> float:
+    """GPUs of the connected cluster, or that it can grow to."""
+    return cluster_resources().get("GPU", 0.0)

@@ -2,7 +2,8 @@
 
 A job carries its whole, checked config as a file and vlrank's own code as its working directory; the cluster needs only
 the dependencies. Its id is a function of stage and config: submitting the same thing twice follows the job that runs,
-and after a failure continues it, as every stage does only what is missing.
+and after a failure continues it, as every stage does only what is missing. Further attempts have a number behind the
+id, so that each keeps its own log.
 """
 
 from __future__ import annotations
@@ -11,24 +12,26 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import click
 import yaml
 
-from vlrank.config import Config, config_dir, read_yaml
+from vlrank.config import Config, PrepareConfig, config_dir, read_yaml, validate
 from vlrank.console import Summary, console
 from vlrank.errors import UserError
-from vlrank.jobs import STAGES
+from vlrank.jobs import STAGES, WORKDIR
 from vlrank.options import stage_command
+from vlrank.runtime import CAPACITY
 from vlrank.storage import location
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -43,11 +46,13 @@ class Environment:
         python: Interpreter on every node, per stage or under ``default``: vLLM and Unsloth may need separate ones.
         env_vars: Environment variables of every process of the job.
         entrypoint_cpus: CPUs that a stage's driver holds; above 0 it runs on a worker node where the head has none.
+        capacity: What an autoscaling cluster can grow to, e.g. ``{"GPU": 8}``, see `vlrank.runtime.cluster_resources`.
     """
 
     python: Mapping[str, str] = field(default_factory=dict)
     env_vars: Mapping[str, str] = field(default_factory=dict)
     entrypoint_cpus: Mapping[str, float] = field(default_factory=dict)
+    capacity: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path | None) -> Environment:
@@ -57,7 +62,7 @@ class Environment:
             UserError: unknown keys, or values of the wrong kind.
         """
         values = read_yaml(path) if path else {}
-        known = {"python", "env_vars", "entrypoint_cpus"}
+        known = {each.name for each in fields(cls)}
         if set(values) - known or not all(isinstance(value, dict) for value in values.values()):
             raise UserError(f"{path} may hold only the mappings {', '.join(sorted(known))}, found {', '.join(values)}")
         stages = {"default", *STAGES}
@@ -65,11 +70,11 @@ class Environment:
             strange = set(values.get(key, {})) - stages
             if strange:
                 raise UserError(f"{path}: `{key}` names unknown stages: {', '.join(sorted(strange))}")
-        return cls(
-            python=values.get("python", {}),
-            env_vars={name: str(value) for name, value in values.get("env_vars", {}).items()},
-            entrypoint_cpus=values.get("entrypoint_cpus", {}),
-        )
+        for key in ("entrypoint_cpus", "capacity"):
+            for name, value in values.get(key, {}).items():
+                if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                    raise UserError(f"{path}: `{key}` of {name} is {value!r}, expected a number")
+        return cls(**values | {"env_vars": {name: str(value) for name, value in values.get("env_vars", {}).items()}})
 
     def interpreter(self, stage: str) -> str | None:
         """The stage's Python, None for the cluster's own."""
@@ -81,7 +86,13 @@ class Environment:
 
 
 def submit(
-    stage: str, config: Config, *, address: str, environment: Environment | None = None, workdir: str | None = None
+    stage: str,
+    config: Config,
+    *,
+    address: str,
+    environment: Environment | None = None,
+    workdir: str | None = None,
+    again: bool = False,
 ) -> tuple[str, bool]:
     """Submit a stage, unless the same job is running or has succeeded.
 
@@ -90,7 +101,8 @@ def submit(
         config: The stage's config; relative paths are taken from ``workdir``.
         address: Of the cluster's dashboard, e.g. ``http://HEAD:8265``.
         environment: What the cluster offers.
-        workdir: An absolute folder that all nodes see.
+        workdir: An absolute folder that all nodes see; the job's relative paths are taken from it.
+        again: Run a job that has succeeded once more; it does what is missing by now.
 
     Returns:
         The job's id, and whether it was submitted now.
@@ -100,16 +112,21 @@ def submit(
     """
     environment = environment or Environment()
     values = absolute_paths(config, workdir)
-    job_id = job_name(stage, values)
     client = connect(address)
     with explained(address):
-        known = {job.submission_id: job for job in client.list_jobs()}
-        if job_id in known and known[job_id].status not in ("FAILED", "STOPPED"):
-            return job_id, False
-        if job_id in known:
-            client.delete_job(job_id)
+        job_id = job_name(stage, values)
+        if before := attempts(client, job_id):
+            number, last = before[-1]
+            if last.status not in (_ENDED if again else ("FAILED", "STOPPED")):
+                return str(last.submission_id), False
+            job_id = f"{job_id}-{number + 1}"
         interpreter = environment.interpreter(stage)
-        runtime_env: dict[str, Any] = {"env_vars": dict(environment.env_vars)}
+        env_vars = dict(environment.env_vars)
+        if workdir:
+            env_vars[WORKDIR] = workdir
+        if environment.capacity:
+            env_vars[CAPACITY] = json.dumps(dict(environment.capacity))
+        runtime_env: dict[str, Any] = {"env_vars": env_vars}
         if interpreter:
             runtime_env["py_executable"] = interpreter
         with tempfile.TemporaryDirectory(prefix="vlrank-job-") as folder:
@@ -118,7 +135,12 @@ def submit(
                 entrypoint=f"{shlex.quote(interpreter or 'python')} -m vlrank.jobs {stage} --config job.yaml",
                 submission_id=job_id,
                 runtime_env=runtime_env | {"working_dir": folder},
-                metadata={"stage": stage, "config": json.dumps(values)},
+                metadata={
+                    "stage": stage,
+                    "config": json.dumps(values),
+                    "workdir": workdir or "",
+                    "environment": json.dumps(asdict(environment)),
+                },
                 entrypoint_num_cpus=environment.driver_cpus(stage),
             )
     return job_id, True
@@ -128,6 +150,12 @@ def job_name(stage: str, values: Mapping[str, Any]) -> str:
     """``vlrank-STAGE-HASH``: the same for the same stage and config."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return f"vlrank-{stage}-{digest[:12]}"
+
+
+def attempts(client: Any, name: str) -> list[tuple[int, Any]]:
+    """(1, 2, ..., Ray's ``JobDetails``) of the jobs NAME, NAME-2, ..., in this order."""
+    names = ((re.fullmatch(rf"{name}(?:-(\d+))?", job.submission_id or ""), job) for job in client.list_jobs())
+    return sorted(((int(found[1] or 1), job) for found, job in names if found), key=lambda attempt: attempt[0])
 
 
 def absolute_paths(config: Config, workdir: str | None) -> dict[str, Any]:
@@ -153,11 +181,14 @@ def absolute_paths(config: Config, workdir: str | None) -> dict[str, Any]:
         return str(Path(workdir) / path)
 
     values = config.model_dump(mode="json", exclude_unset=True)
-    for key, value in ((key, getattr(config, key)) for key in type(config).model_fields if key in values):
+    places = {key: getattr(config, key) for key in values}
+    if isinstance(config, PrepareConfig) and config.dataset_code:  # these have relative defaults
+        places |= {"raw_dir": config.raw_dir, "out": config.folder}
+    for key, value in places.items():
         if isinstance(value, Path):
             values[key] = resolved(key, value)
-        elif isinstance(value, tuple) and value and all(isinstance(part, Path) for part in value):
-            values[key] = [resolved(key, part) for part in value]
+        elif isinstance(value, tuple) and any(isinstance(part, Path) for part in value):
+            values[key] = [resolved(key, part) if isinstance(part, Path) else str(part) for part in value]
     return values
 
 
@@ -206,15 +237,22 @@ def explained(address: str) -> Iterator[None]:
 
 def follow(client: Any, job_id: str) -> Any:
     """Print the job's log as it grows until the job ends; returns Ray's ``JobDetails``."""
+    import aiohttp
+
+    printed = 0
 
     async def stream() -> None:
+        nonlocal printed
+        at = 0  # every connection tells the log from its beginning
         async for text in client.tail_job_logs(job_id):
-            print(text, end="", flush=True)
+            print(text[max(0, printed - at) :], end="", flush=True)
+            at += len(text)
+            printed = max(printed, at)
 
     while client.get_job_info(job_id).status not in _ENDED:
         try:
             asyncio.run(stream())
-        except RuntimeError:  # the connection broke, e.g. a tunnel; the job goes on
+        except (RuntimeError, aiohttp.ClientError):  # the connection broke, e.g. a tunnel; the job goes on
             time.sleep(2)
     return client.get_job_info(job_id)
 
@@ -273,9 +311,13 @@ def submit_command(
     address: str, workdir: str | None, environment: Path | None, no_wait: bool, stage: str, argv: tuple[str, ...]
 ) -> Summary:
     """Run a stage as a job of a Ray cluster: `vlrank submit train /data/shop --mode caption --out /runs/a`."""
-    config = config_of(stage, argv)
-    job_id, fresh = submit(stage, config, address=address, environment=Environment.read(environment), workdir=workdir)
-    console.print(f"{'submitted' if fresh else 'known already:'} {job_id}")
+    config, offered = config_of(stage, argv), Environment.read(environment)
+    if "--dry_run" in argv:
+        values = absolute_paths(config, workdir)
+        facts = {"job": job_name(stage, values), "python": offered.interpreter(stage) or "the cluster's own"}
+        return Summary(f"submit: {stage} (dry run: the cluster was not asked)", facts | values)
+    job_id, fresh = submit(stage, config, address=address, environment=offered, workdir=workdir)
+    console.print(f"submitted {job_id}" if fresh else f"known already: {job_id}")
     if no_wait:
         return Summary(f"submit: {stage}", {"job": job_id, "next": f"vlrank jobs logs {job_id}"})
     return _wait(address, job_id)
@@ -334,7 +376,8 @@ def show_command(address: str, job_id: str) -> Summary:
     details = _details(client, address, job_id)
     last = outcome(client, job_id) or {}
     lines: dict[str, object] = {"status": str(details.status), "message": last.get("message") or details.message}
-    lines |= dict((details.metadata or {}).items())
+    metadata = details.metadata or {}
+    lines |= {key: metadata[key] for key in ("stage", "workdir", "config") if metadata.get(key)}
     output = last.get("output")
     return Summary(f"job: {job_id}", lines, location(output) if output else None, last.get("counts", {}))
 
@@ -365,22 +408,22 @@ def stop_command(address: str, job_id: str) -> Summary:
 
 @jobs_command.command("resubmit")
 @_address
-@click.option("--env", "environment", type=click.Path(path_type=Path), help="As for `vlrank submit`.")
+@click.option("--env", "environment", type=click.Path(path_type=Path), help="Default: as it was submitted.")
 @click.option("--no_wait", is_flag=True, help="Do not follow the log.")
 @click.argument("job_id")
 def resubmit_command(address: str, environment: Path | None, no_wait: bool, job_id: str) -> Summary:
-    """Submit an ended job's stage and config again; it continues where the job stopped."""
-    from vlrank.config import validate
-
+    """Submit an ended job's stage and config again; it continues where the job stopped, or does what is missing now."""
     client = connect(address)
     metadata = _details(client, address, job_id).metadata or {}
-    if metadata.get("stage") not in STAGES or "config" not in metadata:
+    if metadata.get("stage") not in STAGES or not {"config", "workdir", "environment"} <= metadata.keys():
         raise UserError(f"{job_id} was not submitted by `vlrank submit`", "Submit it as it was submitted first.")
     stage = metadata["stage"]
     config = validate(STAGES[stage][0], json.loads(metadata["config"]))
-    again, fresh = submit(stage, config, address=address, environment=Environment.read(environment))
-    console.print(f"{'submitted' if fresh else 'still running:'} {again}")
-    return Summary(f"job: {again}", {"submitted": fresh}) if no_wait else _wait(address, again)
+    offered = Environment.read(environment) if environment else Environment(**json.loads(metadata["environment"]))
+    workdir = metadata["workdir"] or None
+    job_id, fresh = submit(stage, config, address=address, environment=offered, workdir=workdir, again=True)
+    console.print(f"submitted {job_id}" if fresh else f"still running: {job_id}")
+    return Summary(f"job: {job_id}", {"submitted": fresh}) if no_wait else _wait(address, job_id)
 
 
 def _details(client: Any, address: str, job_id: str) -> Any:

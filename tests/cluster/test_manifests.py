@@ -226,6 +226,16 @@ def test_groups_hold_what_the_stages_ask_for(overlay: str) -> None:
         assert "training" in groups
 
 
+def test_the_capacity_of_the_gpu_environment_is_that_of_one_gpu() -> None:
+    """With less, a job on a cluster that is scaled down to nothing would be told that it has no GPU."""
+    grown = [0.0, 0.0]
+    for group in ray_cluster("one-gpu")["spec"]["workerGroupSpecs"]:
+        for kind, number in enumerate(held(group["template"]["spec"])):
+            grown[kind] += number * group["maxReplicas"]
+    capacity = Environment.read(CLUSTER / "environments/gpu.yaml").capacity
+    assert [capacity["CPU"], capacity["GPU"]] == grown
+
+
 def test_the_eight_gpu_overlay_gives_training_a_whole_machine() -> None:
     groups = {g["groupName"]: held(g["template"]["spec"]) for g in ray_cluster("eight-gpu")["spec"]["workerGroupSpecs"]}
     assert groups["training"][1] == 8
@@ -276,7 +286,8 @@ def test_dashboards_and_alerts_ask_only_for_metrics_that_exist() -> None:
     metrics = {metric for expression in asked for metric in re.findall(r"\bray_\w+", expression)}
     assert len(metrics) > 8
     for metric in metrics:
-        own = metric.removeprefix("ray_") if metric.startswith("ray_vlrank_") else metric
+        # Ray puts ray_ before the names of applications, and _total behind counters.
+        own = metric.removeprefix("ray_").removesuffix("_total") if metric.startswith("ray_vlrank_") else metric
         assert re.search(rf"\b{own}\b", known), metric
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 

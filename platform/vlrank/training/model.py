@@ -340,8 +340,12 @@ def tower_key(model: Any, encoder: Encoder, paths: Sequence[str]) -> str:
     digest.update(json.dumps(encoder.image_processor.to_dict(), sort_keys=True, default=str).encode())
     digest.update(str(encoder.ranking.max_image_pixels).encode())
     for path in paths:
-        status = os.stat(path)
-        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        try:
+            status = os.stat(path)
+            identity = f"{status.st_size}\0{status.st_mtime_ns}"
+        except OSError:  # compute_features says which pictures cannot be read
+            identity = "unreadable"
+        digest.update(f"{path}\0{identity}\n".encode())
     return digest.hexdigest()[:24]
 
 

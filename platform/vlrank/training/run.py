@@ -22,7 +22,7 @@ from vlrank.data.dataset import Dataset
 from vlrank.data.tables import atomic_write_json, atomic_write_text, file_size
 from vlrank.errors import UserError
 from vlrank.reranking.modes import ItemMeta
-from vlrank.runtime import cluster_gpus, ray_session
+from vlrank.runtime import cluster_gpus, cluster_resources, ray_session
 from vlrank.storage import BucketPath, Location, listing, location, remove_tree
 from vlrank.training.data import TrainingData, display_name, plan
 from vlrank.training.model import FOLDERS, Base, resolve_base
@@ -240,9 +240,7 @@ def _check_reporters(config: TrainConfig) -> None:
 
 
 def _check_resources(config: TrainConfig) -> None:
-    import ray
-
-    have = ray.cluster_resources()
+    have = cluster_resources()
     cpus = config.workers * config.cpus_per_worker
     gpus = config.workers * (config.gpus_per_worker or 0)
     for kind, needed in (("CPU", cpus), ("GPU", gpus)):

@@ -25,7 +25,7 @@ from vlrank.config import Mode, TrainConfig, TuneConfig, config_dir, merge, mode
 from vlrank.console import Summary, console
 from vlrank.data.tables import atomic_write_json, atomic_write_text
 from vlrank.errors import UserError
-from vlrank.runtime import ray_session
+from vlrank.runtime import cluster_resources, ray_session
 from vlrank.training.data import selection_metric
 from vlrank.tuning import space as spaces
 from vlrank.tuning.results import one_line, selection, show_table, verdict
@@ -220,7 +220,6 @@ def _search(
     waiting = sweep.unfinished()
     if not waiting:
         return
-    import ray
     from ray import tune
 
     from vlrank.tuning.gauges import SweepGauges
@@ -228,8 +227,9 @@ def _search(
 
     by_mode = {plan.mode: plan for plan in plans}
     runs = config.out.resolve() / "runs"
-    slots = [trial_resources(plan.base, ray.cluster_resources()) for plan in plans]
-    concurrent = config.max_concurrent_trials or concurrency(slots, ray.cluster_resources(), local=_local(config))
+    resources = cluster_resources()
+    slots = [trial_resources(plan.base, resources) for plan in plans]
+    concurrent = config.max_concurrent_trials or concurrency(slots, resources, local=_local(config))
     console.print(
         f"{len(waiting)} trials to run, {len(sweep.trials) - len(waiting)} finished before; {concurrent} at a time"
     )
@@ -491,10 +491,8 @@ def plan(config: TuneConfig) -> Summary:
     plans = [mode_plan(config, mode) for mode in config.modes]
     resources = {"CPU": float(os.cpu_count() or 1), "GPU": float(_gpus_here())}
     if not _local(config):
-        import ray
-
         with ray_session(config.ray):
-            resources = dict(ray.cluster_resources())
+            resources = cluster_resources()
     slots = [trial_resources(plan.base, resources) for plan in plans]
     concurrent = config.max_concurrent_trials or concurrency(slots, resources, local=_local(config))
     before = Sweep(config.out / "trials.jsonl")
