@@ -18,8 +18,8 @@ repetition of the bad rows, and nothing is lost. Two runs on one folder at a tim
 
 **Why not Ray Data's CheckpointConfig**, which does part of this: it knows ids but no input hashes, so a changed prompt
 would be skipped as done; failed rows count as done for ever; its ids live beside the output, so the two can disagree;
-and it appends every row again when its folder is cleaned. The price of our way is the anti-join on the driver: two
-columns of the committed shards in memory, some 100 bytes per row.
+and it appends every row again when its folder is cleaned. The price of our way is the anti-join on the driver: beside
+the wanted rows, the keys of those that are done (docs/scaling.md has the figures).
 
 **Where.** ``folder`` and ``quarantine`` are what the driver and all workers share: a local disk on one machine, NFS or
 Lustre on a cluster, or a bucket (`vlrank.storage`), where a shard is one upload instead of a rename. Folders need
@@ -96,57 +96,76 @@ class Shards:
             wanted: Columns ``key``, ``input_hash`` and whatever the stages need.
             retry_failed: Count quarantined rows as not done.
         """
-        done = self._newest(self.folder, self.schema, columns=[self.key, "input_hash"])
-        rows = wanted.join(done, on=[self.key, "input_hash"], how="anti", maintain_order="left")
-        if retry_failed:
-            return rows
-        failed = self.quarantined().select(pl.col("key").cast(wanted.schema[self.key]).alias(self.key), "input_hash")
+        current = wanted.select(self.key, "input_hash")
+        done = seen = current.clear().select(self.key)
+        for _, rows in _newest_first(self.folder, [self.key, "input_hash"]):
+            newest = _unseen(rows.unique(self.key, keep="last"), seen, self.key)
+            seen = pl.concat([seen, newest.select(self.key)])
+            done = pl.concat([done, _common(newest, current, self.key).select(self.key)])
+        rows = wanted.join(done, on=self.key, how="anti", maintain_order="left")
+        return rows if retry_failed else self.untried(rows)
+
+    def untried(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """The rows that are not in quarantine with their ``input_hash``."""
+        failed = self.quarantined().select(pl.col("key").cast(rows.schema[self.key]).alias(self.key), "input_hash")
         return rows.join(failed, on=[self.key, "input_hash"], how="anti", maintain_order="left")
 
-    def prune(self, wanted: pl.DataFrame) -> None:
+    def prune(self, wanted: pl.DataFrame, *, committed: int | None = None) -> None:
         """Remove rows of wanted keys that are not current any more; files without such rows are not touched.
 
         Obsolete is a committed row that has a newer one or whose hash is not the wanted one, and a quarantine row that
         has a newer one, whose hash is not the wanted one, or whose key has been committed since. Keys that are not in
         ``wanted`` (a run with a limit) are left alone.
+
+        Args:
+            wanted: As for `pending`.
+            committed: How many of the wanted rows are committed, where that is known: if the shards hold no more rows
+                than these, none of them is obsolete, and they need not be read.
         """
         current = wanted.select(self.key, "input_hash")
-        self._prune(self.folder, self.key, current)
-        done = self._newest(self.folder, self.schema, columns=[self.key, "input_hash"])
-        failed = current.join(done, on=[self.key, "input_hash"], how="anti")
+        if committed is None or committed != sum(each(_height, _files(self.folder))):
+            self._prune(self.folder, self.key, current, current)
+        tried = self.quarantined().select(pl.col("key").cast(current.schema[self.key]).alias(self.key))
+        mine = current.join(tried, on=self.key, how="semi")
+        done = self._newest(self.folder, self.schema, columns=[self.key, "input_hash"], only=mine)
+        failed = mine.join(done, on=[self.key, "input_hash"], how="anti")
         as_text = [pl.col(self.key).cast(pl.String).alias("key"), "input_hash"]
-        self._prune(self.quarantine, "key", failed.select(as_text), known=current.select(as_text)["key"])
+        self._prune(self.quarantine, "key", failed.select(as_text), mine.select(as_text))
 
-    def _prune(self, folder: Location, key: str, current: pl.DataFrame, known: pl.Series | None = None) -> None:
-        known = current[key] if known is None else known
-        seen: set[Any] = set()
-        newest_first = _files(folder)[::-1]
-        for path, shard in zip(newest_first, each(_read, newest_first), strict=True):
-            table = _frame(shard)
-            rows = table.select(key, "input_hash").join(
-                current.select(key, "input_hash").with_columns(current=True),
-                on=[key, "input_hash"],
-                how="left",
-                maintain_order="left",
-            )
-            is_known = table[key].is_in(known.implode())
-            keep = (rows["current"].fill_null(False) | ~is_known) & ~table[key].is_in(list(seen))
-            seen.update(table[key].filter(keep))
-            if keep.all():
-                continue
-            kept = table.filter(keep)
-            if kept.is_empty():
-                path.unlink()
-            else:
-                write_parquet_atomic(kept, path, shard.schema)
+    def _prune(self, folder: Location, key: str, current: pl.DataFrame, known: pl.DataFrame) -> None:
+        seen = current.clear().select(key)
+        for files, rows in _newest_first(folder, [key, "input_hash"]):
+            rows = rows.with_row_index("row")
+            foreign = _unseen(rows, known.select(key), key)
+            keep = pl.concat([part.select("row", "file", key) for part in (_common(rows, current, key), foreign)])
+            keep = _unseen(keep.unique(key, keep="last"), seen, key).sort("row")
+            seen = pl.concat([seen, keep.select(key)])
+            for number, path in enumerate(files):
+                start, end = (rows["file"].search_sorted(number, side) for side in ("left", "right"))
+                low, high = (keep["file"].search_sorted(number, side) for side in ("left", "right"))
+                if high - low == end - start:
+                    continue
+                shard = _read(path)
+                kept = _frame(shard)[(keep["row"][low:high] - start).to_list()]
+                if kept.is_empty():
+                    path.unlink()
+                else:
+                    write_parquet_atomic(kept, path, shard.schema)
 
     def _newest(
-        self, folder: Location, schema: pa.Schema, key: str | None = None, columns: Sequence[str] | None = None
+        self,
+        folder: Location,
+        schema: pa.Schema,
+        key: str | None = None,
+        columns: Sequence[str] | None = None,
+        only: pl.DataFrame | None = None,
     ) -> pl.DataFrame:
         columns = list(columns or schema.names)
         empty = empty_frame(schema).select(columns)
         # Rows that other code put into quarantine have no hash: diagonal.
-        parts = [_frame(part) for part in each(partial(_read, columns=columns), _files(folder))]
+        files = _files(folder) if only is None or not only.is_empty() else []
+        parts = [_frame(part) for part in each(partial(_read, columns=columns), files)]
+        parts = parts if only is None else [part.join(only, on=self.key, how="semi") for part in parts]
         return pl.concat([empty, *parts], how="diagonal").unique(key or self.key, keep="last", maintain_order=True)
 
 
@@ -223,8 +242,8 @@ def run_bulk(
             folder.mkdir(parents=True, exist_ok=True)
     with _exclusive(shards.folder):
         _sweep(shards)
-        pending = shards.pending(wanted, retry_failed=retry_failed or only is not None)
-        with_failed = pending if retry_failed else shards.pending(wanted, retry_failed=True)
+        with_failed = shards.pending(wanted, retry_failed=True)
+        pending = with_failed if retry_failed or only is not None else shards.untried(with_failed)
         if only is not None:
             pending = pending.filter(pl.col(shards.key).is_in(list(only)))
         result = BulkResult(
@@ -234,7 +253,7 @@ def run_bulk(
             counts = _run(pending, stages, shards, shard_rows, description)
             result = replace(result, **counts)
         if prune:
-            shards.prune(wanted)
+            shards.prune(wanted, committed=result.reused + result.done)
     return replace(result, seconds=time.monotonic() - start)
 
 
@@ -368,6 +387,41 @@ def _frame(table: pa.Table) -> pl.DataFrame:
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
     return frame
+
+
+def _height(path: Location) -> int:
+    """Rows of a shard, from its end alone."""
+    with path.open("rb") as file:
+        return int(pq.read_metadata(file).num_rows)
+
+
+_ROWS_AT_ONCE = 1_000_000
+"""Rows of shards in the driver's memory at a time, some 100 bytes each; of those before, their keys alone."""
+
+
+def _newest_first(folder: Location, columns: Sequence[str]) -> Iterator[tuple[list[Location], pl.DataFrame]]:
+    """Groups of shards, the newest first: files, oldest first, and their rows with ``file``, the place of each."""
+    newest_first = _files(folder)[::-1]
+    files, parts, height = list[Location](), list[pl.DataFrame](), 0
+    for path, shard in zip(newest_first, each(partial(_read, columns=columns), newest_first), strict=True):
+        files.append(path)
+        parts.append(_frame(shard))
+        height += parts[-1].height
+        if height >= _ROWS_AT_ONCE or path is newest_first[-1]:
+            numbered = [part.with_columns(file=number) for number, part in enumerate(reversed(parts))]
+            yield files[::-1], pl.concat(numbered, how="diagonal")
+            files, parts, height = [], [], 0
+
+
+def _unseen(rows: pl.DataFrame, seen: pl.DataFrame, key: str) -> pl.DataFrame:
+    """The rows whose key is not in ``seen``; the first join keeps the second one's table as small as ``rows``."""
+    return rows.join(seen.join(rows, on=key, how="semi"), on=key, how="anti", maintain_order="left")
+
+
+def _common(rows: pl.DataFrame, wanted: pl.DataFrame, key: str) -> pl.DataFrame:
+    """The rows that ``wanted`` has with the same hash."""
+    same_key = wanted.join(rows, on=key, how="semi")
+    return rows.join(same_key, on=[key, "input_hash"], how="semi", maintain_order="left")
 
 
 def _next_run(shards: Shards) -> str:
