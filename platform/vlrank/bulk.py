@@ -30,9 +30,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import logging
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -49,6 +47,7 @@ from vlrank.console import progress
 from vlrank.data.schemas import BULK_QUARANTINE
 from vlrank.data.tables import atomic_path, disk_errors, empty_frame, parquet_file, write_parquet_atomic
 from vlrank.errors import UserError
+from vlrank.runtime import quiet_data
 from vlrank.storage import BucketPath, Location, claim, each, listing
 
 if TYPE_CHECKING:
@@ -262,13 +261,7 @@ def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int,
     from ray.util.annotations import RayDeprecationWarning
     from ray.util.metrics import Counter
 
-    if os.environ.get("VLRANK_VERBOSE") != "1":
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # ours shows items, tokens and time left
-    context.enable_operator_progress_bars = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # a UserError of a stage has to arrive as one
+    quiet_data().raise_original_map_exception = True  # a UserError of a stage has to arrive as one
 
     run = _next_run(shards)
     plan = shards.folder / f"{_PLAN}{run}"

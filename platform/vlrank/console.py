@@ -27,7 +27,7 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-_CHATTY = ("torchao", "torch.utils._pytree", "ray._private.worker", "ray.llm")
+_CHATTY = ("torchao", "torch.utils._pytree", "ray._private.worker", "ray.llm", "ray.tune")
 
 
 def quiet_libraries() -> None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ray.data import DataContext
+
     from vlrank.config import RayConfig
 
 CAPACITY = "VLRANK_CAPACITY"
@@ -34,6 +36,8 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if address and address != "local":
         ray.init(address=address, **quiet)
     else:
+        # One process fewer for every run and every trial of a sweep: this machine will not be taken away from itself.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # "local" on purpose: without it a stale address file of an earlier cluster makes ray.init fail.
         cpus = config.num_cpus or max(8, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
@@ -41,6 +45,19 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def quiet_data() -> DataContext:
+    """Ray Data's settings with its own progress and log lines off: ours show items, tokens and time left."""
+    import ray.data
+
+    if os.environ.get("VLRANK_VERBOSE") != "1":
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    return context
 
 
 def cluster_resources() -> dict[str, float]:

@@ -376,7 +376,7 @@ def _fetch_on_ray(sources: Sequence[str], config: PicturesConfig, ray_config: Ra
     import pyarrow as pa
     import ray.data
 
-    from vlrank.runtime import ray_session
+    from vlrank.runtime import quiet_data, ray_session
 
     workers = min(config.workers, config.concurrency_per_host, -(-len(sources) // config.shard_rows))
     share = config.model_copy(
@@ -386,8 +386,7 @@ def _fetch_on_ray(sources: Sequence[str], config: PicturesConfig, ray_config: Ra
         }
     )
     with ray_session(ray_config):
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+        quiet_data()
         fetched = (
             ray.data.from_arrow(pa.table({"source": pa.array(sources, pa.string())}))
             .repartition(target_num_rows_per_block=config.shard_rows)
