@@ -142,9 +142,10 @@ def run_variant(
 
     kind, *settings = variant.split(",")
     values = {key: int(value) for key, value in (setting.split("=") for setting in settings)}
-    candidates = values.pop("candidates", 20)
+    candidates, replicas = values.pop("candidates", 20), values.pop("replicas", 1)
     if not any(model.glob("*.safetensors")):
         engine_kwargs = {"load_format": "dummy", **engine_kwargs}
+    share = {"gpus": int(100 / replicas) / 100} if replicas > 1 else {}  # all on one GPU
     ranking = {"max_history": shape.history, "max_item_chars": 4000, "window": 20, "top_k": max(50, candidates)}
     config = load_config(
         RerankConfig,
@@ -154,7 +155,7 @@ def run_variant(
         out=dataset.parent / f"{variant.replace(',', '-')}.parquet",
         negatives=candidates - 1,
         shard_rows=values.pop("shard", 256),
-        engine={"name": "vllm", "replicas": values.pop("replicas", 1), "engine_kwargs": engine_kwargs},
+        engine={"name": "vllm", "replicas": replicas, "engine_kwargs": engine_kwargs} | share,
         ranking=ranking | {"permutations": values.pop("permutations", 1)},
     )
     if kind not in ("raw", "job") or values:
