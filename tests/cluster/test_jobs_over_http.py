@@ -1,7 +1,7 @@
 """Jobs on a real cluster of several nodes with token authentication, submitted over HTTP as a user would.
 
-The tests follow one dataset from raw files to a report, so each needs what those before it have left; a part of them is
-run with `pytest -k`'s fixtures doing the rest: `dataset`, `captioned` and `trained` are jobs themselves.
+The tests follow one dataset from raw files to a report. The fixtures `dataset`, `captioned` and `trained` are jobs
+themselves, run by whichever test asks first.
 """
 
 from __future__ import annotations
