@@ -311,6 +311,9 @@ def submit_command(
     address: str, workdir: str | None, environment: Path | None, no_wait: bool, stage: str, argv: tuple[str, ...]
 ) -> Summary:
     """Run a stage as a job of a Ray cluster: `vlrank submit train /data/shop --mode caption --out /runs/a`."""
+    if stage in ("-h", "--help"):  # of this command; behind a stage's name it is the stage's own
+        print(click.get_current_context().get_help())
+        raise SystemExit(0)
     config, offered = config_of(stage, argv), Environment.read(environment)
     if "--dry_run" in argv:
         values = absolute_paths(config, workdir)

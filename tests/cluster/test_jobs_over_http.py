@@ -334,3 +334,12 @@ def test_environments_choose_an_interpreter_per_stage(tmp_path: Path) -> None:
     file.write_text("capacity: {GPU: many}")
     with pytest.raises(UserError, match="`capacity` of GPU is 'many', expected a number"):
         Environment.read(file)
+
+
+def test_help_before_a_stage_is_of_submit_and_behind_it_of_the_stage() -> None:
+    def said(*words: str) -> str:
+        command = [sys.executable, "-c", VLRANK, "submit", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert "--workdir" in said("--help")
+    assert "--batch_size" in said("train", "--help")
