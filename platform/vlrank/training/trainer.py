@@ -141,8 +141,7 @@ class RerankTrainer(Trainer):
         Returns:
             This rank's part of the mean loss per learned token, scaled so that the mean over ranks is the loss.
         """
-        if not model.training:  # walking through all modules in every step takes milliseconds
-            model.train()
+        model.train()
         inputs = self._prepare_inputs(inputs)
         micro, world = inputs["micro"], self.args.world_size
         # Nothing here may wait for the GPU: it would run dry while the next kernels are launched.

@@ -129,20 +129,23 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         pictures=pictures,
         loss=config.loss,
     )
-    lengths = steps.some_lengths() if packing else []
-    if packing and not lengths:
-        raise UserError("not one prompt can be made", "Look at some items with `vlrank inspect`.")
-    limit = pack_tokens
-    if config.auto_batch and on_gpu:
+    search = config.auto_batch and on_gpu
+    if search:
         show(note="finding the largest micro-batch")
-        start = row_length(lengths, own_share, own_share * longest) if packing else own_share
-        fits = _fit_memory(config, base, trainable, start, longest, own_share if packing else None)
-        limit, steps.micro_batch_size = (fits, own_share) if packing else (None, fits)
-    if packing and pack_tokens is None:
-        text = core(trainable.model).config.get_text_config()
-        memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
-        limit = limit or row_limit(text.num_hidden_layers, text.hidden_size, memory)
+    if packing and (search or pack_tokens is None):
+        lengths = steps.some_lengths()
+        if not lengths:
+            raise UserError("not one prompt can be made", "Look at some items with `vlrank inspect`.")
+        if search:
+            start = row_length(lengths, own_share, own_share * longest)
+            limit = _fit_memory(config, base, trainable, start, longest, own_share)
+        else:
+            text = core(trainable.model).config.get_text_config()
+            memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
+            limit = row_limit(text.num_hidden_layers, text.hidden_size, memory)
         steps.pack_tokens = row_length(lengths, own_share, limit)
+    elif search:
+        steps.micro_batch_size = _fit_memory(config, base, trainable, own_share, longest, None)
     sharding: dict[str, Any] = {}
     if config.parallel == "fsdp2":
         sharding = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": blocks(trainable.model)}}
