@@ -429,8 +429,6 @@ def fetch(place: str | Location) -> Path:
     Raises:
         FileNotFoundError: no such object.
     """
-    if not isinstance(place, BucketPath) and not is_url(place):
-        return Path(place)
     remote = location(place)
     if isinstance(remote, Path):
         return remote

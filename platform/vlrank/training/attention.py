@@ -221,12 +221,8 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def use_packed_attention(model: Any) -> str:
-    """Switch a model's language layers to `packed_attention`; the vision tower keeps its own.
-
-    Returns:
-        What computes it on this model's device: ``flash-attn-4`` or ``torch``.
-    """
+def use_packed_attention(model: Any) -> None:
+    """Switch a model's language layers to `packed_attention`; the vision tower keeps its own."""
     config = model.config.get_text_config()
     device = next(model.parameters()).device
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -236,7 +232,6 @@ def use_packed_attention(model: Any) -> str:
     ALL_ATTENTION_FUNCTIONS.register(name, partial(packed_attention, flash4=True) if flash4 else packed_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, _no_mask)
     config._attn_implementation = name
-    return "flash-attn-4" if flash4 else "torch"
 
 
 def compile_layers(model: Any, backend: str = "inductor") -> int:
