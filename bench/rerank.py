@@ -208,7 +208,7 @@ def raw(config: Any) -> dict[str, Any]:
     for user, (history, target) in dataset.histories("test").items():
         listed = sampled_candidates(target, [*history, target], pool, config.negatives, [config.seed, user])
         encoded = encoder.encode([meta[i] for i in history], [meta[i] for i in listed])
-        prompt: dict[str, Any] = {"prompt_token_ids": encoder.compact_ids(encoded) if encoded.grids else encoded.ids}
+        prompt: dict[str, Any] = {"prompt_token_ids": compact(encoded.ids, encoder.image_token_id)}
         if encoded.image_paths:
             prompt["multi_modal_data"] = {"image": [encoder.picture(path) for path in encoded.image_paths]}
         prompts.append(prompt)
@@ -226,6 +226,11 @@ def raw(config: Any) -> dict[str, Any]:
     llm.generate(prompts, params, use_tqdm=False)
     seconds = time.monotonic() - began
     return {"prompts": len(prompts), "tokens": tokens, "seconds": seconds, "ended": time.time()}
+
+
+def compact(ids: list[int], placeholder: int | None) -> list[int]:
+    """Token ids with one placeholder per picture, as vLLM takes them beside decoded pictures."""
+    return [token for at, token in enumerate(ids) if token != placeholder or ids[at - 1] != placeholder]
 
 
 # ---- around it -------------------------------------------------------------------------------------------------------

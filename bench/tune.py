@@ -124,16 +124,17 @@ def main() -> None:
                 times = [entry["seconds"] for entry in trial.epochs]
                 start_ups.append(times[0] - statistics.median(b - a for a, b in pairwise(times)))
             print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "options": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
-        "seeds": rows,
-        "share_of_epochs": statistics.fmean(row["share"] for row in rows),
-        "at_least_as_good": sum(row["asha"]["best"] >= row["random"]["best"] for row in rows),
-        "start_up_seconds": {"median": statistics.median(start_ups), "max": max(start_ups)},
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+            # After each seed: a run that is cut short has measured something.
+            result = {
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                "options": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
+                "seeds": rows,
+                "share_of_epochs": statistics.fmean(row["share"] for row in rows),
+                "at_least_as_good": sum(row["asha"]["best"] >= row["random"]["best"] for row in rows),
+                "start_up_seconds": {"median": statistics.median(start_ups), "max": max(start_ups)},
+            }
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "seeds"}))
 
 

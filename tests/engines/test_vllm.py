@@ -57,8 +57,10 @@ def text(tiny_text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 @pytest.fixture(scope="module")
 def vision(tiny_vision_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("adapter")
+    """Its cache holds about ten of the tests' pictures, so that prompts push one another's pictures out."""
     adapted = adapt(tiny_vision_model, folder)
-    engine = open_engine(replace(open_model(folder, "raw_image"), ranking=RANKING), CONFIG)
+    config = CONFIG.model_copy(update={"engine_kwargs": {"mm_processor_cache_gb": 6e-5}})
+    engine = open_engine(replace(open_model(folder, "raw_image"), ranking=RANKING), config)
     encoder = Encoder.load(tiny_vision_model, mode_spec("raw_image"), RANKING)
     yield Served(engine, load_model(open_model(tiny_vision_model)), adapted, encoder)
     engine.close()
@@ -127,6 +129,29 @@ def test_pictures_agree_with_brute_force(vision: Served, tmp_path: Path, monkeyp
     served = vision.engine.score_labels(vision.encoder, batch)
     for scores, expected in zip(served, score_labels(vision.adapted, vision.encoder, batch), strict=True):
         np.testing.assert_allclose(scores, expected, atol=1e-3)
+
+
+def test_a_picture_is_prepared_once(vision: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[str] = []
+    prepare = vision.engine.prepare
+    monkeypatch.setattr(
+        vision.engine, "prepare", lambda encoder, path: (prepared.append(path), prepare(encoder, path))[1]
+    )
+    encoded = vision.encoder.encode([], picture_items(4, tmp_path))
+    [first] = vision.engine.score_labels(vision.encoder, [encoded])
+    [again] = vision.engine.score_labels(vision.encoder, [encoded])
+    assert prepared == list(encoded.image_paths)
+    np.testing.assert_allclose(again, first, atol=1e-4)
+
+
+def test_prompts_and_pictures_that_are_too_large_fail_alone(vision: Served, tmp_path: Path) -> None:
+    """A picture that vLLM's core never got must not count as known to it."""
+    items = picture_items(3, tmp_path)
+    good = vision.encoder.encode([], items)
+    long = replace(good, ids=good.ids * 500)
+    failed, scores = vision.engine.score_labels(vision.encoder, [long, good])
+    assert isinstance(failed, ValueError)
+    np.testing.assert_allclose(scores, score_labels(vision.adapted, vision.encoder, [good])[0], atol=1e-3)
 
 
 def test_an_unreadable_picture_fails_alone(vision: Served, tmp_path: Path) -> None:

@@ -4,6 +4,10 @@ A prompt's root node is one request. Its first inner node costs one forced decod
 nodes follow as requests that repeat the prompt, and find it in the prefix cache because they start as soon as their
 root is done, while later prompts' roots are still being computed. With 20 candidates in Qwen's digits that makes two
 requests: root and "1", then "2".
+
+A picture is prepared once, by the thread that first encodes a prompt with it, and sent to vLLM's core once. vLLM's own
+way, pictures with ids, goes through every picture of every request again: 20 ms for a prompt with 20 of them, in the
+one thread that feeds the engine.
 """
 
 from __future__ import annotations
@@ -13,11 +17,12 @@ import json
 import os
 import queue
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from copy import copy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +36,7 @@ from vlrank.reranking.labels import LabelTrie
 from vlrank.reranking.modes import mode_spec
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from vllm.config import VllmConfig
 
 _MAX_IDS = 128  # vLLM's bound on logprob_token_ids
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -73,11 +78,31 @@ def plan_reads(trie: LabelTrie) -> tuple[Read, ...]:
 class _Score:
     """A prompt on its way through the engine."""
 
-    prompt: dict[str, Any]
+    ids: list[int]
+    pictures: tuple[_Picture, ...]
     trie: LabelTrie
     future: Future[Float32]
     flat: Float32
     waiting: int
+
+
+@dataclass(slots=True)
+class _Picture:
+    """A picture of one prompt.
+
+    Attributes:
+        name: Its identity in vLLM's caches.
+        offset: Of its first placeholder among the prompt's tokens.
+        length: Placeholders.
+        load: Gives what the core takes; called where the core does not have the picture.
+        item: What ``load`` gave, if the core was without it when the prompt was submitted.
+    """
+
+    name: str
+    offset: int
+    length: int
+    load: Callable[[], Any]
+    item: Any
 
 
 @dataclass(slots=True)
@@ -120,7 +145,8 @@ class VllmEngine:
         self.llm = LLM(**self.kwargs)
         self.lora = LoRARequest("reranker", 1, model.path) if model.is_adapter else None
         self.requests = self.prompt_tokens = self.cached_tokens = 0
-        self._pictures = _Recent(4096)
+        pictures = self.kwargs.get("limit_mm_per_prompt", {}).get("image", 0)
+        self.prepare = _Preparer(self.llm.llm_engine.vllm_config) if pictures else None
         self._inbox: queue.SimpleQueue[_Score | _Text | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._drive, name="vllm-driver", daemon=True)
         self._thread.start()
@@ -137,12 +163,12 @@ class VllmEngine:
             future.set_result(encoded.trie.log_probs(np.zeros(0, dtype=np.float32)))
             return future
         try:
-            prompt = self._prompt(encoder, encoded)
+            pictures = tuple(self._pictures(encoder, encoded))
         except OSError as error:
             future.set_exception(error)
             return future
         flat = np.zeros(len(encoded.trie.flat), dtype=np.float32)
-        self._inbox.put(_Score(prompt, encoded.trie, future, flat, len(plan_reads(encoded.trie))))
+        self._inbox.put(_Score(encoded.ids, pictures, encoded.trie, future, flat, len(plan_reads(encoded.trie))))
         return future
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generated | Exception]:
@@ -180,15 +206,55 @@ class VllmEngine:
         core = self.llm.llm_engine.engine_core
         core.shutdown()
 
-    def _prompt(self, encoder: Encoder, encoded: Encoded) -> dict[str, Any]:
-        if not encoded.image_paths:
-            return {"prompt_token_ids": encoded.ids}
-        # vLLM expands the placeholders itself. The ids let it find what it has prepared, and encoded, before.
-        limit = encoder.ranking.max_image_pixels
+    def _pictures(self, encoder: Encoder, encoded: Encoded) -> Iterator[_Picture]:
+        cache, position = self.llm.llm_engine.renderer.mm_processor_cache, 0
+        for grid, path in zip(encoded.grids, encoded.image_paths, strict=True):
+            assert encoder.image_token_id is not None
+            assert self.prepare is not None
+            position = encoded.ids.index(encoder.image_token_id, position)
+            name = f"{path}@{encoder.ranking.max_image_pixels}"
+            load = partial(self.prepare, encoder, path)
+            known = cache is not None and cache.is_cached_item(name)
+            yield _Picture(name, position, encoder.visual_tokens(grid), load, None if known else load())
+            position += encoder.visual_tokens(grid)
+
+    def _input(self, job: _Score, path: tuple[int, ...]) -> dict[str, Any]:
+        """What `LLMEngine.add_request` takes for a prompt that goes on with ``path``; the core gets it next.
+
+        Raises:
+            ValueError: the prompt, or a picture, is larger than the engine was started for.
+        """
+        ids = [*job.ids, *path]
+        if not job.pictures:
+            return {"prompt_token_ids": ids}
+        from vllm.multimodal.inputs import PlaceholderRange
+
+        engine = self.llm.llm_engine
+        # vLLM would notice too, but only after the cache here has noted pictures that its core then never gets.
+        longest = engine.vllm_config.model_config.max_model_len
+        if len(ids) >= longest:
+            raise ValueError(f"the prompt has {len(ids)} tokens, the engine takes less than {longest}")
+        largest, room = max(p.length for p in job.pictures), engine.input_processor.mm_encoder_cache_size
+        if largest > room:
+            raise ValueError(f"a picture takes {largest} tokens, the engine {room}; lower max_image_pixels")
+        cache, items = engine.renderer.mm_processor_cache, []
+        # Touched first, as the core does: both evict the same ones, and none that this prompt shows.
+        for picture in job.pictures if cache is not None else ():
+            cache.touch_sender_cache_item(picture.name)
+        for picture in job.pictures:
+            if cache is None:
+                items.append(picture.item)
+            elif cache.is_cached_item(picture.name):
+                items.append(cache.get_and_update_item(None, picture.name)[0])
+            else:
+                item = picture.item if picture.item is not None else picture.load()
+                items.append(cache.get_and_update_item((item, ()), picture.name)[0])
         return {
-            "prompt_token_ids": encoder.compact_ids(encoded),
-            "multi_modal_data": {"image": [self._pictures.get(path, encoder.picture) for path in encoded.image_paths]},
-            "multi_modal_uuids": {"image": [f"{path}@{limit}" for path in encoded.image_paths]},
+            "type": "multimodal",
+            "prompt_token_ids": ids,
+            "mm_kwargs": {"image": items},
+            "mm_hashes": {"image": [picture.name for picture in job.pictures]},
+            "mm_placeholders": {"image": [PlaceholderRange(p.offset, p.length) for p in job.pictures]},
         }
 
     # ---- the driver --------------------------------------------------------------------------------------------------
@@ -205,8 +271,12 @@ class VllmEngine:
         def add(job: _Score | _Text, read: Read | None) -> bool:
             nonlocal count
             count += 1
-            prompt, params = (job.prompt, job.params) if isinstance(job, _Text) else _request(job, read)
             try:
+                if isinstance(job, _Text):
+                    prompt, params = job.prompt, job.params
+                else:
+                    assert read is not None
+                    prompt, params = self._input(job, read.path), _label_params(job.trie, read)
                 engine.add_request(str(count), prompt, params, lora_request=self.lora)
             except Exception as error:  # too long, unreadable picture, ...: this prompt's own fault
                 if not job.future.done():
@@ -271,20 +341,51 @@ class VllmEngine:
                 waiting.append(late)
 
 
-def _request(job: _Score, read: Read | None) -> tuple[dict[str, Any], Any]:
+@lru_cache(maxsize=512)
+def _label_params(trie: LabelTrie, read: Read) -> Any:
     from vllm import SamplingParams
 
-    assert read is not None
-    ids = sorted({token for index in read.nodes for token in job.trie.nodes[index].choices})
-    params = SamplingParams(
+    return SamplingParams(
         max_tokens=len(read.nodes),
         temperature=0.0,
-        logprob_token_ids=ids,
+        logprob_token_ids=sorted({token for index in read.nodes for token in trie.nodes[index].choices}),
         allowed_token_ids=None if read.forced is None else [read.forced],  # leaves the logprobs as they are
         ignore_eos=True,
         detokenize=False,
     )
-    return {**job.prompt, "prompt_token_ids": [*job.prompt["prompt_token_ids"], *read.path]}, params
+
+
+class _Preparer:
+    """vLLM's own renderer, without a cache: one picture becomes what its core takes, in whatever form this version has.
+
+    Args:
+        vllm_config: The engine's.
+    """
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        from vllm.renderers import renderer_from_config
+
+        config, model = copy(vllm_config), copy(vllm_config.model_config)
+        model.multimodal_config = copy(model.multimodal_config)
+        model.multimodal_config.mm_processor_cache_gb = 0
+        config.model_config = model
+        self.model_config, self.renderer, self.lock = model, renderer_from_config(config), threading.Lock()
+        self.ids = self.renderer.get_tokenizer().convert_tokens_to_ids(
+            ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+        )
+
+    def __call__(self, encoder: Encoder, path: str) -> Any:
+        """A ``MultiModalKwargsItem``.
+
+        Raises:
+            OSError: the picture cannot be read.
+        """
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        prompt = {"prompt_token_ids": self.ids, "multi_modal_data": {"image": [encoder.picture(path)]}}
+        with self.lock:  # 2 ms a picture
+            (rendered,) = self.renderer.render_cmpl([parse_model_prompt(self.model_config, prompt)])
+        return rendered["mm_kwargs"]["image"][0]
 
 
 def _store(job: _Score, read: Read, output: Any) -> None:
@@ -300,25 +401,6 @@ def _outcome(future: Future[Any]) -> Any:
     if error is not None and not isinstance(error, Exception):
         raise error
     return error if error is not None else future.result()
-
-
-class _Recent:
-    """Decoded pictures, the most recently used ones."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.values, self.lock = size, OrderedDict[str, "Image"](), threading.Lock()
-
-    def get(self, path: str, load: Callable[[str], Image]) -> Image:
-        with self.lock:
-            if path in self.values:
-                self.values.move_to_end(path)
-                return self.values[path]
-        picture = load(path)
-        with self.lock:
-            self.values[path] = picture
-            if len(self.values) > self.size:
-                self.values.popitem(last=False)
-        return picture
 
 
 def engine_kwargs(model: ModelFolder, config: EngineConfig, on_gpu: bool) -> dict[str, Any]:

@@ -245,6 +245,9 @@ def vllm_engine_kwargs(job: Job, engine: EngineConfig, gpus: float) -> dict[str,
         "seed": job.seed,
         "disable_log_stats": True,
     }
+    if gpus:
+        # vLLM would take an engine inside Ray Data for a server that one user waits for, with 2,048 tokens a step.
+        kwargs |= {"max_num_batched_tokens": 16384, "max_num_seqs": 512}
     if engine.max_model_len is not None:
         kwargs["max_model_len"] = engine.max_model_len
     if job.revision is not None:

@@ -216,14 +216,6 @@ class Encoder:
         """A picture as engines that prepare it themselves take it: RGB, upright, at most ``max_image_pixels``."""
         return load_picture(path, self.ranking.max_image_pixels)
 
-    def compact_ids(self, encoded: Encoded) -> list[int]:
-        """Token ids with one placeholder per picture, as vLLM takes them."""
-        compact, grids, i = [], iter(encoded.grids), 0
-        while i < len(encoded.ids):
-            compact.append(encoded.ids[i])
-            i += self.visual_tokens(next(grids)) if encoded.grids and encoded.ids[i] == self.image_token_id else 1
-        return compact
-
     def positions(self, encoded: Encoded) -> npt.NDArray[np.int64]:
         """Rotary positions [3, T] (time, row, column) as Qwen3-VL's ``get_rope_index``; equal rows for text.
 
