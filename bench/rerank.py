@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,7 @@ def run_variant(
         out=dataset.parent / f"{variant.replace(',', '-')}.parquet",
         negatives=candidates - 1,
         shard_rows=values.pop("shard", 256),
+        limit=values.pop("limit", None),
         engine={"name": "vllm", "replicas": replicas, "engine_kwargs": engine_kwargs} | share,
         ranking=ranking | {"permutations": values.pop("permutations", 1)},
     )
@@ -205,7 +207,7 @@ def raw(config: Any) -> dict[str, Any]:
     meta = dataset.item_meta()
     pool = np.arange(1, dataset.n_items + 1)
     prompts, tokens = [], 0
-    for user, (history, target) in dataset.histories("test").items():
+    for user, (history, target) in islice(dataset.histories("test").items(), config.limit):
         listed = sampled_candidates(target, [*history, target], pool, config.negatives, [config.seed, user])
         encoded = encoder.encode([meta[i] for i in history], [meta[i] for i in listed])
         prompt: dict[str, Any] = {"prompt_token_ids": compact(encoded.ids, encoder.image_token_id)}

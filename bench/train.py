@@ -381,7 +381,7 @@ def build(name: str, args: argparse.Namespace) -> Work:
 
 def row_tokens(variant: str, model: Any, batches: list[list[Any]]) -> int:
     """Length of packed rows, chosen as training does."""
-    from vlrank.training.packing import row_length, row_limit
+    from vlrank.training.packing import launch_tokens, row_length, row_limit
 
     if variant == "8bit-gc":
         return LENGTH + ANSWER
@@ -390,9 +390,11 @@ def row_tokens(variant: str, model: Any, batches: list[list[Any]]) -> int:
     import torch
 
     text = model.config.get_text_config()
-    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else float("inf")
+    on_gpu = torch.cuda.is_available()
+    memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else float("inf")
     limit = row_limit(text.num_hidden_layers, text.hidden_size, memory)
-    return row_length([len(row) for rows in batches for row in rows], len(batches[0]), limit)
+    least = launch_tokens(text.hidden_size) if on_gpu else 0
+    return row_length([len(row) for rows in batches for row in rows], len(batches[0]), limit, least)
 
 
 def plain_loss(model: Any, batch: dict[str, Any]) -> Any:

@@ -284,8 +284,7 @@ def _watch(config: TrainConfig, total: int) -> Iterator[None]:
                 finished = done.wait(pause)
                 with suppress(OSError, ValueError, UserError):
                     facts = json.loads((config.out / PROGRESS_FILE).read_text(encoding="utf-8"))
-                    loss = f"loss {facts['loss']:.3f}" if facts.get("loss") is not None else facts.get("note", "")
-                    bar.advance(facts.get("step", 0) - at, note=loss)
+                    bar.advance(facts.get("step", 0) - at, note=_progress_note(facts))
                     at = facts.get("step", 0)
                 with suppress(UserError):  # a bucket that does not answer for once
                     history = read_history(config.out)
@@ -309,6 +308,14 @@ def _watch(config: TrainConfig, total: int) -> Iterator[None]:
     finally:
         done.set()
         thread.join(timeout=5)
+
+
+def _progress_note(facts: Mapping[str, Any]) -> str:
+    if facts.get("loss") is None:
+        return str(facts.get("note", ""))
+    speed = f", {facts['samples_per_s']:.4g} samples/s" if facts["samples_per_s"] else ""
+    wait = f", waiting for the loader {facts['loader_wait']:.0%}" if facts["loader_wait"] > 0.1 else ""
+    return f"loss {facts['loss']:.3f}{speed}{wait}"
 
 
 def epoch_line(line: Mapping[str, Any], epochs: int) -> str:

@@ -282,6 +282,11 @@ class RerankTrainer(Trainer):
 
     # ---- outcome ----------------------------------------------------------------------------------------------------
 
+    def speed(self) -> tuple[float, float]:
+        """Samples per second on all ranks, and the share of time that this rank waits for its loader, so far."""
+        seconds = self._meter.seconds
+        return (self._meter.samples * self.args.world_size / seconds, self._meter.wait / seconds) if seconds else (0, 0)
+
     def outcome(self) -> Outcome:
         """What happened, gathered from all ranks."""
         meter, world = self._meter, self.args.world_size

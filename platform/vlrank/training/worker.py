@@ -30,7 +30,7 @@ from vlrank.storage import (
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import Plan, TrainingData, pictures_folder, plan
 from vlrank.training.model import FOLDERS, Base
-from vlrank.training.packing import row_length, row_limit
+from vlrank.training.packing import launch_tokens, row_length, row_limit
 
 PROGRESS_FILE = "progress.json"
 PROGRESS_S = 5.0
@@ -136,14 +136,15 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         lengths = steps.some_lengths()
         if not lengths:
             raise UserError("not one prompt can be made", "Look at some items with `vlrank inspect`.")
+        text = core(trainable.model).config.get_text_config()
+        least = launch_tokens(text.hidden_size) if on_gpu else 0
         if search:
             start = row_length(lengths, own_share, own_share * longest)
             limit = _fit_memory(config, base, trainable, start, longest, own_share)
         else:
-            text = core(trainable.model).config.get_text_config()
             memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
             limit = row_limit(text.num_hidden_layers, text.hidden_size, memory)
-        steps.pack_tokens = row_length(lengths, own_share, limit)
+        steps.pack_tokens = row_length(lengths, own_share, limit, least)
     elif search:
         steps.micro_batch_size = _fit_memory(config, base, trainable, own_share, longest, None)
     sharding: dict[str, Any] = {}
@@ -196,8 +197,13 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         eval_tokens=32768 if on_gpu else 8192,
         callbacks=[EarlyStoppingCallback(config.patience)],
     )
+
+    def progress(step: int, loss: float | None) -> None:
+        samples_per_s, loader_wait = trainer.speed()
+        show(step=step, loss=loss, samples_per_s=round(samples_per_s, 1), loader_wait=round(loader_wait, 3))
+
     trainer.add_callback(
-        ReportCallback(_reporter(home), show.step, run_plan.metric, trainer.metric_names, trainer.guesses)
+        ReportCallback(_reporter(home), progress, run_plan.metric, trainer.metric_names, trainer.guesses)
     )
     last = ray.train.get_checkpoint()
     show(note="training")
@@ -398,7 +404,3 @@ class _Progress:
             os.replace(draft, self._path)
         except (OSError, UserError):
             self._path = None
-
-    def step(self, step: int, loss: float | None) -> None:
-        """Training has come to ``step``."""
-        self(step=step, loss=loss)
