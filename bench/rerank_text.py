@@ -4,7 +4,7 @@
 
 About 2,048 tokens and 20 candidates per prompt. Variants: ``raw`` (one token per prompt, prompts made beforehand), and
 ``job`` with ``permutations=P`` (the same history P times: prefix reuse), ``candidates=N`` (9: one trie node; 20: three;
-50: sliding windows), ``replicas=N``, ``shard=N``.
+50: sliding windows), ``replicas=N``, ``shard=N``; ``limit=N`` users.
 """
 
 from rerank import Shape, main
