@@ -71,7 +71,8 @@ def main(shape: Shape, variants: list[str], description: str) -> None:
         report |= {"machine": machine(), "results": results}
         for variant in options.variant or variants:
             results.append(measure(variant, dataset, model, options.timeout))
-            raw = next((r["prompts_per_second"] for r in results if r["variant"].startswith("raw") and "error" not in r), None)
+            done = [result for result in results if "error" not in result]
+            raw = next((r["prompts_per_second"] for r in done if r["variant"].startswith("raw")), None)
             if raw and "prompts_per_second" in results[-1]:
                 results[-1]["of_raw"] = round(results[-1]["prompts_per_second"] / raw, 4)
             print(json.dumps(results[-1]), file=sys.stderr)
