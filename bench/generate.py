@@ -7,7 +7,7 @@
 ``--images`` is a folder of pictures, or ``synthetic``: random blobs of ``--side`` pixels, all different.
 ``--what text`` measures summaries from text alone. Variants:
 
-- ``raw`` is ``LLM.generate`` on pictures that are decoded beforehand, outside the measured time;
+- ``raw`` is ``LLM.generate`` on pictures that are decoded beforehand, outside the measured time; ``limit=N`` items;
 - ``job`` is ``vlrank generate`` as a user runs it, from files to committed shards, with ``replicas=N`` engines on each
   GPU (fractions of it), ``render=N`` processes that prepare pictures, ``batch=N`` rows per batch, ``shard=N`` rows per
   shard.
@@ -134,11 +134,11 @@ def run_variant(options: argparse.Namespace, variant: str, dataset: str) -> None
     """Run, and print one line of JSON: items, seconds, tokens, and when it ended (epoch seconds)."""
     kind, *settings = variant.split(",")
     values = {key: int(value) for key, value in (setting.split("=") for setting in settings)}
-    unknown = values.keys() - {"replicas", "render", "batch", "shard"}
+    unknown = values.keys() - ({"limit"} if kind == "raw" else {"replicas", "render", "batch", "shard"})
     if kind not in ("raw", "job") or unknown:
         raise SystemExit(f"unknown variant {variant!r}")
     config = make_config(options, Path(dataset), values)
-    result = raw(config, options) if kind == "raw" else job(config)
+    result = raw(config, options, values.get("limit")) if kind == "raw" else job(config)
     print("\n" + json.dumps(result | {"ended": time.time()}), flush=True)
 
 
@@ -221,7 +221,7 @@ def job(config: Any) -> dict[str, Any]:
     }
 
 
-def raw(config: Any, options: argparse.Namespace) -> dict[str, Any]:
+def raw(config: Any, options: argparse.Namespace, limit: int | None) -> dict[str, Any]:
     """``LLM.generate`` on the same prompts with the same engine arguments."""
     from vlrank.compat import patch_torchvision
 
@@ -235,7 +235,8 @@ def raw(config: Any, options: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     llm = LLM(model=work.job.model, **kwargs)
     prompts = []
-    for row in work.wanted.to_dicts():
+    wanted = work.wanted.head(limit or work.wanted.height)
+    for row in wanted.to_dicts():
         inputs = stages.prepare(row, work.job)
         if inputs[stages.FAILED]:
             continue
@@ -249,7 +250,7 @@ def raw(config: Any, options: argparse.Namespace) -> dict[str, Any]:
     answers = llm.generate(prompts, params, use_tqdm=False)
     return {
         "items": len(answers),
-        "quarantined": work.wanted.height - len(answers),
+        "quarantined": wanted.height - len(answers),
         "seconds": time.monotonic() - started,
         "start_seconds": started - start,
         "tokens_in": sum(len(answer.prompt_token_ids) for answer in answers),
