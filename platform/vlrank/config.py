@@ -247,7 +247,9 @@ class TrainConfig(Config):
     dataset: ConfigLocation
     out: ConfigLocation
     mode: Mode
-    model: str | None = Field(None, description="Hugging Face name or local folder; default the mode's base model")
+    model: str | None = Field(
+        None, description="Hugging Face name, model folder or fully fine-tuned run; default the mode's base model"
+    )
     method: Literal["lora", "full"] | None = Field(None, description="default the mode's")
     train_vision: bool = Field(False, description="full fine-tuning only: train the vision tower too")
     train_inputs: Literal["mode", "caption"] = Field(

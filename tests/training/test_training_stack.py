@@ -14,6 +14,7 @@ from vlrank.config import MODES, RankingConfig, TrainConfig
 from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
 from vlrank.reranking.modes import mode_spec
+from vlrank.training.model import resolve_base
 from vlrank.training.run import fit, read_history, run
 
 pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("ray_cluster")]
@@ -63,6 +64,13 @@ def test_a_mode_trains_and_its_best_checkpoint_ranks(
     items = list(told_shop.item_meta().values())
     (scores,) = score_labels(load_model(folder), encoder, [encoder.encode(items[:3], items[3:23])])
     assert scores.shape == (20,)
+
+    start = config.model_copy(update={"model": str(config.out)})
+    if full:
+        assert resolve_base(start).name == str(checkpoint.resolve())
+    else:
+        with pytest.raises(UserError, match="holds an adapter"):
+            resolve_base(start)
 
     if mode == "caption":
         a_finished_run_is_not_repeated_and_another_one_is_not_overwritten(config, capsys)

@@ -104,7 +104,7 @@ def open_model(model: str | Location, mode: str | None = None) -> ModelFolder:
     """
     path = location(model)
     if path.is_dir():
-        path = _best_checkpoint(path)
+        path = best_checkpoint(path)
     elif isinstance(path, BucketPath) or path.is_absolute() or str(model).startswith("."):
         raise UserError(f"model folder {model} does not exist", "Give a run folder of `vlrank train` or a checkpoint.")
     else:
@@ -136,7 +136,12 @@ def open_model(model: str | Location, mode: str | None = None) -> ModelFolder:
     )
 
 
-def _best_checkpoint(path: Location) -> Location:
+def best_checkpoint(path: Location) -> Location:
+    """The best checkpoint of a run folder; any other folder itself.
+
+    Raises:
+        UserError: a run without a first evaluation, or one whose checkpoint is gone.
+    """
     best = path / "best.json"
     if not best.is_file():
         if (path / "config.yaml").is_file():

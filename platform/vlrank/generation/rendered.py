@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from vlrank.bulk import ENGINE_PROCESS
 from vlrank.config import EngineConfig
 from vlrank.engines.base import engine_gpus
-from vlrank.generation.stages import DATA, FAILED, PREPARE_CPUS, Job, cpu_env, prepare, vllm_engine_kwargs
+from vlrank.generation.stages import DATA, FAILED, PREPARE_CPUS, Job, prepare, vllm_engine_kwargs, vllm_env
 
 if TYPE_CHECKING:
     import ray.data
@@ -40,7 +40,7 @@ def rendered_vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig, ren
 
     gpus = engine_gpus(engine)
     kwargs = {"model": job.model, **vllm_engine_kwargs(job, engine, gpus)}
-    environment = {} if gpus else {"runtime_env": {"env_vars": cpu_env()}}
+    environment = {"runtime_env": {"env_vars": vllm_env(gpus)}}
     dataset = dataset.map_batches(
         Renderer,
         fn_constructor_kwargs={"job": job, "engine_kwargs": kwargs},

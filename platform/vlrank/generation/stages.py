@@ -275,7 +275,7 @@ def _vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig) -> ray.data
         batch_size=engine.batch_size,
         concurrency=(engine.replicas, engine.replicas),
         placement_group_config={"bundle_per_worker": bundle},
-        runtime_env=None if gpus else {"env_vars": cpu_env()},
+        runtime_env={"env_vars": vllm_env(gpus)},
         should_continue_on_error=True,
         log_engine_metrics=False,
         chat_template_stage=False,  # `prepare` did it, in parallel tasks
@@ -304,9 +304,15 @@ def _dtype(job: Job, engine: EngineConfig, gpus: float) -> str:
     return "float32" if dtype == "float32" else "auto"
 
 
-def cpu_env() -> dict[str, str]:
-    """vLLM on CPUs takes a fixed cache size, in GiB; small ones are enough for the models that make sense there."""
-    return {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+def vllm_env(gpus: float) -> dict[str, str]:
+    """Environment of vLLM's processes; what the user has set wins.
+
+    On CPUs vLLM takes a fixed cache size, in GiB; small ones are enough for the models that make sense there. On GPUs
+    FlashInfer would compile its sampling kernels on a host's first start, for minutes; nothing here samples from the
+    top k or top p that they are for.
+    """
+    name, value = ("VLLM_USE_FLASHINFER_SAMPLER", "0") if gpus else ("VLLM_CPU_KVCACHE_SPACE", "1")
+    return {name: os.environ.get(name, value)}
 
 
 def _lora_rank(adapter: Path) -> int:

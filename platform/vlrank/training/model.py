@@ -77,10 +77,9 @@ def resolve_base(config: TrainConfig) -> Base:
     name = config.model or defaults["model"]
     method = config.method or defaults["method"]
     if is_url(name):
-        _check_folder(location(name), spec)
+        name = str(_model_folder(location(name), spec))
     elif Path(name).exists() or name.startswith(("/", "./", "../", "~")):
-        name = str(Path(name).expanduser().resolve())
-        _check_folder(Path(name), spec)
+        name = str(_model_folder(Path(name).expanduser().resolve(), spec))
     if spec.family == "vision" or method == "full":
         if config.backend == "unsloth":
             raise UserError(
@@ -99,10 +98,16 @@ def resolve_base(config: TrainConfig) -> Base:
     return Base(name, "text", method, unsloth=installed and config.backend != "transformers", in_4bit=in_4bit)
 
 
-def _check_folder(folder: Location, spec: ModeSpec) -> None:
+def _model_folder(given: Location, spec: ModeSpec) -> Location:
+    """The folder with the weights: of a run of `vlrank train` that of its best checkpoint."""
+    from vlrank.engines.base import best_checkpoint
+
+    folder = best_checkpoint(given)
     if not (folder / "config.json").is_file():
-        if (folder / "best.json").is_file():
-            raise UserError(f"model {folder} is a run folder", "Name one of its checkpoint folders, or its base model.")
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"model {given} holds an adapter, and training starts from whole weights", "Name its base model."
+            )
         raise UserError(f"model folder {folder} has no config.json", "Give a Hugging Face name or a model folder.")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise UserError(f"model folder {folder} has no tokenizer", "Copy tokenizer.json of its base model into it.")
@@ -113,6 +118,7 @@ def _check_folder(folder: Location, spec: ModeSpec) -> None:
             f"mode {spec.name} needs {wanted}, but {folder} is a {kind}",
             f"Set `model` to {wanted}, or choose another mode.",
         )
+    return folder
 
 
 def load_trainable(config: TrainConfig, base: Base, device: torch.device) -> Trainable:

@@ -324,8 +324,9 @@ def epoch_line(line: Mapping[str, Any], epochs: int) -> str:
 
 
 _GUESSES = (
-    "neither loss nor validation tells this model from guessing yet. If it stays so: begin with random negatives "
-    "(random_share=[1, 0]) where they come from a retriever, take more steps, or another lr"
+    "neither loss nor validation tells this model from guessing yet. If it stays so: take more steps, another lr, or "
+    "random negatives first (random_share=[1, 0]) where they come from a retriever. A small model gets there sooner by "
+    "a short run with few candidates (negatives=4), and then model=THAT_RUN"
 )
 
 
