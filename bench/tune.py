@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -22,24 +23,33 @@ from pathlib import Path
 from typing import Any
 
 from vlrank.config import TuneConfig, load_config
-from vlrank.data.shop import make_shop
+from vlrank.data.shop import make_products, make_shop
 from vlrank.tuning.run import run
 from vlrank.tuning.trials import Sweep, Trial
 
 MODE = "semantic_summary_small"
 
 
-def make_data(folder: Path) -> tuple[Path, Path]:
-    """A shop whose summaries are the products' descriptions, and the demo's small text model."""
+def make_data(folder: Path, items: int, users: int) -> tuple[Path, Path]:
+    """A shop with the summaries that a perfect eye would write, and the demo's small text model."""
     from vlrank.demo.base_models import make_demo_models
+    from vlrank.demo.pretrain import summary
 
-    shop = make_shop(folder / "shop", n_items=80, n_users=160)
+    shop = make_shop(folder / "shop", n_items=items, n_users=users)
+    told = {product.source_id: summary(product.style, product.colour, product.kind) for product in make_products(items)}
     rows = [
-        {"item_id": item, "text": text, "model": "shop", "prompt_id": "description", "input_hash": ""}
-        for item, text in shop.items().select("item_id", "description").iter_rows()
+        {"item_id": item, "text": told[source], "model": "shop", "prompt_id": "shop", "input_hash": ""}
+        for item, source in shop.items().select("item_id", "source_id").iter_rows()
     ]
     shop.add_generated("semantic_summary", rows)
     return shop.path, make_demo_models(folder / "models")["text"]
+
+
+def expected_best(values: list[float], trials: float) -> float:
+    """Expected best of ``trials`` of the values, drawn without replacement (Dodge et al. 2019, equation 6)."""
+    n, drawn = len(values), max(1, min(len(values), round(trials)))
+    ordered = sorted(values)
+    return sum(value * math.comb(i, drawn - 1) for i, value in enumerate(ordered)) / math.comb(n, drawn)
 
 
 def replay(curves: list[Trial], epochs: int, grace: int, factor: int, concurrent: int, folder: Path) -> dict[str, Any]:
@@ -81,13 +91,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=9)
+    parser.add_argument("--items", type=int, default=144)
+    parser.add_argument("--users", type=int, default=240)
     parser.add_argument("--concurrent", type=int, default=2)
     parser.add_argument("--reduction_factor", type=int, default=3)
     arguments = parser.parse_args()
     rows, start_ups = [], []
     with tempfile.TemporaryDirectory(prefix="bench-tune-") as name:
         folder = Path(name)
-        dataset, model = make_data(folder)
+        dataset, model = make_data(folder, arguments.items, arguments.users)
         for seed in range(arguments.seeds):
             config = load_config(
                 TuneConfig,
@@ -97,7 +109,7 @@ def main() -> None:
                 trials=arguments.trials,
                 scheduler="none",
                 # So small a model wants larger rates than those that configs/tune is made for.
-                space={"lr": {"loguniform": [1e-4, 3e-2]}, "batch_size": {"choice": [8, 16, 32]}},
+                space={"lr": {"loguniform": [1e-4, 1e-2]}, "batch_size": {"choice": [8, 16, 32]}},
                 train={
                     "model": str(model),
                     "backend": "transformers",
@@ -107,7 +119,7 @@ def main() -> None:
                     "patience": arguments.epochs,
                     "metric": "ndcg@10",
                     "seed": seed,
-                    "ranking": {"max_history": 4, "max_item_chars": 80},
+                    "ranking": {"max_history": 6, "max_item_chars": 50, "top_k": 20},
                 },
                 max_concurrent_trials=arguments.concurrent,
                 seed=seed,
@@ -115,21 +127,39 @@ def main() -> None:
             run(config)
             trials = [trial for trial in Sweep(config.out / "trials.jsonl") if trial.status == "completed"]
             asha = replay(trials, arguments.epochs, 1, arguments.reduction_factor, arguments.concurrent, folder)
-            full = max(trial.value for trial in trials)
+            values = [trial.value for trial in trials]
             used = sum(len(trial.epochs) for trial in trials)
+            curves = {
+                trial.trial_id: trial.config | {"ndcg@10": [round(entry["metric"], 4) for entry in trial.epochs]}
+                for trial in trials
+            }
             rows.append(
-                {"seed": seed, "random": {"epochs": used, "best": full}, "asha": asha, "share": asha["epochs"] / used}
+                {
+                    "seed": seed,
+                    "random": {"epochs": used, "best": max(values)},
+                    "random_in_the_epochs_of_asha": expected_best(values, asha["epochs"] / arguments.epochs),
+                    "asha": asha,
+                    "share": asha["epochs"] / used,
+                    "curves": curves,
+                }
             )
             for trial in trials:
                 times = [entry["seconds"] for entry in trial.epochs]
                 start_ups.append(times[0] - statistics.median(b - a for a, b in pairwise(times)))
-            print(json.dumps(rows[-1]), flush=True)
+            print(json.dumps({key: value for key, value in rows[-1].items() if key != "curves"}), flush=True)
             # After each seed: a run that is cut short has measured something.
             result = {
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores",
                 "options": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
                 "seeds": rows,
                 "share_of_epochs": statistics.fmean(row["share"] for row in rows),
+                "best": {
+                    "asha": statistics.fmean(row["asha"]["best"] for row in rows),
+                    "random": statistics.fmean(row["random"]["best"] for row in rows),
+                    "random_in_the_epochs_of_asha": statistics.fmean(
+                        row["random_in_the_epochs_of_asha"] for row in rows
+                    ),
+                },
                 "at_least_as_good": sum(row["asha"]["best"] >= row["random"]["best"] for row in rows),
                 "start_up_seconds": {"median": statistics.median(start_ups), "max": max(start_ups)},
             }

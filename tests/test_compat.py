@@ -1,4 +1,4 @@
-"""The two remedies for mixed CPU stacks: each works where it is needed and does nothing where it is not."""
+"""The remedies for mixed stacks: each works where it is needed and does nothing where it is not."""
 
 import subprocess
 import sys
@@ -65,3 +65,12 @@ def test_hidden_vllm_looks_absent_and_a_loaded_one_is_refused() -> None:
         "from vlrank.compat import hide_vllm; hide_vllm()"
     )
     assert "process of its own" in refused.stderr
+
+
+def test_training_goes_without_what_it_did_not_ask_for() -> None:
+    done = python(
+        "from vlrank.compat import hide_extras; hide_extras()\n"
+        "import transformers, peft, sys; from transformers import Trainer\n"
+        "assert not any(name.startswith(('torchao.', 'datasets.')) for name in sys.modules)"
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """Training and ranking must feed the same tokens and pixels, or a trained model is asked a question it never saw."""
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,11 @@ def test_pictures_need_an_image_processor(tokenizer: Any) -> None:
         Encoder(tokenizer, mode_spec("raw_image"), RankingConfig())
 
 
-def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_is_named(tmp_path: Path, tiny_text_model: Path) -> None:
+    with pytest.raises(UserError, match="no tokenizer"):
+        Encoder.load(tmp_path, TEXT, RankingConfig())
+    for name in ("config.json", "tokenizer_config.json"):  # as downloaded by hand, the large files forgotten
+        shutil.copy(tiny_text_model / name, tmp_path)
     with pytest.raises(UserError, match="no tokenizer"):
         Encoder.load(tmp_path, TEXT, RankingConfig())
 

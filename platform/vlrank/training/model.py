@@ -44,6 +44,12 @@ class Base:
     unsloth: bool
     in_4bit: bool
 
+    @property
+    def maybe_quantised(self) -> bool:
+        """Whether the stored weights may be quantised; known only of local folders."""
+        config = Path(self.name) / "config.json"
+        return not config.is_file() or "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+
 
 @dataclass(slots=True)
 class Trainable:

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vlrank.compat import hide_extras, hide_vllm
 from vlrank.config import TrainConfig
 from vlrank.console import quiet_libraries
 from vlrank.errors import UserError
@@ -78,10 +79,10 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
     quiet_libraries()
     if base.unsloth:
         # Unsloth patches transformers and has to come first.
-        from vlrank.compat import hide_vllm
-
         hide_vllm()
         import unsloth  # noqa: F401
+    elif not base.maybe_quantised:
+        hide_extras()
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
     from vlrank.training.batches import Steps
