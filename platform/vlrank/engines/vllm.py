@@ -239,18 +239,18 @@ class VllmEngine:
         largest, room = max(p.length for p in job.pictures), engine.input_processor.mm_encoder_cache_size
         if largest > room:
             raise ValueError(f"a picture takes {largest} tokens, the engine {room}; lower max_image_pixels")
-        cache, items = engine.renderer.mm_processor_cache, []
-        # Touched first, as the core does: both evict the same ones, and none that this prompt shows.
-        for picture in job.pictures if cache is not None else ():
-            cache.touch_sender_cache_item(picture.name)
-        for picture in job.pictures:
-            if cache is None:
-                items.append(picture.item)
-            elif cache.is_cached_item(picture.name):
-                items.append(cache.get_and_update_item(None, picture.name)[0])
-            else:
-                item = picture.item if picture.item is not None else picture.load()
-                items.append(cache.get_and_update_item((item, ()), picture.name)[0])
+        cache = engine.renderer.mm_processor_cache
+        for picture in job.pictures:  # first of all, because a file may be gone by now
+            if picture.item is None and not (cache is not None and cache.is_cached_item(picture.name)):
+                picture.item = picture.load()
+        items = [picture.item for picture in job.pictures]
+        if cache is not None:
+            # Touched first, as the core does: both evict the same ones, and none that this prompt shows.
+            for picture in job.pictures:
+                cache.touch_sender_cache_item(picture.name)
+            for i, picture in enumerate(job.pictures):
+                sent = None if cache.is_cached_item(picture.name) else (picture.item or picture.load(), ())
+                items[i] = cache.get_and_update_item(sent, picture.name)[0]
         return {
             "type": "multimodal",
             "prompt_token_ids": ids,

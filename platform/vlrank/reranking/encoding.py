@@ -124,7 +124,7 @@ class Encoder:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             if not tokenizer("1", add_special_tokens=False)["input_ids"]:
-                raise ValueError("its vocabulary is empty")  # what transformers makes of a folder without tokenizer.json
+                raise ValueError("its vocabulary is empty")  # so it is without tokenizer.json
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"model {folder} has no tokenizer that can be loaded: {str(error).splitlines()[0]}",
