@@ -38,8 +38,9 @@ lint: venv
 	$(BIN)/ruff format --check platform jobs tests bench
 	$(BIN)/mypy
 
+# Two processes, a file each: Ray, vLLM and Unsloth take their time to start, and one waits while the other works.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: venv
 	$(BIN)/python bench/metrics.py --out bench/results/metrics.json
