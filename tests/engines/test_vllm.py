@@ -56,8 +56,8 @@ def text(tiny_text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def vision(tiny_vision_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("adapter")
     """Its cache holds about ten of the tests' pictures, so that prompts push one another's pictures out."""
+    folder = tmp_path_factory.mktemp("adapter")
     adapted = adapt(tiny_vision_model, folder)
     config = CONFIG.model_copy(update={"engine_kwargs": {"mm_processor_cache_gb": 6e-5}})
     engine = open_engine(replace(open_model(folder, "raw_image"), ranking=RANKING), config)

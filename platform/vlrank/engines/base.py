@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -134,6 +135,17 @@ def open_model(model: str | Location, mode: str | None = None) -> ModelFolder:
     return ModelFolder(
         str(path), base, mode_spec(name).name if name else None, ranking, _family(base, details), details
     )
+
+
+def vllm_env(gpus: float) -> dict[str, str]:
+    """Environment of vLLM's processes; what the user has set wins.
+
+    On CPUs vLLM takes a fixed cache size, in GiB; small ones are enough for the models that make sense there. On GPUs
+    FlashInfer would compile its sampling kernels on a host's first start, for minutes; nothing here samples from the
+    top k or top p that they are for.
+    """
+    name, value = ("VLLM_USE_FLASHINFER_SAMPLER", "0") if gpus else ("VLLM_CPU_KVCACHE_SPACE", "1")
+    return {name: os.environ.get(name, value)}
 
 
 def best_checkpoint(path: Location) -> Location:

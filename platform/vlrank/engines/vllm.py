@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlrank.config import EngineConfig
-from vlrank.engines.base import Float32, Generated, GenerateRequest, ModelFolder
+from vlrank.engines.base import Float32, Generated, GenerateRequest, ModelFolder, vllm_env
 from vlrank.errors import UserError
 from vlrank.reranking.encoding import Encoded, Encoder
 from vlrank.reranking.labels import LabelTrie
@@ -133,12 +133,9 @@ class VllmEngine:
 
         patch_torchvision()
         on_gpu = _has_gpu()
-        if not on_gpu:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.update(vllm_env(on_gpu))
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        # FlashInfer compiles its sampling kernels on a host's first start, for minutes; labels are read, not sampled.
-        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
@@ -209,16 +206,19 @@ class VllmEngine:
         core.shutdown()
 
     def _pictures(self, encoder: Encoder, encoded: Encoded) -> Iterator[_Picture]:
-        cache, position = self.llm.llm_engine.renderer.mm_processor_cache, 0
+        position = 0
         for grid, path in zip(encoded.grids, encoded.image_paths, strict=True):
             assert encoder.image_token_id is not None
             assert self.prepare is not None
             position = encoded.ids.index(encoder.image_token_id, position)
             name = f"{path}@{encoder.ranking.max_image_pixels}"
-            load = partial(self.prepare, encoder, path)
-            known = cache is not None and cache.is_cached_item(name)
-            yield _Picture(name, position, encoder.visual_tokens(grid), load, None if known else load())
-            position += encoder.visual_tokens(grid)
+            load, length = partial(self.prepare, encoder, path), encoder.visual_tokens(grid)
+            yield _Picture(name, position, length, load, None if self._in_core(name) else load())
+            position += length
+
+    def _in_core(self, name: str) -> bool:
+        cache = self.llm.llm_engine.renderer.mm_processor_cache
+        return cache is not None and cache.is_cached_item(name)
 
     def _input(self, job: _Score, path: tuple[int, ...]) -> dict[str, Any]:
         """What `LLMEngine.add_request` takes for a prompt that goes on with ``path``; the core gets it next.
@@ -239,12 +239,11 @@ class VllmEngine:
         largest, room = max(p.length for p in job.pictures), engine.input_processor.mm_encoder_cache_size
         if largest > room:
             raise ValueError(f"a picture takes {largest} tokens, the engine {room}; lower max_image_pixels")
-        cache = engine.renderer.mm_processor_cache
         for picture in job.pictures:  # first of all, because a file may be gone by now
-            if picture.item is None and not (cache is not None and cache.is_cached_item(picture.name)):
+            if picture.item is None and not self._in_core(picture.name):
                 picture.item = picture.load()
         items = [picture.item for picture in job.pictures]
-        if cache is not None:
+        if (cache := engine.renderer.mm_processor_cache) is not None:
             # Touched first, as the core does: both evict the same ones, and none that this prompt shows.
             for picture in job.pictures:
                 cache.touch_sender_cache_item(picture.name)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlrank.bulk import ENGINE_PROCESS
 from vlrank.config import EngineConfig
-from vlrank.engines.base import engine_gpus
-from vlrank.generation.stages import DATA, FAILED, PREPARE_CPUS, Job, prepare, vllm_engine_kwargs, vllm_env
+from vlrank.engines.base import engine_gpus, vllm_env
+from vlrank.generation.stages import DATA, FAILED, PREPARE_CPUS, Job, prepare, vllm_engine_kwargs
 
 if TYPE_CHECKING:
     import ray.data

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlrank.bulk import ENGINE_PROCESS, ENGINE_SECONDS, ERROR, ERROR_TYPE, RETRY, TOKENS_IN, TOKENS_OUT
 from vlrank.config import EngineConfig
-from vlrank.engines.base import engine_gpus, engine_name
+from vlrank.engines.base import engine_gpus, engine_name, vllm_env
 from vlrank.errors import UserError
 from vlrank.generation.prompts import Prompt
 from vlrank.generation.quality import problem
@@ -302,17 +301,6 @@ def _dtype(job: Job, engine: EngineConfig, gpus: float) -> str:
         (place[key] for place in (content, text) for key in ("dtype", "torch_dtype") if place.get(key)), "float32"
     )
     return "float32" if dtype == "float32" else "auto"
-
-
-def vllm_env(gpus: float) -> dict[str, str]:
-    """Environment of vLLM's processes; what the user has set wins.
-
-    On CPUs vLLM takes a fixed cache size, in GiB; small ones are enough for the models that make sense there. On GPUs
-    FlashInfer would compile its sampling kernels on a host's first start, for minutes; nothing here samples from the
-    top k or top p that they are for.
-    """
-    name, value = ("VLLM_USE_FLASHINFER_SAMPLER", "0") if gpus else ("VLLM_CPU_KVCACHE_SPACE", "1")
-    return {name: os.environ.get(name, value)}
 
 
 def _lora_rank(adapter: Path) -> int:
