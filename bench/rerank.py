@@ -219,7 +219,7 @@ def raw(config: Any) -> dict[str, Any]:
     import torch
 
     kwargs = engine_kwargs(folder, config.engine, torch.cuda.is_available())
-    for ours in ("hf_overrides", "mm_processor_cache_gb"):
+    for ours in ("hf_overrides", "mm_processor_cache_gb", "scheduling_policy"):
         kwargs.pop(ours, None)
     llm = LLM(**kwargs)
     params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)

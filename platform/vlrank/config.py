@@ -389,6 +389,9 @@ class RerankConfig(Config):
         None, description="weight 0..1 of the retriever's scores; auto chooses it on validation users; unset: none"
     )
     fusion_users: int = Field(1000, ge=1, description="validation users that fusion_weight=auto looks at")
+    prompt_workers: int | None = Field(
+        None, ge=0, description="processes that make prompts; default 2 per engine on GPUs; 0: the engines do it"
+    )
     shard_rows: int = Field(256, ge=1, description="users committed at once: what a crash can cost at most")
     retry_failed: bool = Field(False, description="try quarantined users again")
     seed: int = 0

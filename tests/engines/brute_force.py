@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vlrank.config import RankingConfig
-from vlrank.reranking.encoding import Encoded, Encoder, load_picture
+from vlrank.reranking.encoding import Encoded, Encoder
 from vlrank.reranking.modes import ItemMeta
 
 
@@ -20,7 +20,7 @@ def brute_force(model: Any, encoder: Encoder, encoded: Encoded) -> np.ndarray:
         ids = torch.tensor([[*encoded.ids, *label]])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if encoded.image_paths:
-            images = [load_picture(path, encoder.ranking.max_image_pixels) for path in encoded.image_paths]
+            images = [encoder.picture(path) for path in encoded.image_paths]
             prepared = encoder.image_processor(images=images, return_tensors="pt")
             inputs |= {"pixel_values": prepared["pixel_values"], "image_grid_thw": prepared["image_grid_thw"]}
             inputs["mm_token_type_ids"] = (ids == encoder.image_token_id).int()

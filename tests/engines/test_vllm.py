@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from scipy.stats import kendalltau
 
 from vlrank.config import EngineConfig
-from vlrank.engines.base import GenerateRequest, open_engine, open_model
+from vlrank.engines.base import EngineDied, GenerateRequest, open_engine, open_model
 from vlrank.engines.transformers import load_model, score_labels
 from vlrank.reranking.encoding import Encoded, Encoder
 from vlrank.reranking.modes import mode_spec
@@ -141,6 +142,7 @@ def test_a_picture_is_prepared_once(vision: Served, tmp_path: Path, monkeypatch:
     [first] = vision.engine.score_labels(vision.encoder, [encoded])
     [again] = vision.engine.score_labels(vision.encoder, [encoded])
     assert prepared == list(encoded.image_paths)
+    assert all(prepare.forms.values()), "pixels are made here, not by the slow renderer"
     np.testing.assert_allclose(again, first, atol=1e-4)
 
 
@@ -159,3 +161,14 @@ def test_an_unreadable_picture_fails_alone(vision: Served, tmp_path: Path) -> No
     (tmp_path / "1.png").unlink()
     [failed] = vision.engine.score_labels(vision.encoder, [encoded])
     assert isinstance(failed, OSError)
+
+
+def test_a_dead_core_is_not_the_prompts_fault(text: Served) -> None:
+    """The last one: the engine is gone after it. Rows would go to the quarantine that another engine could answer."""
+    encoded = text.encoder.encode([], text_items(5, "dead"))
+    for child in psutil.Process().children(recursive=True):
+        if "EngineCore" in child.name():
+            child.kill()
+    for _ in range(2):
+        with pytest.raises(EngineDied):
+            text.engine.score_labels(text.encoder, [encoded])

@@ -148,7 +148,7 @@ def test_pixels_and_ids_equal_the_models_own_processor(tiny_vision_model: Path, 
     encoded = encoder.encode([{"text": "old"}], [*pictures, {"text": "no picture"}])
     prompt = build_prompt(spec, [{"text": "old"}], [*pictures, {"text": "no picture"}])
     processor = AutoProcessor.from_pretrained(tiny_vision_model)
-    images = [load_picture(path, ranking.max_image_pixels) for path in prompt.image_paths]
+    images = [encoder.picture(path) for path in prompt.image_paths]
     expected = processor(text=[render(processor, prompt)], images=images, return_tensors="pt")
     assert encoded.ids == expected["input_ids"][0].tolist()
     assert [list(grid) for grid in encoded.grids] == expected["image_grid_thw"].tolist()
@@ -176,18 +176,21 @@ def test_a_picture_is_prepared_once(
     assert calls == [first, second, third, second]  # the cache holds two: the third displaced the second
 
 
-def test_large_pictures_are_scaled_down_and_stay_upright(tmp_path: Path) -> None:
+def test_large_pictures_are_scaled_down_once_and_stay_upright(tiny_vision_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "sideways.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (800, 400), "red").save(path, exif=exif)
-    picture = load_picture(str(path), 224 * 224)
-    assert picture.width * picture.height <= 224 * 224
-    assert picture.height == pytest.approx(2 * picture.width, abs=2)
+    stripes = np.repeat(np.uint8([[[255, 0, 0]], [[0, 0, 255]]]), 200, axis=0)  # red above blue, as stored
+    Image.fromarray(np.repeat(stripes, 800, axis=1)).save(path, exif=exif, quality=95)
+    encoder = Encoder.load(tiny_vision_model, mode_spec("raw_image"), RankingConfig(max_image_pixels=224 * 224))
+    encoder.image_processor.size = {"shortest_edge": 64 * 64, "longest_edge": 1024 * 1024}
+    picture = encoder.picture(str(path))
+    assert picture.size == (160, 320)  # 158 x 317, in whole blocks of patches
+    assert [picture.getpixel((x, picture.height // 2))[2] > 128 for x in (2, picture.width - 3)] == [True, False]
 
 
 def test_a_broken_picture_is_an_os_error(tmp_path: Path) -> None:
     path = tmp_path / "broken.jpg"
     path.write_bytes(b"not a picture")
     with pytest.raises(OSError, match="broken"):
-        load_picture(str(path), 224 * 224)
+        load_picture(str(path), (224, 224))

@@ -201,7 +201,7 @@ def test_killed_and_resumed_equals_unbroken(cluster: None, dataset: Dataset, mod
     code = (
         "import sys; from vlrank.cli import main; sys.argv[1:] = ["
         f"'rerank', {str(dataset.path)!r}, '--model', {str(model)!r}, '--out', {str(out)!r}, 'limit=40', "
-        "'shard_rows=2', 'engine.name=transformers', 'ray.address=local', 'ray.num_cpus=8']; main()"
+        "'shard_rows=2', 'prompt_workers=2', 'engine.name=transformers', 'ray.address=local', 'ray.num_cpus=8']; main()"
     )
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     shards = tmp_path / "r.parquet.shards" / "test"
@@ -214,7 +214,7 @@ def test_killed_and_resumed_equals_unbroken(cluster: None, dataset: Dataset, mod
     resumed = run(config(dataset, model, out, limit=40, shard_rows=2))
     assert resumed.counts["done"] + resumed.counts["reused"] == 40
     assert resumed.counts["reused"] >= 2
-    assert not interrupted or resumed.counts["done"] > 0
+    assert not interrupted or resumed.counts["done"] >= 10, "shards are committed while others are in work"
     left, right = pl.read_parquet(out), pl.read_parquet(unbroken)
     assert left.drop("scores").equals(right.drop("scores"))
     for a, b in zip(left["scores"], right["scores"], strict=True):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import vlrank
 from vlrank import Qwen3VLReranker
 from vlrank.config import RankingConfig
 from vlrank.errors import UserError
-from vlrank.reranking.encoding import Encoded, Encoder
+from vlrank.reranking.encoding import Encoded, Encoder, PromptTooLong
 from vlrank.reranking.modes import ItemMeta, mode_spec
-from vlrank.reranking.ranker import NoCandidates, Ranker, Ranking, UserLists
+from vlrank.reranking.ranker import NoCandidates, PromptMaker, Ranker, Ranking, UserLists
 
 from .tokenizers_zoo import digits
 
@@ -37,7 +38,7 @@ class Fixed:
 def ranker(opinion: Any, **ranking: Any) -> Ranker:
     spec, config = mode_spec("semantic_summary_small"), RankingConfig(**ranking)
     engine: Any = Fixed(opinion)
-    return Ranker(engine, Encoder(digits(), spec, config), spec, config, META)
+    return Ranker(engine, PromptMaker(Encoder(digits(), spec, config), spec, config, META))
 
 
 def test_a_constant_model_keeps_the_retrievers_order() -> None:
@@ -56,13 +57,13 @@ def test_top_k_is_the_retrievers_best() -> None:
 
 def test_items_without_what_the_mode_shows_are_left_out_and_counted() -> None:
     ranks = ranker(lambda n: np.zeros(n))
-    ranks.item_meta = {**META, 3: {"text": "bare", "semantic_summary": None}}
+    ranks.prompts.item_meta = {**META, 3: {"text": "bare", "semantic_summary": None}}
     first, second = ranks.rank([UserLists([3], [1, 3, 2]), UserLists([], [3])])
     assert isinstance(first, Ranking)
     assert (first.item_ids, first.dropped) == ([1, 2], 1)
     assert isinstance(second, NoCandidates)
     shown = ranker(lambda n: np.zeros(n), missing="text")
-    shown.item_meta = ranks.item_meta
+    shown.prompts.item_meta = ranks.prompts.item_meta
     [third] = shown.rank([UserLists([3], [1, 3, 2])])
     assert isinstance(third, Ranking)
     assert third.item_ids == [1, 3, 2]
@@ -80,6 +81,41 @@ def test_cut_histories_are_counted() -> None:
     [ranking] = ranks.rank([UserLists(list(range(20, 40)), [1, 2, 3])])
     assert isinstance(ranking, Ranking)
     assert 0 < ranking.history_cut < 20
+
+
+def test_prompts_made_elsewhere_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bulk jobs other processes make them; rankings may not depend on who did."""
+    ranks = ranker(lambda n: np.log(np.arange(1, n + 1) / (n * (n + 1) / 2)), permutations=2, max_prompt_tokens=900)
+    asked: list[tuple[int, ...]] = []
+    score_labels = ranks.engine.score_labels
+    monkeypatch.setattr(
+        ranks.engine,
+        "score_labels",
+        lambda encoder, prompts: (asked.extend(tuple(one.ids) for one in prompts), score_labels(encoder, prompts))[1],
+    )
+    users = [
+        UserLists(list(range(20, 40)), list(range(40, 40 + n)), seed=n) for n in (0, 1, 5, 20, 30)
+    ]  # the last one takes two windows, and the second of them depends on the first
+    here = ranks.rank(users)
+    told, asked[:] = list(asked), []
+    made = [replace(user, prompts=ranks.prompts.first(user)) for user in users]
+    encoded: list[int] = []
+    encode = ranks.prompts.encoder.encode
+    monkeypatch.setattr(
+        ranks.prompts.encoder, "encode", lambda history, shown: (encoded.append(len(shown)), encode(history, shown))[1]
+    )
+    there = ranks.rank(made)
+    assert asked == told
+    assert encoded == [20, 20], "only the second window of the last user, in both orders"
+    for ours, theirs in zip(here, there, strict=True):
+        assert (type(ours), str(ours)) == (type(theirs), str(theirs))
+
+
+def test_why_a_prompt_could_not_be_made_elsewhere_is_told() -> None:
+    ranks = ranker(lambda n: np.zeros(n), max_prompt_tokens=64)
+    user = UserLists([], list(range(1, 21)))
+    [ranking] = ranks.rank([replace(user, prompts=ranks.prompts.first(user))])
+    assert isinstance(ranking, PromptTooLong)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,10 @@ from vlrank.storage import BucketPath, Location, fetch_model, location
 Float32 = npt.NDArray[np.float32]
 
 
+class EngineDied(RuntimeError):
+    """Nothing that is asked of this engine any more will be answered."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One text to generate.

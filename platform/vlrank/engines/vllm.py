@@ -2,12 +2,12 @@
 
 A prompt's root node is one request. Its first inner node costs one forced decoding step of the same request; the other
 nodes follow as requests that repeat the prompt, and find it in the prefix cache because they start as soon as their
-root is done, while later prompts' roots are still being computed. With 20 candidates in Qwen's digits that makes two
-requests: root and "1", then "2".
+root is done, ahead of the roots that wait. Behind them, all would be answered in one short step, and the GPU would idle
+until as many new prompts have come. With 20 candidates in Qwen's digits there are two requests: root and "1", then "2".
 
 A picture is prepared once, by the thread that first encodes a prompt with it, and sent to vLLM's core once. vLLM's own
 way, pictures with ids, goes through every picture of every request again: 20 ms for a prompt with 20 of them, in the
-one thread that feeds the engine.
+one thread that feeds the engine. Encoded pictures stay on the GPU, in a cache larger than vLLM makes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,16 +29,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlrank.config import EngineConfig
-from vlrank.engines.base import Float32, Generated, GenerateRequest, ModelFolder, vllm_env
+from vlrank.engines.base import EngineDied, Float32, Generated, GenerateRequest, ModelFolder, vllm_env
 from vlrank.errors import UserError
-from vlrank.reranking.encoding import Encoded, Encoder
+from vlrank.reranking.encoding import Encoded, Encoder, Grid
 from vlrank.reranking.labels import LabelTrie
 from vlrank.reranking.modes import mode_spec
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
 
 _MAX_IDS = 128  # vLLM's bound on logprob_token_ids
+_PICTURE_SHARE = 0.1  # of the GPU, for encoded pictures
+_PICTURE_BATCH = 16384  # tokens that the vision tower makes at a time; its activations take 4 GiB at most
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -113,7 +116,7 @@ class _Text:
 
 
 class VllmEngine:
-    """vLLM's ``LLM`` in this process (its core runs in a child process), driven by one thread.
+    """vLLM's ``LLMEngine`` in this process (its core runs in a child process), driven by one thread.
 
     All methods may be called from several threads at once; their requests share the engine's batches, so encoding the
     next prompts overlaps with scoring these.
@@ -136,22 +139,33 @@ class VllmEngine:
         os.environ.update(vllm_env(on_gpu))
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        from vllm import LLM
+        from vllm.engine.arg_utils import EngineArgs
         from vllm.lora.request import LoRARequest
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.llm_engine import LLMEngine
 
         self.folder, self.config, self.in_flight = model, config, in_flight
         self.kwargs = engine_kwargs(model, config, on_gpu)
-        self.llm = LLM(**self.kwargs)
+        # The context of an `LLM`: large steps, for throughput.
+        vllm_config = EngineArgs(**self.kwargs).create_engine_config(UsageContext.LLM_CLASS)
+        pictures = self.kwargs.get("limit_mm_per_prompt", {}).get("image", 0)
+        if pictures and on_gpu:
+            _keep_pictures(vllm_config, config)
+        self.vllm = LLMEngine.from_vllm_config(vllm_config, UsageContext.LLM_CLASS, disable_log_stats=True)
         self.lora = LoRARequest("reranker", 1, model.path) if model.is_adapter else None
         self.requests = self.prompt_tokens = self.cached_tokens = 0
-        pictures = self.kwargs.get("limit_mm_per_prompt", {}).get("image", 0)
-        self.prepare = _Preparer(self.llm.llm_engine.vllm_config) if pictures else None
+        self.prepare = _Preparer(vllm_config) if pictures else None
         self._inbox: queue.SimpleQueue[_Score | _Text | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._drive, name="vllm-driver", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch, name="vllm-watch", daemon=True).start()
 
     def score_labels(self, encoder: Encoder, requests: Sequence[Encoded]) -> list[Float32 | Exception]:
-        """See `base.Engine`."""
+        """See `base.Engine`.
+
+        Raises:
+            EngineDied: as everything that waits for this engine does from then on.
+        """
         futures = [self.submit(encoder, encoded) for encoded in requests]
         return [_outcome(future) for future in futures]
 
@@ -174,7 +188,7 @@ class VllmEngine:
         """See `base.Engine`."""
         from vllm import SamplingParams
 
-        tokenizer = self.llm.get_tokenizer()
+        tokenizer = self.vllm.get_tokenizer()
         futures: list[Future[Generated]] = []
         for request in requests:
             future: Future[Generated] = Future()
@@ -202,8 +216,7 @@ class VllmEngine:
         if self._thread.is_alive():
             self._inbox.put(None)
             self._thread.join()
-        core = self.llm.llm_engine.engine_core
-        core.shutdown()
+        self.vllm.engine_core.shutdown()
 
     def _pictures(self, encoder: Encoder, encoded: Encoded) -> Iterator[_Picture]:
         position = 0
@@ -217,7 +230,7 @@ class VllmEngine:
             position += length
 
     def _in_core(self, name: str) -> bool:
-        cache = self.llm.llm_engine.renderer.mm_processor_cache
+        cache = self.vllm.renderer.mm_processor_cache
         return cache is not None and cache.is_cached_item(name)
 
     def _input(self, job: _Score, path: tuple[int, ...]) -> dict[str, Any]:
@@ -231,7 +244,7 @@ class VllmEngine:
             return {"prompt_token_ids": ids}
         from vllm.multimodal.inputs import PlaceholderRange
 
-        engine = self.llm.llm_engine
+        engine = self.vllm
         # vLLM would notice too, but only after the cache here has noted pictures that its core then never gets.
         longest = engine.vllm_config.model_config.max_model_len
         if len(ids) >= longest:
@@ -258,11 +271,22 @@ class VllmEngine:
             "mm_placeholders": {"image": [PlaceholderRange(p.offset, p.length) for p in job.pictures]},
         }
 
+    def _watch(self) -> None:
+        """Wake the driver where the core was killed: vLLM notices, but goes on waiting for an answer."""
+        core = self.vllm.engine_core
+        while not core.resources.engine_dead:
+            self._thread.join(1)
+            if not self._thread.is_alive():
+                return
+        core.outputs_queue.put(EngineDied("its process has ended"))
+
     # ---- the driver --------------------------------------------------------------------------------------------------
 
     def _drive(self) -> None:
         """Feed and step vLLM until `close`; the only thread that touches it."""
-        engine = self.llm.llm_engine
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        engine = self.vllm
         running: dict[str, tuple[_Score | _Text, Read | None]] = {}
         waiting: deque[_Score | _Text] = deque()
         prompts = 0  # in flight
@@ -278,7 +302,10 @@ class VllmEngine:
                 else:
                     assert read is not None
                     prompt, params = self._input(job, read.path), _label_params(job.trie, read)
-                engine.add_request(str(count), prompt, params, lora_request=self.lora)
+                further = isinstance(job, _Score) and read is not plan_reads(job.trie)[0]
+                engine.add_request(str(count), prompt, params, lora_request=self.lora, priority=-further)
+            except EngineDeadError:
+                raise
             except Exception as error:  # too long, unreadable picture, ...: this prompt's own fault
                 if not job.future.done():
                     job.future.set_exception(error)
@@ -329,11 +356,13 @@ class VllmEngine:
                     elif job.waiting == 0:
                         prompts -= 1
                         job.future.set_result(job.trie.log_probs(job.flat))
-        except BaseException as error:  # the engine is dead: nobody may wait for it
+        except BaseException as error:  # nobody may wait for it
+            died = EngineDied(f"vLLM's engine has died: {type(error).__name__}: {error}")
+            died.__cause__ = error
             while True:
                 for job in [*waiting, *(job for job, _ in running.values())]:
                     if not job.future.done():
-                        job.future.set_exception(error)
+                        job.future.set_exception(died)
                 waiting.clear()
                 running.clear()
                 late = self._inbox.get()
@@ -356,8 +385,24 @@ def _label_params(trie: LabelTrie, read: Read) -> Any:
     )
 
 
+def _keep_pictures(vllm_config: VllmConfig, config: EngineConfig) -> None:
+    """Room for encoded pictures on the GPU: vLLM's own is one step's tokens, a few hundred pictures."""
+    from vllm.platforms import current_platform
+
+    model = vllm_config.model_config.hf_config
+    width = model.get_text_config().hidden_size * (1 + len(model.vision_config.deepstack_visual_indexes))
+    share = _PICTURE_SHARE * _gpu_share(config)
+    tokens = int(share * current_platform.get_device_total_memory()) // (2 * width)
+    scheduler = vllm_config.scheduler_config
+    scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, tokens)
+    scheduler.max_num_encoder_input_tokens = min(scheduler.max_num_encoder_input_tokens, _PICTURE_BATCH)
+
+
 class _Preparer:
-    """vLLM's own renderer, without a cache: one picture becomes what its core takes, in whatever form this version has.
+    """From a picture's file to what this version of vLLM's core takes.
+
+    vLLM's own renderer shows, once for each size of pictures, what that is; the pixels are then put in its place. Where
+    its pixels are not those that `Encoder` makes, the renderer prepares every picture.
 
     Args:
         vllm_config: The engine's.
@@ -374,6 +419,7 @@ class _Preparer:
         self.ids = self.renderer.get_tokenizer().convert_tokens_to_ids(
             ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
         )
+        self.forms: dict[Grid, Any] = {}
 
     def __call__(self, encoder: Encoder, path: str) -> Any:
         """A ``MultiModalKwargsItem``.
@@ -381,12 +427,38 @@ class _Preparer:
         Raises:
             OSError: the picture cannot be read.
         """
+        grid = encoder.grid(path)
+        if (form := self.forms.get(grid)) is None:
+            with self.lock:
+                item = self._rendered(encoder, path)
+            self.forms[grid] = item if self._alike(item["pixel_values"].data, self._pixels(encoder, path, item)) else ()
+            return item
+        if not form:
+            with self.lock:
+                return self._rendered(encoder, path)
+        item = copy(form)  # a dictionary, and its own
+        item["pixel_values"] = replace(form["pixel_values"], data=self._pixels(encoder, path, form))
+        return item
+
+    def _rendered(self, encoder: Encoder, path: str) -> Any:
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
         prompt = {"prompt_token_ids": self.ids, "multi_modal_data": {"image": [encoder.picture(path)]}}
-        with self.lock:  # 2 ms a picture
-            (rendered,) = self.renderer.render_cmpl([parse_model_prompt(self.model_config, prompt)])
+        (rendered,) = self.renderer.render_cmpl([parse_model_prompt(self.model_config, prompt)])
         return rendered["mm_kwargs"]["image"][0]
+
+    @staticmethod
+    def _pixels(encoder: Encoder, path: str, form: Any) -> torch.Tensor:
+        import torch
+
+        dtype = form["pixel_values"].data.dtype
+        patches = encoder.patches(path)
+        return torch.from_numpy(patches if dtype == torch.uint8 else encoder.normalised(patches)).to(dtype)
+
+    @staticmethod
+    def _alike(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
+        # bfloat16 keeps eight bits.
+        return theirs.shape == ours.shape and bool(((theirs.float() - ours.float()).abs() <= 0.02).all())
 
 
 def _store(job: _Score, read: Read, output: Any) -> None:
@@ -399,14 +471,14 @@ def _store(job: _Score, read: Read, output: Any) -> None:
 
 def _outcome(future: Future[Any]) -> Any:
     error = future.exception()
-    if error is not None and not isinstance(error, Exception):
+    if isinstance(error, EngineDied) or (error is not None and not isinstance(error, Exception)):
         raise error
     return error if error is not None else future.result()
 
 
 def engine_kwargs(model: ModelFolder, config: EngineConfig, on_gpu: bool) -> dict[str, Any]:
     """Arguments of ``vllm.LLM``; ``config.engine_kwargs`` wins over everything."""
-    share = config.gpus if config.gpus is not None and 0 < config.gpus < 1 else 1.0
+    share = _gpu_share(config)
     kwargs: dict[str, Any] = {
         "model": model.base,
         "dtype": config.dtype if on_gpu or config.dtype != "auto" else "float32",
@@ -415,6 +487,7 @@ def engine_kwargs(model: ModelFolder, config: EngineConfig, on_gpu: bool) -> dic
         "enforce_eager": config.enforce_eager if config.enforce_eager is not None else not on_gpu,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
+        "scheduling_policy": "priority",
         "seed": 0,
         # bfloat16 logits come in steps that turn close candidates into ties.
         "hf_overrides": {"head_dtype": "float32"},
@@ -428,11 +501,15 @@ def engine_kwargs(model: ModelFolder, config: EngineConfig, on_gpu: bool) -> dic
         pixels = model.mode is None or mode_spec(model.mode).pixels
         kwargs["limit_mm_per_prompt"] = {"image": model.ranking.window if pixels else 0, "video": 0}
         if pixels and on_gpu:
-            # vLLM's cache of encoded pictures holds as many tokens as a step does: a thousand small pictures here.
-            kwargs |= {"mm_processor_cache_gb": 16, "max_num_batched_tokens": 65536}
+            kwargs["mm_processor_cache_gb"] = 16
+            kwargs["gpu_memory_utilization"] *= 1 - _PICTURE_SHARE  # vLLM does not count its cache of encoded ones
     if model.is_adapter:
         kwargs |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(Path(model.path))}
     return {**kwargs, **config.engine_kwargs}
+
+
+def _gpu_share(config: EngineConfig) -> float:
+    return config.gpus if config.gpus is not None and 0 < config.gpus < 1 else 1.0
 
 
 def _context(base: str) -> int | None:

@@ -49,14 +49,16 @@ def yes_log_probs(
         folder = replace(folder, mode="semantic_summary_small")
         pairs = [([_text(item) for item in history], _text(candidate)) for history, candidate in pairs]
     ranker = open_ranker(folder, EngineConfig(name="transformers", batch_size=batch_size), {})
-    encoder, engine = ranker.encoder, ranker.engine
+    encoder, engine = ranker.prompts.encoder, ranker.engine
     scores = np.zeros(len(pairs), np.float32)
     try:
         trie = LabelTrie.of_answers(encoder.tokenizer, ["Yes", "No"], QUESTION)
         with progress("ask the pointwise model", len(pairs)) as bar:
             for start in range(0, len(pairs), _AT_ONCE):
                 some = pairs[start : start + _AT_ONCE]
-                prompts = [prompt(ranker.spec, h[-max_history:], c, folder.ranking.max_item_chars) for h, c in some]
+                prompts = [
+                    prompt(ranker.prompts.spec, h[-max_history:], c, folder.ranking.max_item_chars) for h, c in some
+                ]
                 encoded = [replace(encoder.encode_prompt(one), trie=trie) for one in prompts]
                 for at, answer in enumerate(engine.score_labels(encoder, encoded), start=start):
                     if isinstance(answer, Exception):

@@ -19,12 +19,18 @@ from typing import TYPE_CHECKING, Any
 from vlrank.bulk import ENGINE_PROCESS
 from vlrank.config import EngineConfig
 from vlrank.engines.base import engine_gpus, vllm_env
-from vlrank.generation.stages import DATA, FAILED, PREPARE_CPUS, Job, prepare, vllm_engine_kwargs
+from vlrank.generation.stages import (
+    DATA,
+    FAILED,
+    PREPARE_CPUS,
+    Job,
+    concurrent_batches,
+    prepare,
+    vllm_engine_kwargs,
+)
 
 if TYPE_CHECKING:
     import ray.data
-
-_CONCURRENT_BATCHES = 8
 
 
 def rendered_vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig, render_workers: int) -> ray.data.Dataset:
@@ -41,6 +47,7 @@ def rendered_vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig, ren
     gpus = engine_gpus(engine)
     kwargs = {"model": job.model, **vllm_engine_kwargs(job, engine, gpus)}
     environment = {"runtime_env": {"env_vars": vllm_env(gpus)}}
+    concurrent = concurrent_batches(kwargs, engine.batch_size)
     dataset = dataset.map_batches(
         Renderer,
         fn_constructor_kwargs={"job": job, "engine_kwargs": kwargs},
@@ -56,8 +63,8 @@ def rendered_vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig, ren
         # One actor works on several batches at once, so that the engine never runs dry between two.
         compute=ActorPoolStrategy(
             size=engine.replicas,
-            max_tasks_in_flight_per_actor=2 * _CONCURRENT_BATCHES,
-            max_concurrent_calls_per_actor=_CONCURRENT_BATCHES,
+            max_tasks_in_flight_per_actor=2 * concurrent,
+            max_concurrent_calls_per_actor=concurrent,
         ),
         num_cpus=engine.cpus,
         num_gpus=math.ceil(gpus * engine.tensor_parallel_size) if gpus >= 1 else gpus,

@@ -1,11 +1,13 @@
 """From a user's history and candidates to token ids and pixels: one code path for training, validation and reranking.
 
-Pictures are prepared once per file and reused: a popular item appears in thousands of prompts. Neither torch nor Ray is
-imported here.
+Pictures are prepared once per file and reused: a popular item appears in thousands of prompts. They are scaled once,
+from the file to the size that the model sees, and cut into patches here: 1.5 ms for 256x256 pixels, a tenth of what the
+model's own processor takes. Neither torch nor Ray is imported here.
 """
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, int, int]
 """Patches of a picture: (frames, rows, columns), as in Qwen's ``image_grid_thw``."""
+
+PREPARATION = "draft 2x, bicubic"
+"""How pictures get their size; part of the name of everything that is computed from them and kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,11 @@ class Encoder:
         self.image_token_id: int | None = None
         if image_processor is not None:
             self.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+            repeats = image_processor.temporal_patch_size * image_processor.patch_size**2
+            self._mean, self._std = (
+                np.repeat(np.asarray(values, dtype=np.float32) / np.float32(image_processor.rescale_factor), repeats)
+                for values in (image_processor.image_mean, image_processor.image_std)
+            )
 
     @classmethod
     def load(cls, folder: str | Path, spec: ModeSpec, ranking: RankingConfig, **kwargs: Any) -> Encoder:
@@ -121,6 +131,8 @@ class Encoder:
         """
         from transformers import AutoImageProcessor, AutoTokenizer
 
+        # Prompts come one by one: handing each to a pool of threads took up to 45 ms of waiting on a busy machine.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             if not tokenizer("1", add_special_tokens=False)["input_ids"]:
@@ -214,9 +226,32 @@ class Encoder:
         """A prepared picture, float32 [patches, patch values], as Qwen's ``pixel_values``; kept for the next prompt."""
         return self._pixels(path)
 
+    def patches(self, path: str) -> npt.NDArray[np.uint8]:
+        """`pixels` before normalisation, uint8 [patches, patch values], and not kept.
+
+        Patches are in the order in which the tower merges them, values in the order channel, frame, row, column; a
+        picture is a film of equal frames.
+        """
+        processor = self.image_processor
+        patch, merge = processor.patch_size, processor.merge_size
+        _, rows, columns = self.grid(path)
+        values = np.asarray(self.picture(path)).reshape(
+            rows // merge, merge, patch, columns // merge, merge, patch, 3
+        )  # [row of blocks, row in block, y, column of blocks, column in block, x, channel]
+        frames = np.repeat(
+            values.transpose(0, 3, 1, 4, 6, 2, 5)[..., None, :, :], processor.temporal_patch_size, axis=5
+        )
+        return frames.reshape(rows * columns, -1)
+
+    def normalised(self, patches: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """`patches` as the tower takes them: float32, mean and deviation as the model's processor says."""
+        return np.asarray((patches - self._mean) / self._std, dtype=np.float32)
+
     def picture(self, path: str) -> Image:
-        """A picture as engines that prepare it themselves take it: RGB, upright, at most ``max_image_pixels``."""
-        return load_picture(path, self.ranking.max_image_pixels)
+        """A picture as the model sees it: RGB, upright, in the size of its grid."""
+        _, rows, columns = self.grid(path)
+        patch = self.image_processor.patch_size
+        return load_picture(path, (columns * patch, rows * patch))
 
     def positions(self, encoded: Encoded) -> npt.NDArray[np.int64]:
         """Rotary positions [3, T] (time, row, column) as Qwen3-VL's ``get_rope_index``; equal rows for text.
@@ -256,12 +291,11 @@ class Encoder:
         return expanded
 
     def _prepare(self, path: str) -> npt.NDArray[np.float32]:
-        prepared = self.image_processor(images=[self.picture(path)], return_tensors="np")
-        return np.asarray(prepared["pixel_values"], dtype=np.float32)
+        return self.normalised(self.patches(path))
 
 
-def load_picture(path: str, max_pixels: int) -> Image:
-    """A picture from a file: RGB, upright as its EXIF says, scaled down to at most ``max_pixels``.
+def load_picture(path: str, size: tuple[int, int]) -> Image:
+    """A picture from a file: RGB, upright as its EXIF says, ``size`` (width, height) whatever its proportions.
 
     Raises:
         OSError: missing, cut off or not a picture.
@@ -269,8 +303,8 @@ def load_picture(path: str, max_pixels: int) -> Image:
     from PIL import Image, ImageOps
 
     with Image.open(fetch(path)) as opened:
+        opened.draft("RGB", (2 * max(size), 2 * max(size)))  # JPEG: larger ones are decoded at a fraction
         image = ImageOps.exif_transpose(opened).convert("RGB")
-    size = _shrunk(*image.size, max_pixels)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 

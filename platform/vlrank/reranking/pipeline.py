@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -29,11 +31,11 @@ from vlrank.data.candidates_io import write_rankings
 from vlrank.data.dataset import Dataset
 from vlrank.data.schemas import RANKINGS
 from vlrank.data.tables import atomic_write_json, file_size
-from vlrank.engines.base import ModelFolder, engine_gpus, engine_name, open_model
+from vlrank.engines.base import EngineDied, ModelFolder, engine_gpus, engine_name, on_this_node, open_model
 from vlrank.errors import UserError
 from vlrank.reranking.modes import ItemMeta, ModeSpec, mode_spec, shows
 from vlrank.reranking.ranker import Ranking, UserLists
-from vlrank.reranking.reranker import open_ranker
+from vlrank.reranking.reranker import open_prompts, open_ranker
 from vlrank.reranking.windows import fuse, stable_order, windows
 from vlrank.runtime import ray_session
 from vlrank.storage import listing, location
@@ -317,6 +319,7 @@ class _Job:
     dataset: str
     folder: ModelFolder
     engine: EngineConfig
+    prompt_workers: int | None
     split: str
     source: str
     seed: int
@@ -327,7 +330,15 @@ def _rank(
 ) -> tuple[BulkResult, pl.DataFrame]:
     """Run what is missing; returns the result and the wanted rows that are committed."""
     shards = _shards(config, dataset, split)
-    job = _Job(str(dataset.path.resolve()), folder, config.engine, split, f"qwen3vl/{folder.mode}", config.seed)
+    job = _Job(
+        dataset=str(dataset.path.resolve()),
+        folder=folder,
+        engine=config.engine,
+        prompt_workers=config.prompt_workers,
+        split=split,
+        source=f"qwen3vl/{folder.mode}",
+        seed=config.seed,
+    )
     result = run_bulk(
         work.wanted,
         partial(_stages, job=job, shard_rows=config.shard_rows),
@@ -347,6 +358,17 @@ def _stages(dataset: ray.data.Dataset, job: _Job, shard_rows: int) -> ray.data.D
     gpus = engine_gpus(config)
     # vLLM takes prompts from several threads: the next shard's begin while the last ones of this shard are scored.
     overlap = 2 if engine_name(config) == "vllm" else 1
+    makers = job.prompt_workers if job.prompt_workers is not None else 2 * config.replicas * (gpus > 0)
+    if makers:
+        dataset = dataset.map_batches(
+            _PromptWorker,
+            fn_constructor_args=(job,),
+            batch_size=shard_rows,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=1, max_size=makers, initial_size=makers),
+            # Not what reading asks for, or Ray Data joins the two steps and commits nothing before the end.
+            num_cpus=0.5,
+        )
     return dataset.map_batches(
         _Worker,
         fn_constructor_args=(job,),
@@ -364,6 +386,23 @@ def _stages(dataset: ray.data.Dataset, job: _Job, shard_rows: int) -> ray.data.D
     )
 
 
+class _PromptWorker:
+    """Makes the first prompts of users: in the engine's process that would hold up the thread that feeds it."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+        self.prompts = open_prompts(on_this_node(job.folder), Dataset.open(job.dataset).item_meta())
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        made = [self.prompts.first(_user_lists(self.job, row)) for row in batch.to_pylist()]
+        return batch.append_column("prompts", pa.array(made, pa.large_binary()))
+
+
+def _user_lists(job: _Job, row: Mapping[str, Any]) -> UserLists:
+    seed = job.seed * 1_000_003 + row["user_id"]
+    return UserLists(row["history"], row["candidates"], seed, row.get("prompts"))
+
+
 class _Worker:
     """One engine of the pool."""
 
@@ -376,10 +415,12 @@ class _Worker:
     def __call__(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
         rows = batch.to_pylist()
-        users = [
-            UserLists(row["history"], row["candidates"], _user_seed(self.job.seed, row["user_id"])) for row in rows
-        ]
-        outcomes = [self._row(row, outcome) for row, outcome in zip(rows, self.ranker.rank(users), strict=True)]
+        try:
+            rankings = self.ranker.rank([_user_lists(self.job, row) for row in rows])
+        except EngineDied as error:
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)  # Ray starts the actor anew and repeats its tasks; an exception would end the run
+        outcomes = [self._row(row, outcome) for row, outcome in zip(rows, rankings, strict=True)]
         # The engine counts for all its users at once: the shard's first row carries what has come since the last one.
         with self.counting:
             before, self.counted = self.counted, _engine_counts(self.ranker.engine)
@@ -419,10 +460,6 @@ _OUTCOME = pa.schema(
 def _engine_counts(engine: Any) -> dict[str, int]:
     names = {"requests": "requests", "request_tokens": "prompt_tokens", "cached_tokens": "cached_tokens"}
     return {name: getattr(engine, attribute, 0) for name, attribute in names.items()}
-
-
-def _user_seed(seed: int, user: int) -> int:
-    return seed * 1_000_003 + user
 
 
 # ---- fusion ----------------------------------------------------------------------------------------------------------

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vlrank.config import RankingConfig
 from vlrank.errors import UserError
+from vlrank.reranking.encoding import Encoded, Encoder
 from vlrank.reranking.modes import ItemMeta, ModeSpec, shows
-from vlrank.reranking.windows import Ranked, Request, rank_lists
+from vlrank.reranking.windows import Ranked, Request, first_requests, rank_lists
 
 if TYPE_CHECKING:
     from vlrank.engines.base import Engine
-    from vlrank.reranking.encoding import Encoder
 
 Float32 = npt.NDArray[np.float32]
 
@@ -30,11 +31,13 @@ class UserLists:
         history: Item ids, oldest first.
         candidates: Item ids in the retriever's order, best first; no repetitions.
         seed: Of the shuffles; the same user is shuffled the same way in any batch.
+        prompts: What `PromptMaker.first` made of this user, elsewhere and before.
     """
 
     history: Sequence[int]
     candidates: Sequence[int]
     seed: int = 0
+    prompts: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +65,108 @@ class NoCandidates(ValueError):
     """Nothing to rank: no candidates, or none that the mode can show."""
 
 
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """What a user's prompts are made of.
+
+    Attributes:
+        history: Items that the mode can show, oldest first.
+        kept: Candidates that the mode can show, at most ``top_k``.
+        dropped: Candidates that it cannot show.
+    """
+
+    history: list[ItemMeta]
+    kept: list[int]
+    dropped: int
+
+
+@dataclass(slots=True)
+class PromptMaker:
+    """From users to prompts.
+
+    Attributes:
+        encoder: Of the model.
+        spec: The mode.
+        ranking: Windows, permutations, lengths.
+        item_meta: item id -> text and what the mode shows.
+    """
+
+    encoder: Encoder
+    spec: ModeSpec
+    ranking: RankingConfig
+    item_meta: Mapping[int, ItemMeta]
+
+    def lists(self, user: UserLists) -> Lists:
+        """The user's items, without those that the mode cannot show."""
+        listed = [item for item in user.candidates if self._usable(item)]
+        return Lists(
+            [self._meta(item) for item in user.history if self._usable(item)],
+            listed[: self.ranking.top_k],
+            len(user.candidates) - len(listed),
+        )
+
+    def encode(self, lists: Lists, indices: Sequence[int]) -> Encoded | Exception:
+        """The prompt over these of the kept candidates, or why there is none: a broken picture, too many tokens."""
+        try:
+            return self.encoder.encode(lists.history, [self._meta(lists.kept[at]) for at in indices])
+        except (OSError, ValueError) as error:
+            return error
+
+    def first(self, user: UserLists) -> bytes:
+        """The user's first prompts, for `UserLists.prompts`: they need no engine and can be made in other processes."""
+        lists, ranking = self.lists(user), self.ranking
+        requests = first_requests(
+            len(lists.kept),
+            size=ranking.window,
+            stride=ranking.stride,
+            shuffles=ranking.permutations,
+            seed=user.seed,
+        )
+        made: list[tuple[list[int], Any]] = []
+        for indices in requests:
+            prompt = self.encode(lists, indices)
+            if isinstance(prompt, Encoded):
+                ids = np.asarray(prompt.ids, dtype=np.int32)
+                made.append((indices, (ids, prompt.image_paths, prompt.grids, prompt.n_candidates, prompt.history_cut)))
+            else:
+                made.append((indices, prompt))
+        return pickle.dumps(made, protocol=5)
+
+    def made(self, prompts: bytes | None) -> dict[tuple[int, ...], Encoded | Exception]:
+        """What `first` returned, by candidate indices."""
+        found: dict[tuple[int, ...], Encoded | Exception] = {}
+        for indices, content in pickle.loads(prompts) if prompts else ():
+            if not isinstance(content, Exception):
+                ids, paths, grids, n, cut = content
+                content = Encoded(ids.tolist(), paths, grids, self.encoder.trie(n), cut)
+            found[tuple(indices)] = content
+        return found
+
+    def _usable(self, item: int) -> bool:
+        return self.ranking.missing == "text" or shows(self.spec, self._meta(item))
+
+    def _meta(self, item: int) -> ItemMeta:
+        try:
+            return self.item_meta[item]
+        except KeyError:
+            raise UserError(
+                f"item {item} is not in item_meta", "Give every item of histories and candidates its text."
+            ) from None
+
+
 @dataclass(slots=True)
 class Ranker:
     """Ranks with one engine.
 
     Attributes:
         engine: The loaded model.
-        encoder: Of the same model.
-        spec: The mode.
-        ranking: Windows, permutations, lengths.
-        item_meta: item id -> text and what the mode shows.
+        prompts: Of the same model.
         threads: Groups of users in work at once, so that prompts are made while others are scored; more than one needs
             an engine that may be called from several threads.
     """
 
     engine: Engine
-    encoder: Encoder
-    spec: ModeSpec
-    ranking: RankingConfig
-    item_meta: Mapping[int, ItemMeta]
+    prompts: PromptMaker
     threads: int = 1
     group: int = field(default=32, kw_only=True)
 
@@ -93,58 +179,46 @@ class Ranker:
             return [ranking for rankings in pool.map(self._rank, groups) for ranking in rankings]
 
     def _rank(self, users: Sequence[UserLists]) -> list[Ranking | Exception]:
-        histories = [[self._meta(item) for item in user.history if self._usable(item)] for user in users]
-        listed = [[item for item in user.candidates if self._usable(item)] for user in users]
-        kept = [candidates[: self.ranking.top_k] for candidates in listed]
+        maker, ranking = self.prompts, self.prompts.ranking
+        lists = [maker.lists(user) for user in users]
+        made = [maker.made(user.prompts) for user in users]
         tokens, prompts, cut = ([0] * len(users) for _ in range(3))
 
         def score(requests: list[Request]) -> list[Float32 | Exception]:
             answers: list[Float32 | Exception] = []
             encoded = []
             for i, indices in requests:
-                try:
-                    prompt = self.encoder.encode(histories[i], [self._meta(kept[i][at]) for at in indices])
-                except (OSError, ValueError) as error:  # an unreadable picture, a prompt that is too long
-                    answers.append(error)
+                prompt = made[i].get(tuple(indices)) or maker.encode(lists[i], indices)
+                if isinstance(prompt, Exception):
+                    answers.append(prompt)
                     continue
                 answers.append(RuntimeError("not scored"))
                 encoded.append((len(answers) - 1, prompt))
                 tokens[i] += len(prompt.ids)
                 prompts[i] += 1
                 cut[i] = max(cut[i], prompt.history_cut)
-            scored = self.engine.score_labels(self.encoder, [prompt for _, prompt in encoded])
+            scored = self.engine.score_labels(maker.encoder, [prompt for _, prompt in encoded])
             for (at, _), answer in zip(encoded, scored, strict=True):
                 answers[at] = answer
             return answers
 
         outcomes = rank_lists(
-            [len(candidates) for candidates in kept],
+            [len(user.kept) for user in lists],
             score,
-            size=self.ranking.window,
-            stride=self.ranking.stride,
-            shuffles=self.ranking.permutations,
+            size=ranking.window,
+            stride=ranking.stride,
+            shuffles=ranking.permutations,
             seeds=[user.seed for user in users],
         )
         result: list[Ranking | Exception] = []
         for i, outcome in enumerate(outcomes):
-            if isinstance(outcome, Ranked) and kept[i]:
-                items = [kept[i][at] for at in outcome.order]
-                dropped = len(users[i].candidates) - len(listed[i])
-                result.append(Ranking(items, outcome.scores, prompts[i], tokens[i], cut[i], dropped))
+            if isinstance(outcome, Ranked) and lists[i].kept:
+                items = [lists[i].kept[at] for at in outcome.order]
+                result.append(Ranking(items, outcome.scores, prompts[i], tokens[i], cut[i], lists[i].dropped))
             elif isinstance(outcome, Ranked):
-                why = f"none of the {len(users[i].candidates)} candidates has {self.spec.shows}"
-                result.append(NoCandidates(why if users[i].candidates else "no candidates"))
+                n = len(users[i].candidates)
+                why = f"none of the {n} candidates has {maker.spec.shows}" if n else "no candidates"
+                result.append(NoCandidates(why))
             else:
                 result.append(outcome)
         return result
-
-    def _usable(self, item: int) -> bool:
-        return self.ranking.missing == "text" or shows(self.spec, self._meta(item))
-
-    def _meta(self, item: int) -> ItemMeta:
-        try:
-            return self.item_meta[item]
-        except KeyError:
-            raise UserError(
-                f"item {item} is not in item_meta", "Give every item of histories and candidates its text."
-            ) from None

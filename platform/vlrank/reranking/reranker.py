@@ -13,7 +13,7 @@ from vlrank.config import EngineConfig, RankingConfig, TrainConfig, load_config
 from vlrank.data.tables import atomic_write_json
 from vlrank.errors import UserError
 from vlrank.reranking.modes import ItemMeta, mode_spec
-from vlrank.reranking.ranker import Ranker, Ranking, UserLists
+from vlrank.reranking.ranker import PromptMaker, Ranker, Ranking, UserLists
 from vlrank.storage import Location, location
 
 if TYPE_CHECKING:
@@ -247,24 +247,29 @@ class Qwen3VLReranker:
             raise UserError("no item_meta", 'Give item_meta, e.g. load_item_meta("data/beauty").')
         if self._ranker is None:
             self._ranker = open_ranker(self._folder(), self.engine_config, meta)
-        self._ranker.item_meta = meta
+        self._ranker.prompts.item_meta = meta
         return self._ranker
 
 
 def open_ranker(folder: ModelFolder, config: EngineConfig, item_meta: Mapping[int, ItemMeta]) -> Ranker:
     """Load tokenizer and engine of a model whose mode is known."""
-    from vlrank.compat import patch_torchvision
     from vlrank.engines.base import engine_name, on_this_node, open_engine
-    from vlrank.reranking.encoding import Encoder
 
     folder = on_this_node(folder)
+    prompts = open_prompts(folder, item_meta)
+    return Ranker(open_engine(folder, config), prompts, threads=4 if engine_name(config) == "vllm" else 1)
+
+
+def open_prompts(folder: ModelFolder, item_meta: Mapping[int, ItemMeta]) -> PromptMaker:
+    """The tokenizer of a model whose mode is known and whose folder is on this node."""
+    from vlrank.compat import patch_torchvision
+    from vlrank.reranking.encoding import Encoder
+
     assert folder.mode is not None
     patch_torchvision()
     spec = mode_spec(folder.mode)
     encoder = Encoder.load(tokenizer_folder(folder), spec, folder.ranking)
-    engine = open_engine(folder, config)
-    threads = 4 if engine_name(config) == "vllm" else 1
-    return Ranker(engine, encoder, spec, folder.ranking, item_meta, threads)
+    return PromptMaker(encoder, spec, folder.ranking, item_meta)
 
 
 def tokenizer_folder(folder: ModelFolder) -> str:

@@ -88,6 +88,20 @@ Score = Callable[[list[Request]], "Sequence[npt.ArrayLike | Exception]"]
 """Log-probabilities aligned with each request's candidates, or what went wrong with it."""
 
 
+def first_requests(n: int, *, size: int = 20, stride: int = 10, shuffles: int = 1, seed: int = 0) -> list[list[int]]:
+    """The candidate indices of a list's first prompts, those that depend on no answer; arguments as in `rank_lists`.
+
+    >>> first_requests(45, size=20, stride=10) == [list(range(25, 45))]
+    True
+    """
+    start, stop = next(windows(n, size, stride), (0, 0))
+    return [[start + at for at in order] for order in _orders(stop - start, shuffles, seed, wave=0)] if n else []
+
+
+def _orders(n: int, shuffles: int, seed: int, wave: int) -> list[list[int]]:
+    return permutations(n, shuffles, seed * 1009 + wave)
+
+
 def rank_lists(
     sizes: Sequence[int],
     score: Score,
@@ -124,7 +138,7 @@ def rank_lists(
         for i in active:
             start, stop = todo[i][wave]
             window = orders[i][start:stop]
-            shuffled.append(permutations(len(window), shuffles, (seeds[i] if seeds else 0) * 1009 + wave))
+            shuffled.append(_orders(len(window), shuffles, seeds[i] if seeds else 0, wave))
             requests += [(i, [window[at] for at in permutation]) for permutation in shuffled[-1]]
         answers = iter(score(requests))
         for i, shuffle in zip(active, shuffled, strict=True):

@@ -344,13 +344,15 @@ def tower_key(model: Any, encoder: Encoder, paths: Sequence[str]) -> str:
     """Names what cached features depend on: the tower's weights, the picture preparation and the pictures."""
     import torch
 
+    from vlrank.reranking.encoding import PREPARATION
+
     digest = hashlib.sha256()
     tower = core(model).model.visual
     for name, weight in sorted(tower.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     digest.update(json.dumps(encoder.image_processor.to_dict(), sort_keys=True, default=str).encode())
-    digest.update(str(encoder.ranking.max_image_pixels).encode())
+    digest.update(f"{encoder.ranking.max_image_pixels} {PREPARATION}".encode())
     for path in paths:
         try:
             status = os.stat(path)
