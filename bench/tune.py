@@ -1,10 +1,11 @@
 """ASHA against full-length random search on the embedded shop, and what starting a trial costs.
 
-    python bench/tune.py --out bench/results/tune.json --seeds 5 --trials 8 --epochs 9
+    python bench/tune.py --out bench/results/tune.json --seeds 5 --trials 16 --epochs 9 --reduction_factor 2
 
-Every trial of every seed is trained to its end, once. ASHA, Ray's own, is then replayed on these curves with
-``--concurrent`` trials side by side: one that ASHA stops is the beginning of the same trial at full length, as seed
-and config are the same. So both searches are compared on identical trials, and the comparison costs one of them.
+Every trial of every seed is trained to its end, once. ASHA is then replayed on these curves with ``--concurrent``
+trials side by side, vlrank's and Ray Tune's: one that stops early is the beginning of the same trial at full length, as
+seed and config are the same. So all searches are compared on identical trials. ``--curves`` takes them from an earlier
+result instead of training.
 
 Start-up per trial is the time to the first evaluation, less an epoch's usual time.
 """
@@ -22,8 +23,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ray.tune.schedulers import ASHAScheduler
+
 from vlrank.config import TuneConfig, load_config
 from vlrank.data.shop import make_products, make_shop
+from vlrank.tuning.halving import Halving
 from vlrank.tuning.run import run
 from vlrank.tuning.trials import Sweep, Trial
 
@@ -52,36 +56,44 @@ def expected_best(values: list[float], trials: float) -> float:
     return sum(value * math.comb(i, drawn - 1) for i, value in enumerate(ordered)) / math.comb(n, drawn)
 
 
-def replay(curves: list[Trial], epochs: int, grace: int, factor: int, concurrent: int, folder: Path) -> dict[str, Any]:
-    """What ASHA would have made of these trials: epochs used and the best value found."""
-    from types import SimpleNamespace
+def replay(
+    curves: list[Trial], epochs: int, factor: int, concurrent: int, folder: Path, *, ours: bool
+) -> dict[str, Any]:
+    """What ASHA would have made of these trials: epochs used and the best value found.
 
-    from vlrank.tuning.search import AshaPerMode
-
+    Args:
+        curves: The trials, with all their epochs.
+        epochs: Of the longest.
+        factor: Reduction factor.
+        concurrent: Trials side by side.
+        folder: For a sweep that nobody reads.
+        ours: `vlrank.tuning.halving.Halving`, or Ray Tune's ``ASHAScheduler``.
+    """
     sweep = Sweep(folder / "replay.jsonl")
     for trial in curves:
         sweep.add(Trial(trial.mode, trial.trial_id, trial.config, trial.metric))
-    asha = AshaPerMode(sweep, {MODE: epochs}, grace, factor)
-    waiting, running, used = list(curves), [], 0
-    ended: dict[str, float] = {}
-    while waiting or running:
-        while waiting and len(running) < concurrent:
-            trial = waiting.pop(0)
-            handle = SimpleNamespace(config={"trial_id": trial.trial_id}, trial_id=trial.trial_id)
-            asha.on_trial_add(None, handle)
-            running.append((trial, handle, iter(trial.epochs)))
-        for entry in list(running):
-            trial, handle, rest = entry
-            evaluation = next(rest, None)
-            if evaluation is None:
-                running.remove(entry)
-                ended[trial.trial_id] = trial.value
-                continue
-            used += 1
-            result = {"epoch": evaluation["epoch"], trial.metric: evaluation["metric"]}
-            if asha.on_trial_result(None, handle, result) == "STOP":
-                running.remove(entry)
-    return {"epochs": used, "best": max(ended.values()), "finished": len(ended)}
+    halving = Halving(sweep, {MODE: epochs}, lambda trial: epochs, 1, factor)
+    rays = ASHAScheduler("epoch", "metric", "max", max_t=epochs - 1, grace_period=1, reduction_factor=factor)
+    whole = {trial.trial_id: trial.epochs for trial in curves}
+    running: list[Trial] = []
+    while True:
+        while len(running) < concurrent:
+            fresh = (one for one in sweep if one.status == "pending")
+            trial = (halving.promoted([one.trial_id for one in running]) if ours else None) or next(fresh, None)
+            if trial is None:
+                break
+            if trial.status == "pending":
+                rays.on_trial_add(None, trial)
+            trial.status = "running"
+            running.append(trial)
+        if not running:
+            return {"epochs": sum(len(one.epochs) for one in sweep), "best": max(one.value for one in sweep)}
+        for trial in list(running):
+            trial.epochs.append(whole[trial.trial_id][len(trial.epochs)])
+            on = halving.goes_on(trial) if ours else rays.on_trial_result(None, trial, trial.epochs[-1]) != "STOP"
+            if not on or len(trial.epochs) == epochs:
+                trial.status = "completed" if on else "paused" if ours else "stopped"
+                running.remove(trial)
 
 
 def main() -> None:
@@ -89,13 +101,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--items", type=int, default=144)
     parser.add_argument("--users", type=int, default=240)
     parser.add_argument("--concurrent", type=int, default=2)
-    parser.add_argument("--reduction_factor", type=int, default=3)
+    parser.add_argument("--reduction_factor", type=int, default=2)
+    parser.add_argument("--curves", type=Path, help="an earlier result of this benchmark with the same options")
     arguments = parser.parse_args()
+    if arguments.curves:
+        again(arguments)
+        return
     rows, start_ups = [], []
     with tempfile.TemporaryDirectory(prefix="bench-tune-") as name:
         folder = Path(name)
@@ -126,46 +142,77 @@ def main() -> None:
             )
             run(config)
             trials = [trial for trial in Sweep(config.out / "trials.jsonl") if trial.status == "completed"]
-            asha = replay(trials, arguments.epochs, 1, arguments.reduction_factor, arguments.concurrent, folder)
-            values = [trial.value for trial in trials]
-            used = sum(len(trial.epochs) for trial in trials)
-            curves = {
-                trial.trial_id: trial.config | {"ndcg@10": [round(entry["metric"], 4) for entry in trial.epochs]}
-                for trial in trials
-            }
-            rows.append(
-                {
-                    "seed": seed,
-                    "random": {"epochs": used, "best": max(values)},
-                    "random_in_the_epochs_of_asha": expected_best(values, asha["epochs"] / arguments.epochs),
-                    "asha": asha,
-                    "share": asha["epochs"] / used,
-                    "curves": curves,
-                }
-            )
+            rows.append(compare(seed, trials, arguments, folder))
             for trial in trials:
                 times = [entry["seconds"] for entry in trial.epochs]
                 start_ups.append(times[0] - statistics.median(b - a for a, b in pairwise(times)))
-            print(json.dumps({key: value for key, value in rows[-1].items() if key != "curves"}), flush=True)
             # After each seed: a run that is cut short has measured something.
-            result = {
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-                "options": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
-                "seeds": rows,
-                "share_of_epochs": statistics.fmean(row["share"] for row in rows),
-                "best": {
-                    "asha": statistics.fmean(row["asha"]["best"] for row in rows),
-                    "random": statistics.fmean(row["random"]["best"] for row in rows),
-                    "random_in_the_epochs_of_asha": statistics.fmean(
-                        row["random_in_the_epochs_of_asha"] for row in rows
-                    ),
-                },
-                "at_least_as_good": sum(row["asha"]["best"] >= row["random"]["best"] for row in rows),
-                "start_up_seconds": {"median": statistics.median(start_ups), "max": max(start_ups)},
-            }
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key != "seeds"}))
+            start_up = {"median": statistics.median(start_ups), "max": max(start_ups)}
+            write(rows, arguments, {"start_up_seconds": start_up})
+
+
+def compare(seed: int, trials: list[Trial], arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One seed's searches on the same trials."""
+    values = [trial.value for trial in trials]
+    used = sum(len(trial.epochs) for trial in trials)
+    row: dict[str, Any] = {"seed": seed, "random": {"epochs": used, "best": max(values)}}
+    for name in ("asha", "asha_of_ray"):
+        found = replay(
+            trials,
+            arguments.epochs,
+            arguments.reduction_factor,
+            arguments.concurrent,
+            folder,
+            ours=name == "asha",
+        )
+        rival = expected_best(values, found["epochs"] / arguments.epochs)
+        row[name] = found | {"share": found["epochs"] / used, "random_in_as_many_epochs": rival}
+    print(json.dumps(row), flush=True)
+    row["curves"] = {
+        trial.trial_id: trial.config | {trial.metric: [round(entry["metric"], 4) for entry in trial.epochs]}
+        for trial in trials
+    }
+    return row
+
+
+def again(arguments: argparse.Namespace) -> None:
+    """The comparison on curves that an earlier run has kept."""
+    before = json.loads(arguments.curves.read_text(encoding="utf-8"))
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="bench-tune-") as folder:
+        for row in before["seeds"]:
+            trials = [
+                Trial(
+                    MODE,
+                    trial_id,
+                    {key: kept[key] for key in ("lr", "batch_size")},
+                    "ndcg@10",
+                    epochs=[{"epoch": epoch, "metric": value} for epoch, value in enumerate(kept["ndcg@10"], 1)],
+                )
+                for trial_id, kept in row["curves"].items()
+            ]
+            rows.append(compare(row["seed"], trials, arguments, Path(folder)))
+    write(rows, arguments, {"start_up_seconds": before["start_up_seconds"]})
+
+
+def write(rows: list[dict[str, Any]], arguments: argparse.Namespace, more: dict[str, Any]) -> None:
+    """The result so far, and its means on standard output."""
+
+    def mean(*path: str) -> float:
+        return statistics.fmean(row[path[0]][path[1]] for row in rows)
+
+    result: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "options": {key: str(value) for key, value in vars(arguments).items() if key not in ("out", "curves")},
+        "best_of_random": mean("random", "best"),
+    }
+    for name in ("asha", "asha_of_ray"):
+        equal = sum(row[name]["best"] >= row["random"]["best"] for row in rows)
+        result[name] = {"at_least_as_good_as_random": f"{equal} of {len(rows)} seeds"}
+        result[name] |= {key: mean(name, key) for key in ("share", "best", "random_in_as_many_epochs")}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result | more | {"seeds": rows}, indent=2) + "\n")
+    print(json.dumps(result | more))
 
 
 if __name__ == "__main__":

@@ -349,7 +349,7 @@ class TuneConfig(Config):
     trials: int = Field(8, ge=1, description="per mode, the default configuration first")
     search: Literal["random", "grid", "optuna"] = "random"
     scheduler: Literal["asha", "none"] = Field("asha", description="none trains every trial to its end")
-    grace_period: int = Field(1, ge=1, description="epochs before ASHA may stop a trial")
+    grace_period: int = Field(1, ge=1, description="epochs before ASHA may let a trial wait")
     reduction_factor: int = Field(3, ge=2, description="ASHA lets the best 1/N of a rung go on")
     max_concurrent_trials: int | None = Field(None, ge=1, description="default what the resources allow")
     trial_retries: int = Field(1, ge=0, description="a failed trial is tried again this often, then reported")

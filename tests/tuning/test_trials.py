@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vlrank.errors import UserError
+from vlrank.tuning.halving import Halving
 from vlrank.tuning.results import selection, verdict
 from vlrank.tuning.run import open_sweep
-from vlrank.tuning.search import AshaPerMode, optuna_point
+from vlrank.tuning.search import optuna_point
 from vlrank.tuning.space import parse_space
 from vlrank.tuning.trials import Sweep, Trial, expected, interval, rungs
 
@@ -95,27 +99,95 @@ def test_rungs_and_what_asha_is_expected_to_save() -> None:
     assert expected(4, 4, 2, 4) == (16, 0)
 
 
-def test_a_resumed_asha_remembers_the_trials_of_the_killed_run(tmp_path: Path) -> None:
-    from types import SimpleNamespace
+def halving(sweep: Sweep, epochs: int = 9, factor: int = 3) -> Halving:
+    modes = {trial.mode: epochs for trial in sweep}
+    return Halving(sweep, modes, lambda trial: epochs, grace_period=1, reduction_factor=factor)
 
-    sweep = sweep_with(tmp_path, *(trial(f"00{i}", 0.5 + i / 10, status="stopped") for i in range(3)))
-    sweep.add(trial("003", status="pending"))
-    asha = AshaPerMode(sweep, {"caption": 9}, grace_period=1, reduction_factor=3)
-    tune_trial = SimpleNamespace(config={"trial_id": "caption-003"}, trial_id="whatever Tune calls it")
-    asha.on_trial_add(None, tune_trial)
-    assert asha.on_trial_result(None, tune_trial, {"epoch": 1, "recall@10": 0.4}) == "STOP"
-    assert sweep.trials["caption-003"].stop_reason == "ASHA at epoch 1"
+
+def run_to_the_end(curves: list[list[float]], folder: Path, factor: int, at_once: int, kills: Any = None) -> Sweep:
+    """A sweep without Ray: ``at_once`` trials report in turn; a kill forgets everything but the sweep's file."""
+    epochs, sweep = len(curves[0]), Sweep(folder / "trials.jsonl")
+    for number in range(len(curves)):
+        sweep.add(trial(f"{number:03d}", status="pending"))
+    asha, running = halving(sweep, epochs, factor), []
+    while True:
+        while len(running) < at_once:
+            one = asha.promoted([other.trial_id for other in running]) or next(
+                (other for other in sweep.unfinished() if other.status != "paused" and other not in running), None
+            )
+            if one is None:
+                break
+            one.status = "running"
+            running.append(one)
+        if not running:
+            return sweep
+        for one in list(running):
+            epoch = len(one.epochs) + 1
+            one.record(epoch, curves[int(one.trial_id[-3:])][epoch - 1])
+            if not asha.goes_on(one):
+                one.status = "paused"
+            elif epoch == epochs:
+                one.status = "completed"
+            running = [other for other in running if other.status == "running"]
+        sweep.save()
+        if kills is not None and kills.draw(st.booleans()):
+            sweep = Sweep(folder / "trials.jsonl")
+            asha, running = halving(sweep, epochs, factor), []
+
+
+VALUES = st.floats(0, 1, allow_nan=False).map(lambda value: round(value, 3))
+
+
+@given(
+    curves=st.integers(1, 13).flatmap(
+        lambda n: st.lists(st.lists(VALUES, min_size=n, max_size=n), min_size=1, max_size=9)
+    ),
+    factor=st.integers(2, 4),
+    at_once=st.integers(1, 4),
+    kills=st.data(),
+)
+def test_halving_ends_with_a_winner_and_leaves_nobody_behind(
+    curves: list[list[float]], factor: int, at_once: int, kills: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    sweep = run_to_the_end(curves, tmp_path_factory.mktemp("sweep"), factor, at_once, kills)
+    trials, epochs = list(sweep), len(curves[0])
+    assert {one.status for one in trials} <= {"paused", "completed"}
+    assert any(one.status == "completed" for one in trials)
+    for rung in rungs(1, factor, epochs):
+        arrived = [one for one in trials if one.epochs_run >= rung]
+        assert arrived, "every rung is reached by somebody"
+        arrived.sort(key=lambda one: -max(curves[int(one.trial_id[-3:])][:rung]))
+        for one in arrived[: max(1, len(arrived) // factor)]:
+            assert one.epochs_run > rung, "the best of a rung went on"
+    for one in trials:
+        assert [entry["epoch"] for entry in one.epochs] == list(range(1, len(one.epochs) + 1)), "no epoch twice"
+
+
+def test_one_in_three_goes_on_and_only_when_three_have_come(tmp_path: Path) -> None:
+    sweep = run_to_the_end([[e / 100 - i / 20 for e in range(9)] for i in range(9)], tmp_path, factor=3, at_once=1)
+    assert [one.epochs_run for one in sweep] == [9, 3, 3, 1, 1, 1, 1, 1, 1]
+    assert expected(9, 1, 3, 9) == (sum(one.epochs_run for one in sweep), 8)
+
+
+def test_a_sweep_too_small_to_halve_still_has_a_winner(tmp_path: Path) -> None:
+    sweep = run_to_the_end([[0.1] * 9, [0.2] * 9], tmp_path, factor=3, at_once=2)
+    assert [one.epochs_run for one in sweep] == [1, 9]
+
+
+def test_a_failed_trial_makes_room_for_the_next(tmp_path: Path) -> None:
+    statuses = {"000": (0.9, "failed"), "001": (0.8, "paused"), "002": (0.7, "paused"), "003": (0.6, "paused")}
+    sweep = sweep_with(tmp_path, *(trial(name, value, status=status) for name, (value, status) in statuses.items()))
+    asha = halving(sweep)
+    assert asha.promoted() is sweep.trials["caption-001"]
+    assert asha.promoted(["caption-001"]) is None, "it is on its way"
+    assert asha.promoted() is sweep.trials["caption-001"], "unless it was killed before it started"
 
 
 def test_modes_are_never_compared_with_each_other(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
-    sweep = sweep_with(tmp_path, *(trial(f"00{i}", 0.9) for i in range(3)))
-    sweep.add(Trial("raw_image", "raw_image-000", {}, "recall@10"))
-    asha = AshaPerMode(sweep, {"caption": 9, "raw_image": 9}, grace_period=1, reduction_factor=3)
-    first = SimpleNamespace(config={"trial_id": "raw_image-000"}, trial_id="0")
-    asha.on_trial_add(None, first)
-    assert asha.on_trial_result(None, first, {"epoch": 1, "recall@10": 0.1}) == "CONTINUE"
+    sweep = sweep_with(tmp_path, *(trial(f"00{i}", 0.9, status="completed") for i in range(3)))
+    other = sweep.add(Trial("raw_image", "raw_image-000", {}, "recall@10", status="running"))
+    other.record(1, 0.1)
+    assert halving(sweep).goes_on(other)
 
 
 def test_optuna_learns_from_the_files_and_repeats_itself() -> None:

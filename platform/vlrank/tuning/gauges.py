@@ -24,5 +24,5 @@ class SweepGauges:
             tags = {"mode": trial.mode, "trial": trial.trial_id}
             self._metric.set(trial.epochs[-1]["metric"], tags=tags)
             self._epoch.set(trial.epochs_run, tags=tags)
-        for status in ("pending", "running", "completed", "stopped", "failed"):
+        for status in ("pending", "running", "paused", "completed", "stopped", "failed"):
             self._trials.set(sum(other.status == status for other in sweep), tags={"status": status})

@@ -209,7 +209,7 @@ def _reopen(sweep: Sweep) -> None:
         if trial.status == "failed":
             trial.status = "pending"
         elif trial.status == "running" and trial.stop_reason:
-            trial.status = "stopped"  # the driver died between ASHA's decision and the trial's end
+            trial.status = "paused"  # the driver died between ASHA's decision and the trial's end
     sweep.save()
 
 
@@ -223,7 +223,8 @@ def _search(
     from ray import tune
 
     from vlrank.tuning.gauges import SweepGauges
-    from vlrank.tuning.search import AshaPerMode, PendingTrials, Recorder, optuna_point
+    from vlrank.tuning.halving import Halving
+    from vlrank.tuning.search import PendingTrials, Recorder, Rungs, optuna_point
 
     by_mode = {plan.mode: plan for plan in plans}
     runs = config.out.resolve() / "runs"
@@ -257,24 +258,25 @@ def _search(
     def failure(trial: Trial) -> str:
         return reason_in(runs / trial.trial_id / ERROR_FILE)
 
-    asha = None
+    halving, stretches = None, 1
     if searching and config.scheduler == "asha":
         longest: dict[str, int] = {plan.mode: plan.epochs for plan in plans}
-        asha = AshaPerMode(sweep, longest, config.grace_period, config.reduction_factor)
+        halving = Halving(sweep, longest, epochs, config.grace_period, config.reduction_factor)
+        stretches += max(len(rungs(config.grace_period, config.reduction_factor, last)) for last in longest.values())
     state = config.out.resolve() / ".tune"  # Tune insists on a place for its own state; nothing reads it again
     shutil.rmtree(state, ignore_errors=True)
     with _environment(**_TUNE):
         tuner = tune.Tuner(
             tune.with_resources(_driver(build), {"CPU": 0.1}),
             tune_config=tune.TuneConfig(
-                search_alg=PendingTrials(sweep, launch, suggest if searching else None),
-                scheduler=asha,
-                num_samples=len(waiting),
+                search_alg=PendingTrials(sweep, launch, suggest if searching else None, halving),
+                scheduler=Rungs(sweep, halving) if halving is not None else None,
+                num_samples=len(waiting) * stretches,
                 max_concurrent_trials=concurrent,
                 # A driver whose trial was stopped still winds its training down: Tune counts a reuse that comes too
                 # early as that next trial's failure.
                 reuse_actors=False,
-                trial_dirname_creator=lambda trial: str(trial.config["trial_id"]),
+                trial_dirname_creator=lambda trial: f"{trial.config['trial_id']}-{trial.trial_id}",
             ),
             run_config=tune.RunConfig(
                 name=".tune",
@@ -286,7 +288,12 @@ def _search(
         )
         results = tuner.fit()
     shutil.rmtree(state, ignore_errors=True)
-    if unfinished := sweep.unfinished():
+    unfinished = sweep.unfinished()
+    if all(trial.status == "paused" for trial in unfinished) and (halving is None or halving.promoted() is None):
+        for trial in unfinished:
+            trial.status = "stopped"  # nobody can come any more who would make them go on
+        sweep.save()
+    elif unfinished:
         if results.errors:
             names = ", ".join(trial.trial_id for trial in unfinished)
             raise RuntimeError(f"Ray Tune gave up on {names}") from results.errors[0]

@@ -1,22 +1,29 @@
-"""The sweep's side of Ray Tune: which trial comes next, when ASHA stops one, and what is written down."""
+"""The sweep's side of Ray Tune: which trial comes next, when one has to wait, and what is written down.
+
+A trial of Ray Tune's is one stretch of a trial of the sweep: where ASHA lets it wait, Tune's ends, and a new one goes
+on from the run folder when it may.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from types import SimpleNamespace
 from typing import Any
 
 from ray.tune import Callback
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from vlrank.tuning.halving import Halving
 from vlrank.tuning.space import Choice, Dimension, Point, RandInt, Uniform
 from vlrank.tuning.trials import Sweep, Trial
 
 Launch = Callable[[Trial], dict[str, Any]]
 """What the driver function of a trial is called with."""
+
+_WIND_DOWN = 5.0
+"""Seconds in which the workers of a trial that has to wait may end, before others go on in its folder."""
 
 
 class Stateless:
@@ -33,27 +40,42 @@ class PendingTrials(Stateless, Searcher):
         sweep: The trials.
         launch: Makes the driver function's config; must contain ``trial_id``.
         suggest: Called before a trial of an adaptive search first starts; returns its point.
+        halving: Says which waiting trial goes on; without it none ever waits.
     """
 
-    def __init__(self, sweep: Sweep, launch: Launch, suggest: Callable[[Trial], Point] | None = None) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        launch: Launch,
+        suggest: Callable[[Trial], Point] | None = None,
+        halving: Halving | None = None,
+    ) -> None:
         super().__init__()
-        self._sweep = sweep
-        self._launch = launch
-        self._suggest = suggest
-        self._queue = [trial.trial_id for trial in sweep.unfinished()]
+        self._sweep, self._launch, self._suggest, self._halving = sweep, launch, suggest, halving
+        self._queue = [trial.trial_id for trial in sweep.unfinished() if trial.status != "paused"]
+        self._running: dict[str, str] = {}  # Tune's ids of trials -> ours
+        self._ended: dict[str, float] = {}  # our ids -> when a stretch ended
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial's config; Tune's own id is not used, as it changes from run to run."""
-        if not self._queue:
-            return Searcher.FINISHED
-        trial = self._sweep.trials[self._queue.pop(0)]
+        recent = [name for name, ended in self._ended.items() if time.monotonic() < ended + _WIND_DOWN]
+        trial = None
+        if self._halving is not None:
+            trial = self._halving.promoted([*self._running.values(), *recent])
+        if trial is None and self._queue:
+            trial = self._sweep.trials[self._queue.pop(0)]
+        if trial is None:
+            return None if self._running or (recent and self._halving is not None) else Searcher.FINISHED
+        self._running[trial_id] = trial.trial_id
         if not trial.config and self._suggest is not None:
             trial.config = self._suggest(trial)
             self._sweep.save()
         return self._launch(trial)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        """Nothing: `Recorder` has it."""
+        """Somebody else may go on now; what is written down is `Recorder`'s."""
+        if (name := self._running.pop(trial_id, None)) is not None:
+            self._ended[name] = time.monotonic()
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the sweep's own file is the state."""
@@ -62,68 +84,40 @@ class PendingTrials(Stateless, Searcher):
         """Nothing, see `save`."""
 
 
-class AshaPerMode(Stateless, FIFOScheduler):
-    """Ray's ASHA, one for each mode, so that modes are never compared with each other.
-
-    Rungs are refilled from the curves of earlier runs of the sweep: Ray Tune does not save them, and without them a
-    resumed sweep would let every trial pass again.
+class Rungs(Stateless, FIFOScheduler):
+    """Ends Ray Tune's trial where the sweep's trial has to wait.
 
     Args:
-        sweep: The trials; their curves up to now are replayed.
-        epochs: Per mode, the longest trial.
-        grace_period, reduction_factor: As in `ray.tune.schedulers.ASHAScheduler`.
+        sweep: The trials.
+        halving: Decides.
     """
 
-    def __init__(self, sweep: Sweep, epochs: Mapping[str, int], grace_period: int, reduction_factor: int) -> None:
+    def __init__(self, sweep: Sweep, halving: Halving) -> None:
         super().__init__()
-        self._sweep = sweep
-        self._asha: dict[str, ASHAScheduler] = {}
-        for mode, longest in epochs.items():
-            # No rung at the last epoch: a trial that has come so far shall end by itself and load its best checkpoint.
-            last = max(longest - 1, grace_period)
-            self._asha[mode] = ASHAScheduler(
-                time_attr="epoch",
-                metric="metric",
-                mode="max",
-                max_t=last,
-                grace_period=grace_period,
-                reduction_factor=reduction_factor,
-                stop_last_trials=False,
-            )
-        for trial in sweep:
-            if trial.mode in self._asha and trial.epochs:
-                self._asha[trial.mode].on_trial_add(None, _key(trial))
-                for entry in trial.epochs:
-                    self._asha[trial.mode].on_trial_result(None, _key(trial), entry)
+        self._sweep, self._halving = sweep, halving
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Set in the constructor."""
+        """Nothing to set."""
         return True
-
-    def _known(self, trial: Any) -> tuple[ASHAScheduler, Trial]:
-        known = self._sweep.trials[trial.config["trial_id"]]
-        return self._asha[known.mode], known
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """See `TrialScheduler`."""
-        asha, known = self._known(trial)
-        asha.on_trial_add(tune_controller, _key(known))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
         """See `TrialScheduler`."""
-        asha, known = self._known(trial)
-        if "epoch" not in result or known.metric not in result:
+        known = self._sweep.trials[trial.config["trial_id"]]
+        if not _record(known, result):
             return TrialScheduler.CONTINUE
-        values = {"epoch": result["epoch"], "metric": result[known.metric]}
-        decision = asha.on_trial_result(tune_controller, _key(known), values)
-        if decision == TrialScheduler.STOP:
-            known.stop_reason = f"ASHA at epoch {result['epoch']:g}"
-        return decision
+        if self._halving.goes_on(known):
+            return TrialScheduler.CONTINUE
+        known.stop_reason = f"ASHA at epoch {known.epochs_run:g}"
+        return TrialScheduler.STOP
 
 
-def _key(trial: Trial) -> SimpleNamespace:
-    """What ASHA reads of a trial: a stable id."""
-    return SimpleNamespace(trial_id=trial.trial_id)
+def _record(known: Trial, result: dict) -> bool:
+    """Add an evaluation to a trial's curve; False where the result is none."""
+    if "epoch" not in result or known.metric not in result:
+        return False
+    more = {"step": int(result["step"])} if "step" in result else {}
+    known.record(result["epoch"], float(result[known.metric]), seconds=round(known.seconds, 2), **more)
+    return True
 
 
 class Recorder(Stateless, Callback):
@@ -133,7 +127,7 @@ class Recorder(Stateless, Callback):
         sweep: The trials.
         epochs: How many a trial is to run.
         failure: Why a trial failed; Tune tells its callbacks only later.
-        on_finish: Called with each trial that completed, was stopped or failed for good.
+        on_finish: Called with each trial that completed, has to wait or failed for good.
         show: Called after every event.
     """
 
@@ -170,17 +164,14 @@ class Recorder(Stateless, Callback):
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         """See `Callback`."""
         known = self._known(trial)
-        if "epoch" not in result or known.metric not in result:
-            return
-        more = {"step": int(result["step"])} if "step" in result else {}
-        known.record(result["epoch"], float(result[known.metric]), seconds=round(known.seconds, 2), **more)
-        self._save(known)
+        if _record(known, result):
+            self._save(known)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """See `Callback`."""
         known = self._known(trial)
         if known.stop_reason:
-            known.status = "stopped"
+            known.status = "paused"
         else:
             known.status = "completed"
             whole = known.epochs_run >= self._epochs(known)

@@ -17,7 +17,7 @@ from vlrank.data.tables import atomic_write_text
 from vlrank.errors import UserError
 from vlrank.tuning.space import Point
 
-Status = Literal["pending", "running", "completed", "stopped", "failed"]
+Status = Literal["pending", "running", "paused", "completed", "stopped", "failed"]
 FINISHED: tuple[Status, ...] = ("completed", "stopped", "failed")
 
 
@@ -31,12 +31,14 @@ class Trial:
         config: The searched training keys.
         metric: What `epochs` and `value` measure, e.g. ``recall@10``; higher is better.
         users: Validation users behind the metric; 0 where unknown.
-        status: ``stopped`` means by ASHA, ``completed`` to its own end.
+        status: ``paused`` means waiting at one of ASHA's rungs, ``stopped`` that it waited in vain, ``completed`` that
+            it came to its own end.
         stop_reason: In words.
         epochs: One entry per evaluation: ``{"epoch": 1, "metric": 0.31, "step": 40, "seconds": 12.0}``.
         seconds: Wall-clock seconds spent, all attempts together.
         gpus: GPUs the trial held.
         attempts: How often it was started.
+        passed: The rung (epoch) that ASHA last let it pass.
     """
 
     mode: str
@@ -50,6 +52,7 @@ class Trial:
     seconds: float = 0.0
     gpus: float = 0.0
     attempts: int = 0
+    passed: int = 0
 
     @property
     def finished(self) -> bool:
@@ -118,10 +121,10 @@ class Sweep:
         return [trial for trial in self if trial.mode == mode]
 
     def unfinished(self) -> list[Trial]:
-        """Trials still to run: interrupted ones first, then round the modes so that none waits for another."""
+        """Trials that have not ended: interrupted ones first, then round the modes so that none waits for another."""
         position = {trial.trial_id: self.of(trial.mode).index(trial) for trial in self}
         waiting = [trial for trial in self if not trial.finished]
-        return sorted(waiting, key=lambda trial: (trial.status == "pending", position[trial.trial_id]))
+        return sorted(waiting, key=lambda trial: (trial.status != "running", position[trial.trial_id]))
 
     def best_of(self, mode: str) -> Trial | None:
         """The mode's winner: among trials that ran to their own end where there are any, the earliest among equals.
@@ -166,11 +169,11 @@ def rungs(grace_period: int, reduction_factor: int, epochs: int) -> list[int]:
 def expected(trials: int, grace_period: int, reduction_factor: int, epochs: int) -> tuple[float, int]:
     """Expected epochs in all and trials stopped, if 1 in ``reduction_factor`` passes each rung (at least one does).
 
-    Asynchronous runs stop fewer: the first arrivals at a rung always pass.
+    Asynchronous runs stop fewer: some pass that better ones overtake later.
     """
     left, total, previous = trials, 0.0, 0
     for milestone in rungs(grace_period, reduction_factor, epochs):
         total += left * (milestone - previous)
-        left = max(1, math.ceil(left / reduction_factor))
+        left = max(1, left // reduction_factor)
         previous = milestone
     return total + left * (epochs - previous), trials - left
