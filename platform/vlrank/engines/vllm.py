@@ -17,6 +17,7 @@ import json
 import os
 import queue
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 _MAX_IDS = 128  # vLLM's bound on logprob_token_ids
 _PICTURE_SHARE = 0.1  # of the GPU, for encoded pictures
-_PICTURE_BATCH = 16384  # tokens that the vision tower makes at a time; its activations take 4 GiB at most
+_PICTURE_BATCH = 16384  # tokens that the vision tower makes at a time; 65,536 were too many for 80 GB beside the rest
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -431,7 +432,12 @@ class _Preparer:
         if (form := self.forms.get(grid)) is None:
             with self.lock:
                 item = self._rendered(encoder, path)
-            self.forms[grid] = item if self._alike(item["pixel_values"].data, self._pixels(encoder, path, item)) else ()
+            alike = self._alike(item["pixel_values"].data, self._pixels(encoder, path, item))
+            if not alike:
+                warnings.warn(
+                    "vLLM's pixels are not vlrank's: its slower renderer prepares every picture", stacklevel=2
+                )
+            self.forms[grid] = item if alike else ()
             return item
         if not form:
             with self.lock:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -419,6 +420,8 @@ class _Worker:
             rankings = self.ranker.rank([_user_lists(self.job, row) for row in rows])
         except EngineDied as error:
             print(error, file=sys.stderr, flush=True)
+            with suppress(Exception):
+                self.ranker.engine.close()  # what is left of it holds the GPU's memory
             os._exit(1)  # Ray starts the actor anew and repeats its tasks; an exception would end the run
         outcomes = [self._row(row, outcome) for row, outcome in zip(rows, rankings, strict=True)]
         # The engine counts for all its users at once: the shard's first row carries what has come since the last one.
