@@ -105,7 +105,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--items", type=int, default=144)
     parser.add_argument("--users", type=int, default=240)
-    parser.add_argument("--concurrent", type=int, default=2)
+    parser.add_argument("--concurrent", type=int, default=2, help="trials side by side in the replays")
+    parser.add_argument("--train_concurrent", type=int, help="trials trained side by side; default as many")
     parser.add_argument("--reduction_factor", type=int, default=2)
     parser.add_argument("--curves", type=Path, help="an earlier result of this benchmark with the same options")
     arguments = parser.parse_args()
@@ -137,7 +138,7 @@ def main() -> None:
                     "seed": seed,
                     "ranking": {"max_history": 6, "max_item_chars": 50, "top_k": 20},
                 },
-                max_concurrent_trials=arguments.concurrent,
+                max_concurrent_trials=arguments.train_concurrent or arguments.concurrent,
                 seed=seed,
             )
             run(config)

@@ -9,6 +9,7 @@
    on a CPU without AVX-512. Training never needs vLLM: `hide_vllm` makes it look absent before Unsloth is imported.
 3. **What nobody asked for.** transformers' Trainer and PEFT import torchao and datasets wherever they are installed
    (Unsloth brings both), which takes 1.5 of the 7 seconds of a training worker's imports: `hide_extras`.
+4. **Sharded weights without GPUs.** accelerate refuses what PyTorch can: `shard_on_cpus`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 PTH_NAME = "vlrank-torchvision.pth"
 _OPERATORS = (
@@ -116,3 +118,21 @@ def hide_extras() -> None:
 if __name__ == "__main__":
     written = install()
     print(f"wrote {written}" if written else "torchvision needs no remedy here")
+
+
+def shard_on_cpus() -> None:
+    """Let accelerate shard a model (FSDP2) over CPU processes, which PyTorch can and accelerate refuses.
+
+    Nobody trains that way, but everything about sharded training can so be tried, and is tested, without GPUs.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    start = PartialState.__init__
+
+    def started(self: Any, *arguments: Any, **options: Any) -> None:
+        start(self, *arguments, **options)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU  # the kinds for which it looks at the FSDP plugin
+
+    PartialState.__init__ = started

@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from vlrank.config import RayConfig, TrainConfig, load_config
 from vlrank.data.dataset import Dataset
@@ -67,7 +69,7 @@ def settings(
     base = tmp_path_factory.mktemp("faults")
     shutil.copytree(shop.path, base / "shop")
 
-    def make(name: str, workers: int = 2) -> TrainConfig:
+    def make(name: str, workers: int = 2, **more: Any) -> TrainConfig:
         return load_config(
             TrainConfig,
             dataset=base / "shop",
@@ -76,12 +78,13 @@ def settings(
             model=str(tiny_vision_model),
             method="lora",
             workers=workers,
-            gradient_checkpointing=workers > 1,  # inside the data-parallel wrapper; it changes nothing either
             epochs=3,
             batch_size=8,
             lr=1e-3,
             val_users=16,
             ranking={"max_history": 4, "max_item_chars": 80},
+            # Inside the data-parallel wrapper; it changes nothing either.
+            **{"gradient_checkpointing": workers > 1, **more},
         )
 
     with ray_session(RayConfig(num_cpus=4)):
@@ -118,8 +121,11 @@ def test_a_killed_worker(settings: Callable[..., TrainConfig], unbroken: list[di
     assert {path.name for path in (config.out / "qwen3vl_rerank_vl").glob("checkpoint-*")} == names
 
 
-def test_a_killed_driver(settings: Callable[..., TrainConfig], unbroken: list[dict[str, Any]]) -> None:
-    config = settings("killed-driver")
+def test_a_killed_driver_of_sharded_weights(
+    settings: Callable[..., TrainConfig], unbroken: list[dict[str, Any]]
+) -> None:
+    """FSDP2 learns what one worker does, resumes from its own state, and leaves the same plain adapter."""
+    config = settings("killed-driver", parallel="fsdp2", gradient_checkpointing=False)
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, json.dumps(config.model_dump(mode="json") | {"ray": {"address": "local"}})],
         stderr=subprocess.DEVNULL,
@@ -134,6 +140,14 @@ def test_a_killed_driver(settings: Callable[..., TrainConfig], unbroken: list[di
     assert not (config.out / "result.json").exists()
     run(config)  # resume: auto
     assert_same(numbers(config.out), unbroken)
+    best = json.loads((config.out / "best.json").read_text())["checkpoint"]
+    ours, plain = (
+        load_file(config.out.parent / name / best / "adapter_model.safetensors")
+        for name in (config.out.name, "unbroken")
+    )
+    assert ours.keys() == plain.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, plain[name], atol=1e-4, rtol=1e-3)
 
 
 def assert_same(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:

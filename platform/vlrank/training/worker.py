@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlrank.compat import hide_extras, hide_vllm
+from vlrank.compat import hide_extras, hide_vllm, shard_on_cpus
 from vlrank.config import TrainConfig
 from vlrank.console import quiet_libraries
 from vlrank.errors import UserError
@@ -97,7 +97,7 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
     device = ray.train.torch.get_device()
     on_gpu = device.type == "cuda"
     if config.parallel == "fsdp2" and not on_gpu:
-        raise UserError("parallel: fsdp2 needs GPUs (on CPUs weights would not be sharded)", "Set parallel: ddp.")
+        shard_on_cpus()
     show(note="loading the model")
     trainable = load_trainable(config, base, device)
     encoder, training_encoder, pictures, data, run_plan = _prepare_pictures(config, trainable, data, rank, world, show)
