@@ -73,7 +73,9 @@ def replay(
     for trial in curves:
         sweep.add(Trial(trial.mode, trial.trial_id, trial.config, trial.metric))
     halving = Halving(sweep, {MODE: epochs}, lambda trial: epochs, 1, factor)
-    rays = ASHAScheduler("epoch", "metric", "max", max_t=epochs - 1, grace_period=1, reduction_factor=factor)
+    rays = ASHAScheduler(
+        "epoch", "metric", "max", max_t=epochs - 1, grace_period=1, reduction_factor=factor, stop_last_trials=False
+    )
     whole = {trial.trial_id: trial.epochs for trial in curves}
     running: list[Trial] = []
     while True:
