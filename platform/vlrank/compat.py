@@ -115,11 +115,6 @@ def hide_extras() -> None:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
-if __name__ == "__main__":
-    written = install()
-    print(f"wrote {written}" if written else "torchvision needs no remedy here")
-
-
 def shard_on_cpus() -> None:
     """Let accelerate shard a model (FSDP2) over CPU processes, which PyTorch can and accelerate refuses.
 
@@ -136,3 +131,8 @@ def shard_on_cpus() -> None:
             self.distributed_type = DistributedType.MULTI_GPU  # the kinds for which it looks at the FSDP plugin
 
     PartialState.__init__ = started
+
+
+if __name__ == "__main__":
+    written = install()
+    print(f"wrote {written}" if written else "torchvision needs no remedy here")

@@ -477,7 +477,7 @@ def _store(job: _Score, read: Read, output: Any) -> None:
 
 def _outcome(future: Future[Any]) -> Any:
     error = future.exception()
-    if isinstance(error, EngineDied) or (error is not None and not isinstance(error, Exception)):
+    if isinstance(error, EngineDied):  # whatever ended the driver, see `_drive`
         raise error
     return error if error is not None else future.result()
 

@@ -69,7 +69,7 @@ class Halving:
     def _best(self, mode: str, rung: int) -> list[Trial]:
         """The trials that may leave the rung, best first."""
         arrived = [trial for trial in self._sweep.of(mode) if trial.epochs_run >= rung and trial.status != "failed"]
-        arrived.sort(key=lambda trial: -max(entry["metric"] for entry in trial.epochs if _at_most(entry, rung, trial)))
+        arrived.sort(key=lambda trial: -_best_until(trial, rung))
         quota = len(arrived) // self._factor
         # One in three of two trials is none of them; somebody has to win when nobody else can come.
         return arrived[: quota if quota or self._awaited(mode, rung) else 1]
@@ -84,7 +84,7 @@ class Halving:
         return False
 
 
-def _at_most(entry: Mapping[str, float], rung: int, trial: Trial) -> bool:
+def _best_until(trial: Trial, rung: int) -> float:
     # Evaluations may come more often than epochs: up to the first one at or above the rung.
-    first = min(other["epoch"] for other in trial.epochs if other["epoch"] >= rung)
-    return entry["epoch"] <= first
+    first = min(entry["epoch"] for entry in trial.epochs if entry["epoch"] >= rung)
+    return max(entry["metric"] for entry in trial.epochs if entry["epoch"] <= first)

@@ -103,9 +103,8 @@ class Rungs(Stateless, FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
         """See `TrialScheduler`."""
         known = self._sweep.trials[trial.config["trial_id"]]
-        if not _record(known, result):
-            return TrialScheduler.CONTINUE
-        if self._halving.goes_on(known):
+        # Recorded here too: Tune asks its scheduler before it tells its callbacks.
+        if not _record(known, result) or self._halving.goes_on(known):
             return TrialScheduler.CONTINUE
         known.stop_reason = f"ASHA at epoch {known.epochs_run:g}"
         return TrialScheduler.STOP
