@@ -214,6 +214,7 @@ def raw(config: Any) -> dict[str, Any]:
         prompt: dict[str, Any] = {"prompt_token_ids": compact(encoded.ids, encoder.image_token_id)}
         if encoded.image_paths:
             prompt["multi_modal_data"] = {"image": [encoder.picture(path) for path in encoded.image_paths]}
+            prompt["mm_processor_kwargs"] = {"size": encoder.picture_size}
         prompts.append(prompt)
         tokens += len(encoded.ids)
     import torch

@@ -21,7 +21,7 @@ def brute_force(model: Any, encoder: Encoder, encoded: Encoded) -> np.ndarray:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if encoded.image_paths:
             images = [encoder.picture(path) for path in encoded.image_paths]
-            prepared = encoder.image_processor(images=images, return_tensors="pt")
+            prepared = encoder.image_processor(images=images, do_resize=False, return_tensors="pt")
             inputs |= {"pixel_values": prepared["pixel_values"], "image_grid_thw": prepared["image_grid_thw"]}
             inputs["mm_token_type_ids"] = (ids == encoder.image_token_id).int()
         with torch.no_grad():

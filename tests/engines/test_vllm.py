@@ -1,5 +1,6 @@
 """vLLM must rank as transformers does, or a model is validated as one thing and served as another."""
 
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -57,13 +58,21 @@ def text(tiny_text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def vision(tiny_vision_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Its cache holds about ten of the tests' pictures, so that prompts push one another's pictures out."""
+    """Its cache holds about ten of the tests' pictures, so that prompts push one another's pictures out.
+
+    Like Qwen3-VL's, its processor would scale these pictures up, beyond `RANKING`'s ``max_image_pixels``.
+    """
     folder = tmp_path_factory.mktemp("adapter")
-    adapted = adapt(tiny_vision_model, folder)
+    model = tmp_path_factory.mktemp("models") / "vision"
+    shutil.copytree(tiny_vision_model, model)
+    processor = Encoder.load(model, mode_spec("raw_image"), RANKING).image_processor
+    processor.size = {"shortest_edge": 4 * RANKING.max_image_pixels, "longest_edge": 16 * RANKING.max_image_pixels}
+    processor.save_pretrained(model)
+    adapted = adapt(model, folder)
     config = CONFIG.model_copy(update={"engine_kwargs": {"mm_processor_cache_gb": 6e-5}})
     engine = open_engine(replace(open_model(folder, "raw_image"), ranking=RANKING), config)
-    encoder = Encoder.load(tiny_vision_model, mode_spec("raw_image"), RANKING)
-    yield Served(engine, load_model(open_model(tiny_vision_model)), adapted, encoder)
+    encoder = Encoder.load(model, mode_spec("raw_image"), RANKING)
+    yield Served(engine, load_model(open_model(model)), adapted, encoder)
     engine.close()
 
 

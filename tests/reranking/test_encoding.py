@@ -189,6 +189,16 @@ def test_large_pictures_are_scaled_down_once_and_stay_upright(tiny_vision_model:
     assert [picture.getpixel((x, picture.height // 2))[2] > 128 for x in (2, picture.width - 3)] == [True, False]
 
 
+def test_no_picture_is_scaled_up_beyond_max_image_pixels(tiny_vision_model: Path, tmp_path: Path) -> None:
+    """Qwen3-VL's own least size is 256x256: a picture of 224x224 took 64 tokens instead of 49."""
+    encoder = Encoder.load(tiny_vision_model, mode_spec("raw_image"), RankingConfig(max_image_pixels=224 * 224))
+    encoder.image_processor.size = {"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}
+    for side in (100, 224, 600):
+        path = tmp_path / f"{side}.png"
+        Image.new("RGB", (side, side)).save(path)
+        assert encoder.picture(str(path)).size == (224, 224)
+
+
 def test_a_broken_picture_is_an_os_error(tmp_path: Path) -> None:
     path = tmp_path / "broken.jpg"
     path.write_bytes(b"not a picture")

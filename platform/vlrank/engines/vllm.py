@@ -38,6 +38,7 @@ from vlrank.reranking.modes import mode_spec
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from vllm.config import VllmConfig
 
 _MAX_IDS = 128  # vLLM's bound on logprob_token_ids
@@ -152,10 +153,10 @@ class VllmEngine:
         pictures = self.kwargs.get("limit_mm_per_prompt", {}).get("image", 0)
         if pictures and on_gpu:
             _keep_pictures(vllm_config, config)
+        self.prepare = _Preparer(vllm_config) if pictures else None
         self.vllm = LLMEngine.from_vllm_config(vllm_config, UsageContext.LLM_CLASS, disable_log_stats=True)
         self.lora = LoRARequest("reranker", 1, model.path) if model.is_adapter else None
         self.requests = self.prompt_tokens = self.cached_tokens = 0
-        self.prepare = _Preparer(vllm_config) if pictures else None
         self._inbox: queue.SimpleQueue[_Score | _Text | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._drive, name="vllm-driver", daemon=True)
         self._thread.start()
@@ -410,17 +411,23 @@ class _Preparer:
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
+        import PIL.Image
         from vllm.renderers import renderer_from_config
 
         config, model = copy(vllm_config), copy(vllm_config.model_config)
         model.multimodal_config = copy(model.multimodal_config)
         model.multimodal_config.mm_processor_cache_gb = 0
+        model.multimodal_config.mm_processor_kwargs = {"do_resize": False}  # pictures come as large as their grids
         config.model_config = model
         self.model_config, self.renderer, self.lock = model, renderer_from_config(config), threading.Lock()
         self.ids = self.renderer.get_tokenizer().convert_tokens_to_ids(
             ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
         )
         self.forms: dict[Grid, Any] = {}
+        # The first picture makes vLLM load its processors, 8 to 20 s: a part of the engine's start.
+        vision = model.hf_config.vision_config
+        side = vision.patch_size * vision.spatial_merge_size
+        self._rendered(PIL.Image.new("RGB", (side, side)))
 
     def __call__(self, encoder: Encoder, path: str) -> Any:
         """A ``MultiModalKwargsItem``.
@@ -431,7 +438,7 @@ class _Preparer:
         grid = encoder.grid(path)
         if (form := self.forms.get(grid)) is None:
             with self.lock:
-                item = self._rendered(encoder, path)
+                item = self._rendered(encoder.picture(path))
             alike = self._alike(item["pixel_values"].data, self._pixels(encoder, path, item))
             if not alike:
                 warnings.warn(
@@ -441,15 +448,15 @@ class _Preparer:
             return item
         if not form:
             with self.lock:
-                return self._rendered(encoder, path)
+                return self._rendered(encoder.picture(path))
         item = copy(form)  # a dictionary, and its own
         item["pixel_values"] = replace(form["pixel_values"], data=self._pixels(encoder, path, form))
         return item
 
-    def _rendered(self, encoder: Encoder, path: str) -> Any:
+    def _rendered(self, picture: Image) -> Any:
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
-        prompt = {"prompt_token_ids": self.ids, "multi_modal_data": {"image": [encoder.picture(path)]}}
+        prompt = {"prompt_token_ids": self.ids, "multi_modal_data": {"image": [picture]}}
         (rendered,) = self.renderer.render_cmpl([parse_model_prompt(self.model_config, prompt)])
         return rendered["mm_kwargs"]["image"][0]
 

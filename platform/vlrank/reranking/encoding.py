@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Grid = tuple[int, int, int]
 """Patches of a picture: (frames, rows, columns), as in Qwen's ``image_grid_thw``."""
 
-PREPARATION = "draft 2x, bicubic"
+PREPARATION = "draft 2x, bicubic, small"
 """How pictures get their size; part of the name of everything that is computed from them and kept."""
 
 
@@ -94,7 +94,7 @@ class Encoder:
         spec: The mode.
         ranking: Lengths: ``max_history``, ``max_item_chars``, ``max_prompt_tokens``, ``max_image_pixels``.
         image_processor: Qwen-VL's; needed in raw_image only.
-        cached_pictures: Prepared pictures kept in memory (about 1 MB each at 256x256).
+        cached_pictures: Prepared pictures kept in memory (about 1.2 MB each at 224x224).
     """
 
     def __init__(
@@ -212,11 +212,19 @@ class Encoder:
                 height,
                 width,
                 factor=patch * processor.merge_size,
-                min_pixels=processor.size["shortest_edge"],
-                max_pixels=processor.size["longest_edge"],
+                min_pixels=self.picture_size["shortest_edge"],
+                max_pixels=self.picture_size["longest_edge"],
             )
             self._grids[path] = (1, rows // patch, columns // patch)
         return self._grids[path]
+
+    @property
+    def picture_size(self) -> dict[str, int]:
+        """Least and most pixels of a prepared picture, as image processors take them (``size``)."""
+        size = self.image_processor.size
+        # Qwen3-VL's own least, 256x256, would scale up again what ``max_image_pixels`` has scaled down.
+        least = min(size["shortest_edge"], self.ranking.max_image_pixels)
+        return {"shortest_edge": least, "longest_edge": size["longest_edge"]}
 
     def visual_tokens(self, grid: Grid) -> int:
         """Tokens of a picture in the prompt."""
