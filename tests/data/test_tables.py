@@ -93,6 +93,34 @@ except UserError as error:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        "import torch; x = torch.rand(100_000); save = lambda path: torch.save(x, path)",
+        "import torch, safetensors.torch as s; x = {'x': torch.rand(100_000)}; save = lambda path: s.save_file(x, path)",
+        "save = lambda path: path.write_bytes(bytes(100_000))",
+    ],
+    ids=["torch", "safetensors", "python"],
+)
+def test_every_writer_of_a_checkpoint_says_that_the_disk_is_full(write: str, tmp_path: Path) -> None:
+    """A training run would otherwise be tried again, and end in a traceback about zip files."""
+    program = f"""
+import resource, signal, sys
+from pathlib import Path
+from vlrank.data.tables import DiskFull, disk_errors
+{write}
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    with disk_errors(Path("runs")):
+        save(Path(sys.argv[1]) / "weights")
+except DiskFull as error:
+    print(error.problem)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("cannot write runs: ")
+
+
 def test_reading_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_parquet(tmp_path / "no.parquet", SCHEMA)

@@ -30,22 +30,43 @@ Table: TypeAlias = Union[pa.Table, pl.DataFrame, Sequence[Mapping[str, Any]]]  #
 
 _ROWS_PER_GROUP = 65_536
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_TORCH_CANNOT_WRITE = ("inline_container.cc", "iostream error", "PytorchStreamWriter")
+
+
+class DiskFull(UserError):
+    """No space is left, or no more of a quota."""
 
 
 @contextmanager
 def disk_errors(path: Location) -> Iterator[None]:
-    """Turn "the disk is full" and "not allowed" into messages that name the file."""
+    """Turn "the disk is full" and "not allowed" into messages that name the file.
+
+    Raises:
+        DiskFull: whatever writes found no space: Python, Arrow, safetensors or ``torch.save``.
+        UserError: not allowed.
+    """
     try:
         yield
     except PermissionError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "Choose a folder you may write to.") from error
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
+    except Exception as error:
+        reason = _no_space(error)
+        if reason is None:
             raise
-        raise UserError(
-            f"cannot write {path}: {os.strerror(error.errno)}",
+        raise DiskFull(
+            f"cannot write {path}: {reason}",
             "Free some space (or raise the quota) and run the same command again; what was committed before is intact.",
         ) from error
+
+
+def _no_space(error: Exception) -> str | None:
+    if isinstance(error, OSError):
+        return os.strerror(error.errno) if error.errno in _NO_SPACE else None
+    said = str(error)
+    if any(sign in said for sign in _TORCH_CANNOT_WRITE):
+        return "the disk is probably full"
+    codes = (number for number in _NO_SPACE if f"(os error {number})" in said)  # safetensors
+    return next((os.strerror(number) for number in codes), None)
 
 
 @contextmanager

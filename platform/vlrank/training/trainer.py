@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlrank.config import TrainConfig
+from vlrank.data.tables import DiskFull, disk_errors
 from vlrank.engines.transformers import score_labels
 from vlrank.errors import UserError
 from vlrank.training.batches import StepLoader, Steps, to_device
@@ -272,6 +274,16 @@ class RerankTrainer(Trainer):
         return loss >= 0.98 * chance and recall_at_1 <= 1 / n + noise
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            with disk_errors(self.config.out):
+                super()._save_checkpoint(model, trial)
+        except DiskFull as error:
+            shutil.rmtree(self.args.output_dir, ignore_errors=True)
+            kept = self.config.save_total_limit
+            more = f" A run keeps up to {kept} checkpoints while it writes the next one (save_total_limit={kept})."
+            raise DiskFull(error.problem, f"{error.remedy}{more}") from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._check_gradients()

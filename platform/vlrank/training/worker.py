@@ -16,6 +16,7 @@ from typing import Any
 from vlrank.compat import hide_extras, hide_vllm, shard_on_cpus
 from vlrank.config import TrainConfig
 from vlrank.console import quiet_libraries
+from vlrank.data.tables import DiskFull
 from vlrank.errors import UserError
 from vlrank.storage import (
     BucketPath,
@@ -66,7 +67,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     except UserError as error:
         from vlrank.training.trainer import DeviceFull
 
-        if isinstance(error, DeviceFull) and context.get_world_size() > 1:
+        if isinstance(error, DeviceFull | DiskFull) and context.get_world_size() > 1:
             raise  # the other workers wait for this one; all other errors they have, too
         return {"problem": error.problem, "remedy": error.remedy}
 
