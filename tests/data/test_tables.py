@@ -97,7 +97,7 @@ except UserError as error:
     "write",
     [
         "import torch; x = torch.rand(100_000); save = lambda path: torch.save(x, path)",
-        "import torch, safetensors.torch as s; x = torch.rand(100_000); save = lambda path: s.save_file({'x': x}, path)",
+        "import torch, safetensors.torch as s; x = {'x': torch.rand(9999)}; save = lambda path: s.save_file(x, path)",
         "save = lambda path: path.write_bytes(bytes(100_000))",
     ],
     ids=["torch", "safetensors", "python"],
