@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--items", type=int, default=144)
     parser.add_argument("--users", type=int, default=240)
+    parser.add_argument("--samples_per_user", type=int, default=1)
     parser.add_argument("--concurrent", type=int, default=2, help="trials side by side in the replays")
     parser.add_argument("--train_concurrent", type=int, help="trials trained side by side; default as many")
     parser.add_argument("--reduction_factor", type=int, default=2)
@@ -134,6 +135,7 @@ def main() -> None:
                     "backend": "transformers",
                     "load_in_4bit": False,
                     "negatives": 9,
+                    "samples_per_user": arguments.samples_per_user,
                     "epochs": arguments.epochs,
                     "patience": arguments.epochs,
                     "metric": "ndcg@10",
