@@ -295,10 +295,14 @@ class TrainConfig(Config):
     backend: Literal["auto", "unsloth", "transformers"] = Field(
         "auto", description="text models; auto takes Unsloth for LoRA where it is installed"
     )
-    load_in_4bit: bool | None = Field(None, description="text LoRA: NF4 base weights; default true")
+    load_in_4bit: bool | None = Field(
+        None, description="text LoRA: NF4 base weights; default true where bitsandbytes is installed"
+    )
     packing: bool | None = Field(None, description="prompts back to back in rows of pack_tokens; default true on a GPU")
     pack_tokens: int | None = Field(
-        None, ge=64, description="tokens of a packed row; default what a step fills well, at most 16384"
+        None,
+        ge=64,
+        description="tokens of a packed row; default what a step fills well, at most what a quarter of the GPU holds",
     )
     compile: bool | None = Field(None, description="compile each decoder layer; default true on a GPU with packing")
     cache_vision: bool = Field(True, description="features of a frozen vision tower are computed once per picture")

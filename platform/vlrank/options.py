@@ -83,9 +83,7 @@ def stage_command(
     params.append(
         click.Option(["--config", "config_file"], type=click.Path(path_type=Path), help="YAML file of these keys.")
     )
-    params.append(
-        click.Option(["--dry_run"], is_flag=True, help="Say what would run, on how much data, with an estimate.")
-    )
+    params.append(click.Option(["--dry_run"], is_flag=True, help="Say what would run, and on how much data."))
     params.append(click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]..."))
 
     def callback(config_file: Path | None, dry_run: bool, overrides: tuple[str, ...], **given: Any) -> Summary:

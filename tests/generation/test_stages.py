@@ -24,6 +24,7 @@ from vlrank.generation.stages import (
     load_picture,
     prepare,
     vllm_engine_kwargs,
+    weights_bytes,
 )
 
 CAPTION = Job(prompt=load_prompt("caption/v1", "caption"), model="m", model_name="m")
@@ -200,3 +201,25 @@ def test_asking_for_vllm_where_it_is_absent_names_the_command(monkeypatch: pytes
     assert engine_name(EngineConfig()) == "transformers"
     with pytest.raises(UserError, match="pip install"):
         engine_name(EngineConfig(name="vllm"))
+
+
+def test_engines_share_a_gpu_with_a_model_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default model is one: its weights' size decides how much of the GPU is left for each engine's cache."""
+    import huggingface_hub
+    from huggingface_hub.hf_api import ModelInfo
+
+    files = [
+        {"rfilename": "model-1.safetensors", "size": 3_000},
+        {"rfilename": "model-2.safetensors", "size": 400},
+        {"rfilename": "tokenizer.json", "size": 7},
+    ]
+    monkeypatch.setattr(
+        huggingface_hub, "model_info", lambda name, **_: ModelInfo(id=name, siblings=files, tags=[], downloads=0)
+    )
+    assert weights_bytes("Qwen/Qwen3-VL-2B-Instruct") == 3_400
+
+    def offline(name: str, **_: Any) -> ModelInfo:
+        raise ConnectionError(name)
+
+    monkeypatch.setattr(huggingface_hub, "model_info", offline)
+    assert weights_bytes("Qwen/Qwen3-VL-2B-Instruct") == 0

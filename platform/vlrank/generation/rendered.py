@@ -1,9 +1,9 @@
 """vLLM fed with pictures that CPU processes have prepared: the way past the one process that limits picture throughput.
 
-Whoever holds a vLLM engine (``LLM.generate``, the actor of `ray.data.llm`) decodes, resizes, normalises and patches its
-pictures in one process; on an H100 that process stops at 77 pictures a second while the GPU waits. Here a pool of
-workers runs vLLM's own renderer (tokeniser, image processor, placeholders), and the engine's process receives what the
-renderer made, which `AsyncLLM.generate` accepts as it is. `render_workers` in the config switches it on.
+Whoever holds a vLLM engine (``LLM.generate``, the actor of `ray.data.llm`) resizes, normalises and patches its pictures
+in one process; on an H100 that process stops at 100 pictures a second while the GPU waits. Here a pool of workers runs
+vLLM's own renderer (tokeniser, image processor, placeholders), and the engine's process receives what the renderer made,
+which `AsyncLLM.generate` accepts as it is. `render_workers` in the config switches it on.
 """
 
 from __future__ import annotations

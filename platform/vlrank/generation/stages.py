@@ -332,8 +332,7 @@ def _kv_cache_bytes(job: Job, engine: EngineConfig, gpus: float) -> int:
         return int(torch.cuda.mem_get_info()[1])
 
     memory = ray.get(ray.remote(num_gpus=gpus, num_cpus=0)(total).remote())
-    folder = Path(job.model)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    weights = weights_bytes(job.model)
     if not weights:
         raise UserError(
             f"engine.gpus={gpus}: the weights' size of {job.model} is unknown",
@@ -346,6 +345,20 @@ def _kv_cache_bytes(job: Job, engine: EngineConfig, gpus: float) -> int:
             "Give each engine more of the GPU (engine.gpus) and start fewer of them (engine.replicas).",
         )
     return room
+
+
+def weights_bytes(model: str) -> int:
+    """Of a folder, or of a model on the hub; 0 where neither tells."""
+    folder = Path(model)
+    if folder.is_dir():
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    from huggingface_hub import model_info
+
+    try:
+        files = model_info(model, files_metadata=True, timeout=10).siblings or []
+    except Exception:  # offline, private, no such model: its clients have errors of many kinds
+        return 0
+    return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
 
 
 def _transformers(dataset: ray.data.Dataset, job: Job, engine: EngineConfig) -> ray.data.Dataset:

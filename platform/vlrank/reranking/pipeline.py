@@ -128,7 +128,7 @@ def run(config: RerankConfig) -> Summary:
 
 
 def plan(config: RerankConfig) -> Summary:
-    """What a run would do, and how much: prompts, engine requests and label-trie reads."""
+    """What a run would do: users and prompts."""
     dataset, folder, spec = _open(config)
     _check_output(config)
     meta = _checked_meta(dataset, spec, folder.ranking)

@@ -47,8 +47,7 @@ class Base:
     @property
     def maybe_quantised(self) -> bool:
         """Whether the stored weights may be quantised; known only of local folders."""
-        config = Path(self.name) / "config.json"
-        return not config.is_file() or "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+        return not (Path(self.name) / "config.json").is_file() or _stored_quantised(self.name)
 
 
 @dataclass(slots=True)
@@ -86,6 +85,11 @@ def resolve_base(config: TrainConfig) -> Base:
         name = str(_model_folder(location(name), spec))
     elif Path(name).exists() or name.startswith(("/", "./", "../", "~")):
         name = str(_model_folder(Path(name).expanduser().resolve(), spec))
+    if method == "full" and ("bnb-4bit" in name or _stored_quantised(name)):
+        raise UserError(
+            f"method: full cannot train {name}: its weights are quantised",
+            "Set `model` to full weights (Qwen/Qwen3-0.6B), or method: lora.",
+        )
     if spec.family == "vision" or method == "full":
         if config.backend == "unsloth":
             raise UserError(
@@ -102,6 +106,11 @@ def resolve_base(config: TrainConfig) -> Base:
         raise UserError("Unsloth pads its batches, packing: true is not for it", "Set backend: transformers.")
     in_4bit = config.load_in_4bit if config.load_in_4bit is not None else find_spec("bitsandbytes") is not None
     return Base(name, "text", method, unsloth=installed and config.backend != "transformers", in_4bit=in_4bit)
+
+
+def _stored_quantised(folder: str) -> bool:
+    config = Path(folder) / "config.json"
+    return config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
 
 
 def _model_folder(given: Location, spec: ModeSpec) -> Location:

@@ -523,7 +523,7 @@ def plan(config: TuneConfig) -> Summary:
     lines["at a time"] = concurrent
     lines["expected epochs"] = f"{total_epochs:g} of {full}, {stopped_in_all} trials stopped by ASHA"
     unit = "expected GPU-hours" if any(slot.gpus for slot in slots) else "expected hours of trials"
-    unknown = "unknown until a first trial has run: `vlrank train ... --dry_run` estimates one"
+    unknown = "unknown until a first trial has run"
     lines[unit] = round(total_hours, 3) if measured else unknown
     counts = {"trials": sum(len(mode.points) for mode in plans), "expected_epochs": round(total_epochs)}
     return Summary("tune: dry run, nothing was started", lines, None, counts)
