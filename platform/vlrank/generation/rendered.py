@@ -2,8 +2,8 @@
 
 Whoever holds a vLLM engine (``LLM.generate``, the actor of `ray.data.llm`) resizes, normalises and patches its pictures
 in one process; on an H100 that process stops at 100 pictures a second while the GPU waits. Here a pool of workers runs
-vLLM's own renderer (tokeniser, image processor, placeholders), and the engine's process receives what the renderer made,
-which `AsyncLLM.generate` accepts as it is. `render_workers` in the config switches it on.
+vLLM's own renderer (tokeniser, image processor, placeholders), and the engine's process receives what that made, which
+`AsyncLLM.generate` accepts as it is. `render_workers` in the config switches it on.
 """
 
 from __future__ import annotations
