@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from vlrank.config import TrainConfig, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
+from vlrank.training import pictures, worker
 from vlrank.training.data import TrainingData, display_name, plan, selection_metric
 from vlrank.training.model import resolve_base
 from vlrank.training.optim import MasterAdamW
-from vlrank.training.run import dry_run, epoch_line, read_history, record_evaluation, run
-from vlrank.training.trainer import Stability, device_full, largest_that_fits
+from vlrank.training.run import (
+    _finished,
+    check_resources,
+    dry_run,
+    epoch_line,
+    read_history,
+    record_evaluation,
+    run,
+)
+from vlrank.training.trainer import Diverged, RerankTrainer, Stability, device_full, largest_that_fits
 from vlrank.training.validation import rank_metrics, rank_of
 from vlrank.training.worker import remove_orphans
 
@@ -53,6 +66,11 @@ def test_rank_metrics_agree_with_the_evaluation_room() -> None:
 def test_ties_keep_the_order_of_the_prompt() -> None:
     scores = np.array([0.5, 0.9, 0.5, 0.1], dtype=np.float32)
     assert [rank_of(scores, target) for target in range(4)] == [2, 1, 3, 4]
+
+
+def test_scores_that_are_no_numbers_rank_the_target_last() -> None:
+    """Every comparison with them is false, which would make a broken model the best one."""
+    assert rank_of(np.full(20, np.nan, dtype=np.float32), 3) == 20
 
 
 def test_a_metric_that_cannot_tell_models_apart_is_replaced(settings: Make) -> None:
@@ -109,6 +127,76 @@ def test_the_dry_run_says_what_would_happen(settings: Make) -> None:
     summary = dry_run(settings("caption"))
     assert summary.counts == {"samples": 80, "steps": 5}
     assert summary.lines["steps"] == "5 per epoch, 10 at most"
+
+
+def test_workers_that_do_not_fit_are_refused(settings: Make) -> None:
+    """Ray would wait for the fourth GPU for ever, and say nothing."""
+    for changes, have in (
+        ({"workers": 4}, {"CPU": 16.0, "GPU": 2.0}),
+        ({"gpus_per_worker": 1}, {"CPU": 16.0}),
+        ({"workers": 3, "cpus_per_worker": 2}, {"CPU": 4.0}),
+    ):
+        with pytest.raises(UserError, match="workers need"):
+            check_resources(settings(**changes), have)
+    check_resources(settings(workers=2), {"CPU": 16.0, "GPU": 2.0})
+    check_resources(settings(workers=2), {"CPU": 2.0})
+
+
+def test_what_a_full_gpu_makes_people_change_does_not_end_a_run(settings: Make, told_shop: Dataset) -> None:
+    begun = settings("caption")
+    begun.out.mkdir()
+    (begun.out / "config.yaml").write_text(yaml.safe_dump(begun.model_dump(mode="json", exclude={"compile"})))
+    assert not _finished(settings("caption", micro_batch_size=2, gradient_checkpointing=True, workers=2), told_shop)
+    with pytest.raises(UserError, match="other settings"):
+        _finished(settings("caption", lr=0.5), told_shop)
+
+
+def test_a_run_does_not_go_on_with_a_dataset_that_was_prepared_anew(settings: Make, told_shop: Dataset) -> None:
+    """Item 7 would be another item."""
+    begun = settings("caption")
+    begun.out.mkdir()
+    (begun.out / "config.yaml").write_text(yaml.safe_dump(begun.model_dump(mode="json")))
+    (begun.out / "data.json").write_text(json.dumps(told_shop.manifest["files"]))
+    assert not _finished(begun, told_shop)
+    (begun.out / "data.json").write_text(json.dumps({"items.parquet": "another"}))
+    with pytest.raises(UserError, match="prepared anew"):
+        _finished(begun, told_shop)
+
+
+def test_an_error_of_one_rank_reaches_the_others(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Returned, it would look like the end of training, and the others would wait for half an hour."""
+    import ray
+    import ray.train
+
+    config = settings("caption")
+    call = {"config": config.model_dump(mode="json"), "base": asdict(resolve_base(config)), "data": None}
+    error: UserError = UserError("no such picture", "Look.")
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    world = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
+    monkeypatch.setattr(worker, "_train", fails)
+    monkeypatch.setattr(ray, "get", lambda reference: reference)
+    monkeypatch.setattr(ray.train, "get_context", lambda: world)
+    with pytest.raises(UserError, match="no such picture"):
+        worker.train_loop(call)
+    error = Diverged("the loss exploded", "Lower lr.")  # which all ranks see
+    assert worker.train_loop(call) == {"problem": "the loss exploded", "remedy": "Lower lr."}
+    world.get_world_size = lambda: 1
+    error = UserError("no such picture", "Look.")
+    assert worker.train_loop(call)["problem"] == "no such picture"
+
+
+def test_features_that_cannot_be_written_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(model: object, encoder: object, paths: object, folder: Path) -> None:
+        (folder / "features.bin").write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pictures, "_write_features", full)
+    with pytest.raises(UserError, match="No space left"):
+        pictures.compute_features(None, None, ["a.jpg"], tmp_path / "key")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mode_without_its_column_names_the_command(settings: Make, shop: Dataset) -> None:
@@ -228,6 +316,31 @@ def test_the_largest_micro_batch_that_fits() -> None:
     assert largest_that_fits(attempt(99), start=32, smallest=1) == 32
     assert largest_that_fits(attempt(0), start=32, smallest=1) is None
     assert largest_that_fits(attempt(300), start=1000, smallest=260) == 260
+
+
+def test_resuming_keeps_bfloat16_adapters_and_their_masters(tiny_text_model: Path, tmp_path: Path) -> None:
+    """PEFT loads adapters as float32. The optimizer would then drop its masters, and the run go another way."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    from vlrank.engines.base import open_model
+    from vlrank.engines.transformers import load_model
+
+    def adapted() -> torch.nn.Module:
+        model = load_model(open_model(tiny_text_model)).to(torch.bfloat16)
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), autocast_adapter_dtype=False)
+
+    saved = adapted()
+    saved.save_pretrained(tmp_path)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(model=adapted(), args=arguments)
+    trainer.__class__ = RerankTrainer  # without the data that it would be made with
+    trainer._load_from_checkpoint(str(tmp_path))
+    loaded = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert {weight.dtype for weight in loaded.values()} == {torch.bfloat16}
+    for name, weight in saved.named_parameters():
+        if weight.requires_grad:
+            torch.testing.assert_close(loaded[name], weight)
 
 
 # ---- the optimizer --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from vlrank.errors import UserError
 from vlrank.tuning.halving import Halving
 from vlrank.tuning.results import selection, verdict
 from vlrank.tuning.run import open_sweep
-from vlrank.tuning.search import optuna_point
+from vlrank.tuning.search import _record, optuna_point
 from vlrank.tuning.space import parse_space
 from vlrank.tuning.trials import Sweep, Trial, expected, interval, rungs
 
@@ -207,10 +207,11 @@ def test_optuna_learns_from_the_files_and_repeats_itself() -> None:
 def test_fresh_seeds_say_how_much_of_the_gain_was_luck() -> None:
     default, best = trial("000", 0.50), trial("005", 0.60)
     confirmation = [
-        trial("best-seed1001", 0.55),
-        trial("best-seed1002", 0.57),
-        trial("default-seed1001", 0.52),
-        trial("default-seed1002", 0.50),
+        trial("best-005-seed1001", 0.55),
+        trial("best-005-seed1002", 0.57),
+        trial("default-000-seed1001", 0.52),
+        trial("default-000-seed1002", 0.50),
+        trial("best-003-seed1001", 0.99),  # of an earlier winner
     ]
     found = selection(default, best, confirmation)
     assert found["confirmed_gain"] == pytest.approx(0.05)
@@ -219,6 +220,43 @@ def test_fresh_seeds_say_how_much_of_the_gain_was_luck() -> None:
     assert "+0.0500 of the gain was selection noise" in verdict(default, best, found)
     assert selection(default, default, [])["gain"] == 0
     assert "no trial was better" in verdict(default, default, {"gain": 0.0})
+
+
+def test_defaults_that_asha_stopped_leave_the_gain_unknown() -> None:
+    """Half a schedule against a whole one: the epochs that are missing would pass for a gain, and then for noise."""
+    default, best = trial("000", 0.30, status="stopped"), trial("005", 0.60)
+    confirmation = [trial("best-005-seed1001", 0.55), trial("default-000-seed1001", 0.54)]
+    found = selection(default, best, confirmation)
+    assert "gain" not in found
+    assert found["confirmed_gain"] == pytest.approx(0.01)
+    said = verdict(default, best, found)
+    assert "so the gain is unknown" in said
+    assert "+0.0100" in said
+    assert "noise" not in said
+
+
+def test_a_rung_is_reached_at_the_end_of_an_epoch() -> None:
+    """With eval_steps an evaluation after a quarter of an epoch would be measured against whole epochs."""
+    known = trial("000", status="running")
+    known.epochs = []
+    for step, done in ((25, 0.25), (100, 1.0)):
+        _record(known, {"epoch": 1, "epochs_done": done, "step": step, known.metric: 0.1})
+    assert [entry["epoch"] for entry in known.epochs] == [0.25, 1.0]
+
+
+def test_a_replayed_evaluation_keeps_its_time() -> None:
+    known = trial("000", status="running")
+    known.epochs = []
+    known.record(1, 0.1, step=10, seconds=60)
+    known.record(1, 0.1, step=10, seconds=90)
+    assert known.epochs == [{"epoch": 1, "metric": 0.1, "step": 10, "seconds": 60}]
+
+
+def test_what_validation_measures_is_not_searched() -> None:
+    """With four negatives Recall@10 is 1 for every model: that trial would win."""
+    for key in ("negatives", "val_users", "ranking.missing"):
+        with pytest.raises(UserError, match="changes what validation measures"):
+            parse_space({key: {"choice": [4, 19]}})
 
 
 def test_a_sweep_is_not_continued_with_other_options(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from vlrank.data.tables import atomic_write_json
+from vlrank.data.tables import atomic_write_json, disk_errors
 from vlrank.reranking.encoding import Encoder
 
 if TYPE_CHECKING:
@@ -96,40 +96,48 @@ def compute_features(model: Any, encoder: Encoder, paths: Sequence[str], folder:
     Returns:
         The features, and the pictures that could not be read.
     """
+    if not (folder / "index.json").is_file():
+        draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+        try:
+            with disk_errors(folder):
+                draft.mkdir(parents=True)
+                _write_features(model, encoder, paths, draft)
+            draft.rename(folder)
+        except OSError:
+            if not (folder / "index.json").is_file():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    bad = json.loads((folder / "index.json").read_text(encoding="utf-8"))["bad"]
+    return Features(folder), bad
+
+
+def _write_features(model: Any, encoder: Encoder, paths: Sequence[str], folder: Path) -> None:
     import torch
 
     from vlrank.training.model import image_features
 
-    if not (folder / "index.json").is_file():
-        draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-        draft.mkdir(parents=True)
-        spans: list[tuple[str, int, int]] = []
-        row, width, dtype, bad = 0, 0, "float32", []
-        with open(draft / "features.bin", "wb") as file:
-            for start in range(0, len(paths), _AT_ONCE):
-                readable = []
-                for path in paths[start : start + _AT_ONCE]:
-                    try:
-                        encoder.pixels(path)
-                        readable.append(path)
-                    except (OSError, ValueError):
-                        bad.append(path)
-                if not readable:
-                    continue
-                features = image_features(model, encoder, readable).cpu().contiguous()
-                width, dtype = features.shape[1], str(features.dtype).removeprefix("torch.")
-                file.write(features.view(torch.uint8).numpy().tobytes())
-                for path in readable:
-                    tokens = encoder.visual_tokens(encoder.grid(path))
-                    spans.append((path, row, row + tokens))
-                    row += tokens
-            file.flush()
-            os.fsync(file.fileno())
-        index = {"spans": spans, "width": width, "dtype": dtype, "rows": row, "bad": bad}
-        atomic_write_json(draft / "index.json", index)
-        try:
-            draft.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(draft)
-    bad = json.loads((folder / "index.json").read_text(encoding="utf-8"))["bad"]
-    return Features(folder), bad
+    spans: list[tuple[str, int, int]] = []
+    row, width, dtype, bad = 0, 0, "float32", []
+    with open(folder / "features.bin", "wb") as file:
+        for start in range(0, len(paths), _AT_ONCE):
+            readable = []
+            for path in paths[start : start + _AT_ONCE]:
+                try:
+                    encoder.pixels(path)
+                    readable.append(path)
+                except (OSError, ValueError):
+                    bad.append(path)
+            if not readable:
+                continue
+            features = image_features(model, encoder, readable).cpu().contiguous()
+            width, dtype = features.shape[1], str(features.dtype).removeprefix("torch.")
+            file.write(features.view(torch.uint8).numpy().tobytes())
+            for path in readable:
+                tokens = encoder.visual_tokens(encoder.grid(path))
+                spans.append((path, row, row + tokens))
+                row += tokens
+        file.flush()
+        os.fsync(file.fileno())
+    index = {"spans": spans, "width": width, "dtype": dtype, "rows": row, "bad": bad}
+    atomic_write_json(folder / "index.json", index)

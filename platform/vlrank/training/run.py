@@ -33,8 +33,15 @@ if TYPE_CHECKING:
 
     from ray.train.torch import TorchTrainer
 
-_FREE_KEYS = {"out", "ray", "max_failures", "resume", "report_to", "loader_workers", "save_total_limit"}
+_FREE_KEYS = {
+    *("out", "ray", "max_failures", "resume", "report_to", "loader_workers", "save_total_limit"),
+    # What a full GPU makes people change; neither samples nor gradients depend on it.
+    *("micro_batch_size", "gradient_checkpointing", "pack_tokens", "auto_batch", "compile"),
+    *("workers", "gpus_per_worker", "cpus_per_worker"),
+}
 """Settings that may change between a run and its continuation."""
+_DATA_FILE = "data.json"
+"""In a run folder: the content hashes of the dataset's tables."""
 
 
 def run(config: TrainConfig) -> Summary:
@@ -107,7 +114,7 @@ def build_trainer(
         data = TrainingData.of_dataset(Dataset.open(config.dataset), config.candidates)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    gpus = config.gpus_per_worker if config.gpus_per_worker is not None else min(1.0, cluster_gpus())
+    gpus = gpus_per_worker(config, cluster_gpus())
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     return TorchTrainer(
         train_loop,
@@ -164,15 +171,17 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
     base = resolve_base(config)
     _check_reporters(config)
     run_plan = plan(config, data)
-    if _finished(config):
+    if _finished(config, dataset):
         console.print(f"{config.out} is finished already; delete it or set resume=never to train again")
         return _summary(config, base, json.loads((config.out / "result.json").read_text(encoding="utf-8")))
     for warning in run_plan.warnings:
         console.print(f"[yellow]Note:[/yellow] {warning}")
     begun = time.perf_counter()
     with ray_session(config.ray):
-        _check_resources(config)
+        check_resources(config, cluster_resources())
         trainer = build_trainer(config, name=config.out.name, storage_path=config.out.parent, data=data)
+        if dataset is not None:
+            atomic_write_json(config.out / _DATA_FILE, dataset.manifest["files"])
         with _watch(config, config.epochs * -(-len(run_plan.samples) // config.batch_size)):
             outcome = _fit(trainer)
     if "problem" in outcome:
@@ -197,11 +206,11 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
     return _summary(config, base, result)
 
 
-def _finished(config: TrainConfig) -> bool:
+def _finished(config: TrainConfig, dataset: Dataset | None) -> bool:
     """Whether ``out`` holds this very run, finished; clears it under ``resume: never``.
 
     Raises:
-        UserError: ``out`` holds a run with other settings, or something that is no run.
+        UserError: ``out`` holds a run with other settings or data, or something that is no run.
     """
     out = config.out
     if isinstance(out, BucketPath) and not out.key:
@@ -215,13 +224,21 @@ def _finished(config: TrainConfig) -> bool:
         return False
     saved = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     wanted = config.model_dump(mode="json")
-    differing = [key for key in wanted if key not in _FREE_KEYS and saved.get(key) != wanted[key]]
+    # A key that a later version has added stood at its default before.
+    differing = [key for key in wanted if key not in _FREE_KEYS and key in saved and saved[key] != wanted[key]]
     if differing:
         changes = ", ".join(f"{key}: {saved.get(key)!r} -> {wanted[key]!r}" for key in differing)
         raise UserError(
             f"{out} holds a run with other settings ({changes})",
             "Choose another --out, or set resume=never to replace it.",
         )
+    if dataset is not None and (out / _DATA_FILE).is_file():
+        before = json.loads((out / _DATA_FILE).read_text(encoding="utf-8"))
+        if before != dataset.manifest["files"]:
+            raise UserError(
+                f"{out} holds a run on another state of {dataset.path}, which has been prepared anew since",
+                "Choose another --out, or set resume=never to replace it.",
+            )
     return (out / "result.json").is_file()
 
 
@@ -239,10 +256,23 @@ def _check_reporters(config: TrainConfig) -> None:
         )
 
 
-def _check_resources(config: TrainConfig) -> None:
-    have = cluster_resources()
+def gpus_per_worker(config: TrainConfig, gpus: float) -> float:
+    """GPUs that each worker takes, where the cluster has ``gpus``."""
+    return config.gpus_per_worker if config.gpus_per_worker is not None else min(1.0, gpus)
+
+
+def check_resources(config: TrainConfig, have: Mapping[str, float]) -> None:
+    """Whether the workers fit: Ray would wait for what never comes, without a word.
+
+    Args:
+        config: The run.
+        have: CPUs and GPUs of the cluster.
+
+    Raises:
+        UserError: they do not.
+    """
     cpus = config.workers * config.cpus_per_worker
-    gpus = config.workers * (config.gpus_per_worker or 0)
+    gpus = config.workers * gpus_per_worker(config, have.get("GPU", 0))
     for kind, needed in (("CPU", cpus), ("GPU", gpus)):
         if needed > have.get(kind, 0):
             raise UserError(

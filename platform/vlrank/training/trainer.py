@@ -275,6 +275,13 @@ class RerankTrainer(Trainer):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        types = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # PEFT makes bfloat16 adapters float32 when it loads them; the optimizer would then forget its float32 masters.
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.to(types[name])
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:
             with disk_errors(self.config.out):
@@ -355,11 +362,11 @@ def write_checkpoint_facts(folder: Path, config: TrainConfig, base: Base) -> Non
     (folder / CHECKPOINT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-class DeviceFull(UserError):
-    """The GPU's memory ran out on one rank; the others know nothing of it."""
+class Diverged(UserError):
+    """The numbers went wrong; every rank sees the same ones and stops."""
 
 
-def device_full(config: TrainConfig, base: Base, when: str, row: int | None) -> DeviceFull:
+def device_full(config: TrainConfig, base: Base, when: str, row: int | None) -> UserError:
     """The message for a full GPU: what to change, in the order of what it costs.
 
     Args:
@@ -388,7 +395,7 @@ def device_full(config: TrainConfig, base: Base, when: str, row: int | None) -> 
     if config.mode == "raw_image":
         changes.append(f"ranking.max_image_pixels={config.ranking.max_image_pixels // 2} (smaller pictures)")
     changes.append(f"ranking.max_history={max(1, config.ranking.max_history // 2)} (shorter prompts)")
-    return DeviceFull(
+    return UserError(
         f"the GPU ran out of memory at {when}", "Change, in the order of least loss: " + "; ".join(changes) + "."
     )
 
@@ -420,18 +427,18 @@ class Stability:
         self._recent: deque[float] = deque(maxlen=50)
 
     def check_gradients(self, norm: float, step: int) -> None:
-        """Raises `UserError` when gradients are not finite; all ranks see the same norm."""
+        """Raises `Diverged` when gradients are not finite; all ranks see the same norm."""
         if not math.isfinite(norm):
-            raise UserError(
+            raise Diverged(
                 f"the loss is not a number at step {step} (gradient norm {norm})",
                 "Lower `lr`, raise `warmup_ratio`, or train in dtype: float32. The last good checkpoint is kept.",
             )
 
     def check_loss(self, loss: float, step: int) -> None:
-        """Raises `UserError` when the loss is far above both what it was and what guessing would give."""
+        """Raises `Diverged` when the loss is far above both what it was and what guessing would give."""
         usual = float(np.median(self._recent)) if self._recent else loss
         if not math.isfinite(loss) or loss > 4 * max(usual, self._uniform):
-            raise UserError(
+            raise Diverged(
                 f"the loss exploded at step {step}: {loss:.3g}, after {usual:.3g} before",
                 "Lower `lr` or `max_grad_norm`, or raise `warmup_ratio`. The last good checkpoint is kept.",
             )
@@ -516,6 +523,7 @@ class ReportCallback(TrainerCallback):
         losses, recall = [loss for _, loss in self._loss], self._evaluated["recall@1"]
         metrics = {
             "epoch": math.ceil(round(state.epoch or 0, 6)),
+            "epochs_done": round(state.epoch or 0, 6),
             "step": state.global_step,
             "loss": float(np.mean(losses)) if losses else float("nan"),
             **{name: self._evaluated[name] for name in self._names},

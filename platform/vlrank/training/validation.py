@@ -35,7 +35,12 @@ def rank_metrics(ranks: npt.ArrayLike, metrics: Sequence[str]) -> dict[str, floa
 
 
 def rank_of(scores: npt.NDArray[np.float32], target: int) -> int:
-    """Rank of ``target`` (0-based position), from 1; of equal scores the earlier position comes first."""
+    """Rank of ``target`` (0-based position), from 1; of equal scores the earlier position comes first.
+
+    Scores that are no numbers rank it last: comparing with them would put it first.
+    """
+    if np.isnan(scores).any():
+        return len(scores)
     own = scores[target]
     return int(1 + (scores > own).sum() + (scores[:target] == own).sum())
 

@@ -16,7 +16,6 @@ from typing import Any
 from vlrank.compat import hide_extras, hide_vllm, shard_on_cpus
 from vlrank.config import TrainConfig
 from vlrank.console import quiet_libraries
-from vlrank.data.tables import DiskFull
 from vlrank.errors import UserError
 from vlrank.storage import (
     BucketPath,
@@ -54,6 +53,9 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `Outcome` as a dict, or ``{"problem", "remedy"}`` where the user has to mend something: returned, not raised,
         because Ray Train would try again and fail the same way.
+
+    Raises:
+        UserError: the same, where other ranks may know nothing of it and wait for this one.
     """
     import ray
     import ray.train
@@ -65,10 +67,10 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     try:
         return asdict(_train(config, base, data, rank=context.get_world_rank(), world=context.get_world_size()))
     except UserError as error:
-        from vlrank.training.trainer import DeviceFull
+        from vlrank.training.trainer import Diverged
 
-        if isinstance(error, DeviceFull | DiskFull) and context.get_world_size() > 1:
-            raise  # the other workers wait for this one; all other errors they have, too
+        if context.get_world_size() > 1 and not isinstance(error, Diverged):
+            raise
         return {"problem": error.problem, "remedy": error.remedy}
 
 

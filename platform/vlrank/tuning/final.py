@@ -10,6 +10,7 @@ from vlrank.data.dataset import Dataset
 from vlrank.data.schemas import RANKINGS
 from vlrank.data.tables import atomic_write_json, read_json, read_parquet
 from vlrank.evaluation.metrics import ranking_metrics
+from vlrank.training.data import selection_metric
 
 
 def test_metrics(config: TuneConfig, base: TrainConfig, run_folder: Path) -> dict[str, float]:
@@ -28,9 +29,10 @@ def test_metrics(config: TuneConfig, base: TrainConfig, run_folder: Path) -> dic
     from vlrank.reranking.pipeline import run as rerank
 
     facts = config.out / "test" / f"{base.mode}.json"
+    metric = selection_metric(base)[0]
     if facts.exists():
         known = read_json(facts)
-        if known["run"] == run_folder.name:
+        if known["run"] == run_folder.name and metric in known["metrics"]:
             return dict(known["metrics"])
     rankings = config.out / "test" / f"{base.mode}-{run_folder.name}.parquet"
     console.print(f"ranking the test users with {run_folder.name}")
@@ -50,6 +52,7 @@ def test_metrics(config: TuneConfig, base: TrainConfig, run_folder: Path) -> dic
     rows = read_parquet(rankings, RANKINGS)
     ranked = dict(rows.select("user_id", "item_ids").iter_rows())
     histories = Dataset.open(config.dataset).histories("test")
-    metrics = ranking_metrics(ranked, {user: histories[user][1] for user in ranked}, ks=(1, 5, 10))
+    ks = sorted({1, 5, 10, int(metric.partition("@")[2])})
+    metrics = ranking_metrics(ranked, {user: histories[user][1] for user in ranked}, ks=ks)
     atomic_write_json(facts, {"run": run_folder.name, "users": len(ranked), "metrics": metrics})
     return metrics

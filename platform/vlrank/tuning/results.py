@@ -18,26 +18,31 @@ def selection(default: Trial, best: Trial, confirmation: Sequence[Trial]) -> dic
     The best of many noisy values is too good on average. Trained again on seeds that had no part in the choice, winner
     and default show the gain to expect; the rest of the gain seen in the sweep was noise.
     """
-    values = {"gain": best.value - default.value} if default.epochs else {}
+    # Defaults that ASHA stopped early say nothing about what they come to in the end.
+    values = {"gain": best.value - default.value} if default.epochs and default.status == "completed" else {}
     seeds: dict[str, dict[str, float]] = {"best": {}, "default": {}}
+    number = best.trial_id.rpartition("-")[2]
     for trial in confirmation:
-        role, _, seed = trial.trial_id.removeprefix(f"{trial.mode}-").partition("-")
-        if trial.epochs and trial.status == "completed":
+        role, of, seed = trial.trial_id.removeprefix(f"{trial.mode}-").split("-")
+        if trial.epochs and trial.status == "completed" and (role == "default" or of == number):
             seeds[role][seed] = trial.value
     if best is default:
         seeds["default"] = seeds["best"]
     pairs = [seeds["best"][seed] - seeds["default"][seed] for seed in seeds["best"] if seed in seeds["default"]]
-    if not pairs or "gain" not in values:
+    if not pairs:
         return values
     gain = statistics.fmean(pairs)
     error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
-    return values | {
-        "confirmed_value": statistics.fmean(seeds["best"].values()),
-        "confirmed_gain": gain,
-        "confirmed_gain_se": error,
-        "selection_noise": values["gain"] - gain,
-        "seeds": len(pairs),
-    }
+    return (
+        values
+        | {
+            "confirmed_value": statistics.fmean(seeds["best"].values()),
+            "confirmed_gain": gain,
+            "confirmed_gain_se": error,
+            "seeds": len(pairs),
+        }
+        | ({"selection_noise": values["gain"] - gain} if values else {})
+    )
 
 
 def verdict(default: Trial, best: Trial, chosen: Mapping[str, Any]) -> str:
@@ -49,6 +54,9 @@ def verdict(default: Trial, best: Trial, chosen: Mapping[str, Any]) -> str:
         text += f" with the defaults ({point}): no trial was better"
     elif not default.epochs:
         text += f" by {best.trial_id} ({point}); the default configuration failed, so the gain is unknown"
+    elif default.status != "completed" and best.value >= default.value:
+        text += f" by {best.trial_id} ({point}); ASHA stopped the defaults at epoch {default.epochs_run:g} with "
+        text += f"{default.value:.4f}, so the gain is unknown"
     elif best.value < default.value:
         text += f" by {best.trial_id} ({point}), BELOW the defaults' {default.value:.4f}, which ASHA stopped early"
     else:
@@ -57,7 +65,8 @@ def verdict(default: Trial, best: Trial, chosen: Mapping[str, Any]) -> str:
         error = chosen["confirmed_gain_se"]
         text += f"; on {chosen['seeds']} fresh seeds {chosen['confirmed_gain']:+.4f}"
         text += f" ± {error:.4f}" if error is not None else ""
-        text += f": {chosen['selection_noise']:+.4f} of the gain was selection noise"
+        if "selection_noise" in chosen:
+            text += f": {chosen['selection_noise']:+.4f} of the gain was selection noise"
     elif chosen.get("seeds"):
         text += f"; {chosen['confirmed_value']:.4f} on {chosen['seeds']} fresh seeds"
     return text

@@ -222,6 +222,7 @@ def _search(
         return
     from ray import tune
 
+    from vlrank.training.run import check_resources
     from vlrank.tuning.gauges import SweepGauges
     from vlrank.tuning.halving import Halving
     from vlrank.tuning.search import PendingTrials, Recorder, Rungs, optuna_point
@@ -230,6 +231,8 @@ def _search(
     runs = config.out.resolve() / "runs"
     resources = cluster_resources()
     slots = [trial_resources(plan.base, resources) for plan in plans]
+    for plan in plans:
+        check_resources(plan.base, resources)
     concurrent = config.max_concurrent_trials or concurrency(slots, resources, local=_local(config))
     console.print(
         f"{len(waiting)} trials to run, {len(sweep.trials) - len(waiting)} finished before; {concurrent} at a time"
@@ -363,9 +366,9 @@ def trial_resources(base: TrainConfig, cluster: Mapping[str, float]) -> Slot:
     Raises:
         UserError: several workers sharing one GPU, which NCCL does not support.
     """
-    per_worker = base.gpus_per_worker
-    if per_worker is None:
-        per_worker = 1.0 if cluster.get("GPU", 0) else 0.0
+    from vlrank.training.run import gpus_per_worker
+
+    per_worker = gpus_per_worker(base, cluster.get("GPU", 0))
     if 0 < per_worker < 1 and base.workers > 1:
         raise UserError(
             f"{base.workers} workers with {per_worker:g} GPU each would share GPUs, which NCCL does not support",
@@ -430,7 +433,8 @@ def _add_confirmation(config: TuneConfig, plans: Sequence[ModePlan], sweep: Swee
             seed = plan.base.seed + 1000 + number
             for role, chosen in {"best": best, "default": default}.items():
                 if role == "best" or best is not default:
-                    trial_id = f"{plan.mode}-{role}-seed{seed}"
+                    # Named after the trial too: one that had failed may win when the sweep is run again.
+                    trial_id = f"{plan.mode}-{role}-{chosen.trial_id.rpartition('-')[2]}-seed{seed}"
                     confirmation.add(Trial(plan.mode, trial_id, chosen.config, plan.metric, best.users))
     _reopen(confirmation)
 

@@ -6,6 +6,7 @@ on from the run folder when it may.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -115,7 +116,10 @@ def _record(known: Trial, result: dict) -> bool:
     if "epoch" not in result or known.metric not in result:
         return False
     more = {"step": int(result["step"])} if "step" in result else {}
-    known.record(result["epoch"], float(result[known.metric]), seconds=round(known.seconds, 2), **more)
+    # A rung is whole epochs: an evaluation in the middle of one has not reached its end.
+    known.record(
+        result.get("epochs_done", result["epoch"]), float(result[known.metric]), seconds=round(known.seconds, 2), **more
+    )
     return True
 
 
@@ -173,7 +177,7 @@ class Recorder(Stateless, Callback):
             known.status = "paused"
         else:
             known.status = "completed"
-            whole = known.epochs_run >= self._epochs(known)
+            whole = math.ceil(known.epochs_run) >= self._epochs(known)  # the last evaluation may come a little before
             known.stop_reason = "all epochs" if whole else "no improvement (patience)"
         self._finish(known)
 

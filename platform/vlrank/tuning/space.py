@@ -106,6 +106,8 @@ class Choice:
 
 _KINDS = ("loguniform", "uniform", "randint", "choice")
 _SET_BY_THE_SWEEP = ("dataset", "out", "mode", "ray")
+_MEASURE = ("negatives", "candidates", "val_users", "metric", "max_missing", "ranking.missing")
+"""Keys that change whom, or among what, validation ranks."""
 
 
 def parse_space(space: Mapping[str, Any]) -> dict[str, Dimension]:
@@ -119,6 +121,11 @@ def parse_space(space: Mapping[str, Any]) -> dict[str, Dimension]:
     for key, spec in space.items():
         if key.split(".")[0] in _SET_BY_THE_SWEEP:
             raise UserError(f"search space: `{key}` is set by the sweep itself", "Remove it from `space`.")
+        if key in _MEASURE:
+            raise UserError(
+                f"search space: `{key}` changes what validation measures, so trials could not be compared",
+                "Set it under `train`, the same for all trials.",
+            )
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Did you mean `{near[0]}`?" if near else "`vlrank train --help` lists the keys."

@@ -80,6 +80,9 @@ class Trial:
         Evaluations are told apart by ``step`` where there is one, as an epoch may have several.
         """
         entry = {"epoch": epoch, "metric": metric, **more}
+        for old in self.epochs:
+            if _when(old) == _when(entry) and "seconds" in old:
+                entry["seconds"] = old["seconds"]  # reported again after a resume; it was there before
         self.epochs = sorted([old for old in self.epochs if _when(old) != _when(entry)] + [entry], key=_when)
 
 
