@@ -96,6 +96,54 @@ def test_ground_truth_is_recognised_and_has_no_retriever(data: Dataset, tmp_path
     assert random["metrics"]["recall@1"]["expected"] == pytest.approx(0.1)
 
 
+def sampled(data: Dataset, n: int = 20) -> Lists:
+    """The target among random items, in random order: what a model that knows nothing makes of ground truth."""
+    rng = np.random.default_rng(0)
+    return Lists.from_dict(
+        {
+            user: rng.permutation([target, *rng.choice(np.setdiff1d(np.arange(1, 61), [target]), n - 1, replace=False)])
+            for user, (_, target) in data.histories("test").items()
+        }
+    )
+
+
+@pytest.mark.parametrize("source", ["qwen3vl/caption candidates=ground_truth", "qwen3vl/caption"])
+def test_a_table_of_the_whole_catalogue_does_not_claim_sampled_candidates(
+    data: Dataset, tmp_path: Path, source: str
+) -> None:
+    # Rivals that rank all 60 items while the model ranks 20 would lose against chance.
+    shutil.copytree(data.path, tmp_path / "data")
+    small = Dataset.open(tmp_path / "data")
+    whole = {user: list(range(1, 61)) for user in small.histories("test")}
+    small.write_candidates("all", Lists.from_dict(whole).to_frame(split="test"))
+    file = write(tmp_path / "gt.parquet", sampled(small), source)
+    (group,) = evaluated(small, tmp_path / "out", file)["groups"]
+    protocol = group["protocol"]
+    assert (protocol["name"], protocol["candidates"], protocol["candidates_per_user"]) == ("ground_truth", None, 20)
+    assert group["methods"][0]["name"] == "caption"
+    assert all(difference["p_holm"] > 0.05 for difference in group["differences"])
+
+
+def test_what_is_declared_ground_truth_stays_it_whatever_table_is_asked_for(data: Dataset, tmp_path: Path) -> None:
+    lists = Lists.from_frame(data.candidates("popularity").filter(pl.col("split") == "test"))
+    file = write(tmp_path / "gt.parquet", lists, "qwen3vl/caption candidates=ground_truth")
+    (group,) = evaluated(data, tmp_path / "out", file, candidates="popularity")["groups"]
+    assert group["protocol"]["candidates"] is None
+    assert any("ranks the target among sampled items" in f["message"] for f in group["findings"])
+
+
+def test_the_best_few_of_long_lists_are_still_those_of_their_retriever(data: Dataset, tmp_path: Path) -> None:
+    # Another program that reranks the first 5 of 15 says nothing about it; the retriever stays its rival.
+    lists = Lists.from_frame(data.candidates("item_knn").filter(pl.col("split") == "test")).head(5)
+    file = write(tmp_path / "r.parquet", lists.sorted_by(np.random.default_rng(0).random(len(lists.items))), "other")
+    (group,) = evaluated(data, tmp_path / "out", file)["groups"]
+    assert (group["protocol"]["candidates"], group["protocol"]["candidates_per_user"]) == ("item_knn", 5)
+    deep = Lists.from_frame(data.candidates("item_knn").filter(pl.col("split") == "test"))
+    file = write(tmp_path / "d.parquet", deep.keep(deep.positions() >= 10), "other candidates=item_knn")
+    (group,) = evaluated(data, tmp_path / "said", file)["groups"]
+    assert group["protocol"]["candidates"] == "item_knn"
+
+
 def test_rivals_never_profit_from_the_models_order(data: Dataset, tmp_path: Path) -> None:
     # A perfect model lists the target first. A rival that knows nothing (all equally popular) must not inherit that.
     lists = {user: [target, *range(61 - 20, 60)][:15] for user, (_, target) in data.histories("test").items()}
@@ -234,6 +282,12 @@ def test_beauty_reproduces_the_recorded_sasrec(beauty: Dataset, shared_data: Pat
 
 def test_rankings_of_one_mode_are_told_apart_by_their_files() -> None:
     found = [("qwen3vl/caption", "test", Path(name)) for name in ("a/caption.parquet", "a/caption_zero_shot.parquet")]
+    assert _names(found) == ["caption", "caption_zero_shot"]  # type: ignore[arg-type]
+    # One of them made before sampled candidates were named.
+    found = [
+        (f"{source}{said}", split, file)
+        for (source, split, file), said in zip(found, ("", " candidates=ground_truth"), strict=True)
+    ]
     assert _names(found) == ["caption", "caption_zero_shot"]  # type: ignore[arg-type]
     same = [("qwen3vl/caption", "test", Path(f"{folder}/caption.parquet")) for folder in "ab"]
     assert len(set(_names(same))) == 2  # type: ignore[arg-type]

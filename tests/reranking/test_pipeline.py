@@ -13,12 +13,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from vlrank.config import EngineConfig, RayConfig, RerankConfig, load_config
+from vlrank.config import EngineConfig, RankingConfig, RayConfig, RerankConfig, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.data.schemas import CANDIDATES, RANKINGS
 from vlrank.data.tables import atomic_write_json
 from vlrank.errors import UserError
-from vlrank.reranking.pipeline import best_weight, plan, run, sampled_candidates
+from vlrank.reranking.modes import mode_spec
+from vlrank.reranking.pipeline import _source, best_weight, plan, run, sampled_candidates
 from vlrank.reranking.reranker import Qwen3VLReranker
 
 TRANSFORMERS = EngineConfig(name="transformers", cpus=1)
@@ -80,6 +81,12 @@ def test_sampled_candidates_are_the_target_among_the_unknown() -> None:
     drawn = [sampled_candidates(7, [7, 8], large, 19, [1, user]) for user in range(50)]
     assert all(len(set(row)) == 20 and 7 in row and 8 not in row for row in drawn)
     assert np.bincount(places, minlength=20).min() > 60  # about 100 at each place: the target hides everywhere
+
+
+def test_sampled_candidates_are_named_so_that_no_table_claims_them(dataset: Dataset, model: Path) -> None:
+    # `evaluate` would else measure rivals on a candidates table that happens to hold the sampled items.
+    settings, spec = config(dataset, model, Path("r.parquet")), mode_spec("caption")
+    assert _source(settings, spec, RankingConfig(), None) == "qwen3vl/caption candidates=ground_truth"
 
 
 def test_the_fusion_weight_is_the_best_on_validation() -> None:

@@ -152,7 +152,7 @@ def evaluate(config: EvaluateConfig, dataset: Dataset) -> list[Group]:
             histories = dataset.histories(split)
             candidates = _candidate_tables(config, dataset, split)
             same_split = [run for run in runs if run.split == split]
-            for members, name in _alike(same_split, candidates, histories):
+            for members, name in _alike(same_split, candidates, histories, config.candidates):
                 groups.append(_evaluate_group(config, dataset, members, name, candidates, histories))
                 bar.advance(len(members) * (1 + len(config.baselines)))
     return groups
@@ -207,7 +207,10 @@ def _is_ours(file: Path) -> bool:
 
 
 def _declared(source: str) -> str | None:
-    """What `vlrank rerank` says it ranked: ``sasrec`` of ``qwen3vl/caption candidates=sasrec windows=20/10``."""
+    """What `vlrank rerank` says it ranked: ``sasrec`` of ``qwen3vl/caption candidates=sasrec windows=20/10``.
+
+    ``ground_truth`` of sampled candidates, which it did not say in earlier versions.
+    """
     said = [word.removeprefix("candidates=") for word in source.split() if word.startswith("candidates=")]
     return said[0] if said else None
 
@@ -218,7 +221,10 @@ def _names(found: Sequence[tuple[str, Split, Location]]) -> list[str]:
     families = {head.partition("/")[0] if "/" in head else None for head, *_ in words}
     shared = len(families) == 1 and None not in families
     named = [" ".join([head.partition("/")[2] if shared else head, *options]) for head, *options in words]
-    keys = [(name, split, _declared(source)) for name, (source, split, _) in zip(named, found, strict=True)]
+    keys = [
+        (name, split, _declared(source) or "ground_truth")
+        for name, (source, split, _) in zip(named, found, strict=True)
+    ]
     names: list[str] = []
     used: set[tuple[str, str]] = set()
     for key, (_, split, file) in zip(keys, found, strict=True):
@@ -242,14 +248,19 @@ def _candidate_tables(config: EvaluateConfig, dataset: Dataset, split: Split) ->
 
 
 def _alike(
-    runs: Sequence[_Run], candidates: Mapping[str, Lists], histories: Mapping[int, tuple[list[int], int]]
+    runs: Sequence[_Run],
+    candidates: Mapping[str, Lists],
+    histories: Mapping[int, tuple[list[int], int]],
+    asked: str | None,
 ) -> list[tuple[list[_Run], str | None]]:
     """Runs with the same candidates, and the candidates table they come from."""
     groups: list[tuple[list[_Run], str | None]] = []
     for run in runs:
         # What the rankings say comes first; it is believed only if the table holds their items.
-        names = sorted(candidates, key=lambda name, run=run: name != run.declared)  # type: ignore[misc]
-        name = next((name for name in names if _within(run.lists, candidates[name], histories)), None)
+        tables = {} if run.declared == "ground_truth" else candidates
+        names = sorted(tables, key=lambda name, run=run: name != run.declared)  # type: ignore[misc]
+        said = (run.declared, asked)
+        name = next((name for name in names if _made_from(run.lists, tables[name], histories, name in said)), None)
         for members, other in groups:
             one, two = run.lists, members[0].lists
             if name == other and (name or _within(one, two, {}) or _within(two, one, {})):
@@ -258,6 +269,23 @@ def _alike(
         else:
             groups.append(([run], name))
     return groups
+
+
+def _made_from(ranked: Lists, table: Lists, histories: Mapping[int, tuple[list[int], int]], said: bool) -> bool:
+    """Whether the rankings are of these candidates, for certain if somebody said so.
+
+    Otherwise a table with nearly all of a small catalogue would claim any ranking, sampled candidates among them, and
+    rivals would have to find the target among more items than the model: longer lists must begin with what is ranked.
+    """
+    if not _within(ranked, table, histories):
+        return False
+    if said:
+        return True
+    users = np.intersect1d(ranked.users, table.users)
+    lengths = ranked.for_users(users).lengths
+    if np.median(table.for_users(users).lengths) <= 2 * np.median(lengths):
+        return True
+    return _within(ranked, table.head(int(lengths.max())), histories)
 
 
 def _within(inner: Lists, outer: Lists, histories: Mapping[int, tuple[list[int], int]]) -> bool:
@@ -299,7 +327,8 @@ def _evaluate_group(
     protocol, injected = _protocol(config, base, targets, models, name)
     findings += injected
     if config.candidates and name is None:
-        message = f"{runs[0].name}: not made from candidates/{config.candidates}: it ranks other items"
+        other = "the target among sampled items" if runs[0].declared == "ground_truth" else "other items"
+        message = f"{runs[0].name}: not made from candidates/{config.candidates}: it ranks {other}"
         findings.append(Finding("candidates", "error", message, len(users), len(users)))
     titles = dataset.items()["title"].fill_null("").to_list()
     past = {user: history for user, (history, _) in histories.items()}

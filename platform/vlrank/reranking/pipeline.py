@@ -529,11 +529,9 @@ def _fused(rows: pl.DataFrame, work: _Work, weight: float | None, source: str) -
 
 
 def _source(config: RerankConfig, spec: ModeSpec, ranking: RankingConfig, weight: float | None) -> str:
-    parts = [f"qwen3vl/{spec.name}"]
-    if config.candidates != "ground_truth":
-        parts.append(f"candidates={config.candidates}")
-        if ranking.top_k > ranking.window:
-            parts.append(f"windows={ranking.window}/{ranking.stride}")
+    parts = [f"qwen3vl/{spec.name}", f"candidates={config.candidates}"]
+    if config.candidates != "ground_truth" and ranking.top_k > ranking.window:
+        parts.append(f"windows={ranking.window}/{ranking.stride}")
     if ranking.permutations > 1:
         parts.append(f"permutations={ranking.permutations}")
     if weight is not None:
