@@ -415,6 +415,7 @@ class EvaluateConfig(Config):
     dataset: ConfigLocation
     rankings: tuple[ConfigLocation, ...] = Field(..., min_length=1)
     out: ConfigLocation = Field(..., description="folder for report.html and metrics.json")
+    split: Split = Field("test", description="of rankings files that do not say it")
     ks: tuple[int, ...] = Field((1, 5, 10, 20, 50), min_length=1, description="cut-offs of the metrics")
     baselines: tuple[str, ...] = Field(
         ("identity", "random", "popularity", "item_knn", "als", "bm25"),

@@ -10,10 +10,11 @@ import pytest
 
 from vlrank.config import EvaluateConfig, RetrieveConfig, load_config
 from vlrank.data import schemas
+from vlrank.data.candidates_io import write_rankings
 from vlrank.data.dataset import Dataset
 from vlrank.data.tables import write_parquet_atomic
 from vlrank.errors import UserError
-from vlrank.evaluation.evaluate import _names
+from vlrank.evaluation.evaluate import _names, read_rankings
 from vlrank.evaluation.lists import Lists
 from vlrank.evaluation.metrics import ranking_metrics
 from vlrank.evaluation.retrieve import run as retrieve
@@ -171,6 +172,31 @@ def test_runs_of_other_programs_are_evaluated_too(data: Dataset, tmp_path: Path)
     (tmp_path / "other.trec").write_text("\n".join(lines))
     (group,) = evaluated(data, tmp_path, tmp_path / "other.trec")["groups"]
     assert means(group, "other") == means(group, "identity")
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_validation_rankings_in_other_formats_are_not_measured_on_test_targets(
+    data: Dataset, tmp_path: Path, said: bool
+) -> None:
+    # A TREC run names no split: read as test, every validation item counts as history and every hit as a miss.
+    table = data.candidates("item_knn").filter(pl.col("split") == "val")
+    source = "qwen3vl/caption candidates=item_knn"
+    file = tmp_path / "v.trec"
+    write_rankings(table.with_columns(source=pl.lit(source)).select(schemas.RANKINGS.names), file, dataset=data)
+    if said:
+        (tmp_path / "v.trec.json").write_text(json.dumps({"source": source, "split": "val"}))
+    options = {} if said else {"split": "val"}
+    (group,) = evaluated(data, tmp_path / "out", file, **options)["groups"]
+    assert (group["protocol"]["split"], group["protocol"]["candidates"]) == ("val", "item_knn")
+    assert group["methods"][0]["name"] == ("caption" if said else "v")
+    assert means(group, group["methods"][0]["name"]) == means(group, "identity")
+
+
+@pytest.mark.parametrize("beside", ["{", "[]", '{"split": "train"}'])
+def test_a_foreign_file_beside_a_run_changes_nothing(data: Dataset, tmp_path: Path, beside: str) -> None:
+    (tmp_path / "r.tsv").write_text("U001\tB005 B010\n")
+    (tmp_path / "r.tsv.json").write_text(beside)
+    assert [(run.name, run.split) for run in read_rankings([tmp_path / "r.tsv"], data)] == [("r", "test")]
 
 
 def test_different_candidates_are_not_compared(data: Dataset, tmp_path: Path) -> None:

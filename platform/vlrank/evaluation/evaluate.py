@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -144,7 +145,7 @@ def evaluate(config: EvaluateConfig, dataset: Dataset) -> list[Group]:
         )
     if "pointwise" in config.baselines and config.pointwise_model is None:
         raise UserError("the pointwise baseline needs `pointwise_model`", "Example: pointwise_model=Qwen/Qwen3-0.6B")
-    runs = read_rankings(config.rankings, dataset)
+    runs = read_rankings(config.rankings, dataset, config.split)
     groups = []
     steps = len(runs) * (1 + len(config.baselines))
     with progress("evaluate", steps) as bar:
@@ -158,45 +159,63 @@ def evaluate(config: EvaluateConfig, dataset: Dataset) -> list[Group]:
     return groups
 
 
-def read_rankings(files: Sequence[Location], dataset: Dataset) -> list[_Run]:
+def read_rankings(files: Sequence[Location], dataset: Dataset, split: Split = "test") -> list[_Run]:
     """The files' rankings, one entry per split and source, with distinct names.
 
     Besides Parquet files of `vlrank rerank` these may be what `read_candidates` reads: TREC runs, JSONL, text.
+
+    Args:
+        files: The rankings.
+        dataset: Gives the ids.
+        split: The split of files that do not say it, nor what `vlrank rerank` wrote beside them.
 
     Raises:
         UserError: unreadable, empty, of another dataset, or with two rankings of one user.
     """
     found: list[tuple[str, Split, Lists, Location]] = []
     for file in files:
-        table = _read_table(file, dataset)
+        table = _read_table(file, dataset, split)
         if table.is_empty():
             raise UserError(f"rankings {file} are empty", "Make them with `vlrank rerank`.")
-        for (split, source), part in table.group_by(["split", "source"], maintain_order=True):
-            if split not in ("val", "test"):
-                raise UserError(f"rankings {file} have the split {split!r}; val or test is expected")
+        for (part_of, source), part in table.group_by(["split", "source"], maintain_order=True):
+            if part_of not in ("val", "test"):
+                raise UserError(f"rankings {file} have the split {part_of!r}; val or test is expected")
             if part["user_id"].n_unique() != len(part):
-                raise UserError(f"rankings {file} hold several rankings of a user of {split} by {source}")
+                raise UserError(f"rankings {file} hold several rankings of a user of {part_of} by {source}")
             lists = Lists.from_frame(part.sort("user_id"))
             if len(lists.items) and not (lists.items.min() >= 1 and lists.items.max() <= dataset.n_items):
                 raise UserError(
                     f"rankings {file} hold items that {dataset.path} lacks (its ids are 1 to {dataset.n_items})",
                     "They were made from another dataset.",
                 )
-            found.append((str(source or file.stem), split, lists, file))
-    names = _names([(source, split, file) for source, split, _, file in found])
+            found.append((str(source or file.stem), part_of, lists, file))
+    names = _names([(source, part_of, file) for source, part_of, _, file in found])
     return [
-        _Run(name, split, lists, file, _declared(source))
-        for name, (source, split, lists, file) in zip(names, found, strict=True)
+        _Run(name, part_of, lists, file, _declared(source))
+        for name, (source, part_of, lists, file) in zip(names, found, strict=True)
     ]
 
 
-def _read_table(file: Location, dataset: Dataset) -> pl.DataFrame:
+def _read_table(file: Location, dataset: Dataset, split: Split) -> pl.DataFrame:
     if not file.is_file():
         raise UserError(f"rankings {file} do not exist", "Make them with `vlrank rerank`.")
     local = fetch(file)
     if file.suffix == ".parquet" and _is_ours(local):
         return read_parquet(local, schemas.RANKINGS)
-    return read_candidates(local, dataset).table.with_columns(source=pl.lit(file.stem))
+    said = _said_beside(file)
+    split = said["split"] if said.get("split") in ("val", "test") else split
+    source = str(said.get("source") or file.stem)
+    return read_candidates(local, dataset, split=split).table.with_columns(source=pl.lit(source))
+
+
+def _said_beside(file: Location) -> dict[str, Any]:
+    """What `vlrank rerank` wrote to ``OUT.json``: a TREC run cannot say its split and candidates itself."""
+    beside = file.with_name(file.name + ".json")
+    try:
+        said = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _is_ours(file: Path) -> bool:

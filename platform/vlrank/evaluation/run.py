@@ -26,7 +26,7 @@ from vlrank.evaluation.metrics import label
 def plan(config: EvaluateConfig) -> Summary:
     """What `run` would do."""
     dataset = Dataset.open(config.dataset)
-    runs = read_rankings(config.rankings, dataset)
+    runs = read_rankings(config.rankings, dataset, config.split)
     lines = {run.name: f"{run.split}, {len(run.lists.users):,} users, {run.file}" for run in runs}
     lines["baselines"] = ", ".join(config.baselines) or "none"
     lines["candidates tables"] = ", ".join(dataset.candidate_names()) or "none"
