@@ -199,6 +199,22 @@ def test_a_foreign_file_beside_a_run_changes_nothing(data: Dataset, tmp_path: Pa
     assert [(run.name, run.split) for run in read_rankings([tmp_path / "r.tsv"], data)] == [("r", "test")]
 
 
+def test_an_item_ranked_twice_counts_at_its_first_place(data: Dataset, tmp_path: Path) -> None:
+    # Runs of other programs may repeat items: the report ended with an IndexError, and later items fell in rank.
+    table = data.candidates("item_knn").filter(pl.col("split") == "test")
+    lines, repeated = [], 0
+    for user, items in table.select("user_id", "item_ids").iter_rows():
+        twice = [item for item in items for _ in range(2)] if user <= 10 else items
+        repeated += len(twice) - len(items)
+        lines += [f"U{user:03d} Q0 B{item:03d} {place} {-place} other" for place, item in enumerate(twice, start=1)]
+    (tmp_path / "other.trec").write_text("\n".join(lines))
+    (group,) = evaluated(data, tmp_path, tmp_path / "other.trec")["groups"]
+    assert means(group, "other") == means(group, "identity")
+    (finding,) = [f for f in group["findings"] if f["check"] == "duplicates"]
+    assert (finding["level"], finding["count"], finding["total"]) == ("warning", 10, 80)
+    assert f"({repeated} items)" in finding["message"]
+
+
 def test_different_candidates_are_not_compared(data: Dataset, tmp_path: Path) -> None:
     files = [
         reranked(data, tmp_path / f"{name}.parquet", "qwen3vl/caption", 1, name) for name in ("item_knn", "popularity")

@@ -128,6 +128,7 @@ class _Run:
     lists: Lists
     file: Location
     declared: str | None
+    repeated: Ints  # users whose list named an item again, once per item that was dropped
 
 
 def evaluate(config: EvaluateConfig, dataset: Dataset) -> list[Group]:
@@ -172,7 +173,7 @@ def read_rankings(files: Sequence[Location], dataset: Dataset, split: Split = "t
     Raises:
         UserError: unreadable, empty, of another dataset, or with two rankings of one user.
     """
-    found: list[tuple[str, Split, Lists, Location]] = []
+    found: list[tuple[str, Split, Lists, Location, Ints]] = []
     for file in files:
         table = _read_table(file, dataset, split)
         if table.is_empty():
@@ -188,11 +189,14 @@ def read_rankings(files: Sequence[Location], dataset: Dataset, split: Split = "t
                     f"rankings {file} hold items that {dataset.path} lacks (its ids are 1 to {dataset.n_items})",
                     "They were made from another dataset.",
                 )
-            found.append((str(source or file.stem), part_of, lists, file))
-    names = _names([(source, part_of, file) for source, part_of, _, file in found])
+            # An item that is named again would push the others down, and the list has no more places than candidates.
+            again = lists.duplicates()
+            repeated = lists.users[lists.segments()[again]]
+            found.append((str(source or file.stem), part_of, lists.keep(~again), file, repeated))
+    names = _names([(source, part_of, file) for source, part_of, _, file, _ in found])
     return [
-        _Run(name, part_of, lists, file, _declared(source))
-        for name, (source, part_of, lists, file) in zip(names, found, strict=True)
+        _Run(name, part_of, lists, file, _declared(source), repeated)
+        for name, (source, part_of, lists, file, repeated) in zip(names, found, strict=True)
     ]
 
 
@@ -362,6 +366,13 @@ def _evaluate_group(
         n_items=dataset.n_items,
     )
     for run, lists in models:
+        if len(run.repeated):
+            bad, total = len(np.unique(run.repeated)), len(run.lists.users)
+            message = (
+                f"{run.name}: repeated items in the rankings of {bad:,} of {total:,} users "
+                f"({len(run.repeated):,} items); the first place counts"
+            )
+            findings.append(Finding("duplicates", "warning", message, bad, total))
         findings += check_order(lists, run.name)
         findings += _dropped(lists, base, run.name)
     known = {int(user): len(past[int(user)]) for user in users}
