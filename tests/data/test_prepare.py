@@ -181,6 +181,16 @@ def test_of_several_metadata_rows_the_first_with_a_title_counts(tmp_path: Path) 
     assert sorted(reasons) == ["DuplicateMetadata", "NoMetadata"]
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_bad_metadata_rows_are_kept_with_their_reason_even_where_untitled_items_stay(
+    tmp_path: Path, keep: bool
+) -> None:
+    meta = [{"item": "a", "title": "First"}, {"item": "a", "title": "Second"}, "{broken", {"item": "b", "title": ""}]
+    dataset = prepare(**toy(tmp_path, [row("u", "a", 1), row("u", "b", 2)], meta), keep_untitled=keep)
+    reasons = dataset.quarantine("metadata")["error_type"].to_list()
+    assert sorted(reasons) == ["BadMetadata", "DuplicateMetadata", *([] if keep else ["NoTitle"])]
+
+
 def test_several_files_make_one_dataset_whatever_their_order(tmp_path: Path) -> None:
     options = toy(tmp_path, [row("u", "a", 2), row("v", "b", 1)])
     (tmp_path / "more.csv").write_text("user,item,timestamp\nu,b,1\n")

@@ -311,12 +311,11 @@ def _read_items(config: PrepareConfig, writer: DatasetWriter, data: Interactions
                 spill.add(item)
             else:
                 rejects.add(key, "NoTitle", f"{source_id} has no title once cleaned")
-    if config.keep_untitled:
-        return path, wanted
-    for source_id in sorted(wanted - titled.keys() - untitled.keys()):
-        rejects.add(source_id, "NoMetadata", "no usable metadata row has this id")
+    if not config.keep_untitled:
+        for source_id in sorted(wanted - titled.keys() - untitled.keys()):
+            rejects.add(source_id, "NoMetadata", "no usable metadata row has this id")
     rejects.flush()
-    return path, set(titled)
+    return path, wanted if config.keep_untitled else set(titled)
 
 
 class _ItemSpill:
