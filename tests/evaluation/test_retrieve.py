@@ -91,6 +91,35 @@ def test_our_own_ids_are_recognised_and_can_be_forced(data: Dataset, tmp_path: P
         read_candidates(numbers, data, ids="source")
 
 
+def test_one_item_per_line_is_a_list_of_all_of_them(data: Dataset, tmp_path: Path) -> None:
+    # Only each user's first item stayed, and the candidates looked as bad as that.
+    file = tmp_path / "long.tsv"
+    file.write_text("U001\tB005\nU002\tB020\nU001\tB010\nU002\tB021\nU003\t\nU001\tB002\n")
+    got = read_candidates(file, data)
+    assert got.rejected == []
+    lists = dict(got.table.select("user_id", "item_ids").iter_rows())
+    assert lists == {1: [5, 10, 2], 2: [20, 21]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("c.tsv", "U001\tB005 B010\nU001\tB002\nU002\tB020\nU001\tB007\n"),
+        (
+            "c.jsonl",
+            "".join(f'{{"user": "U00{u}", "items": ["B00{i}"]}}\n' for u, i in ((1, 5), (1, 2), (2, 3), (1, 7))),
+        ),
+    ],
+)
+def test_of_several_lists_of_a_user_the_first_counts_and_the_others_are_told(
+    data: Dataset, tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    got = read_candidates(tmp_path / name, data)
+    assert got.table["item_ids"].list.first().to_list()[0] == 5
+    assert [(row["key"], row["error_type"]) for row in got.rejected] == [("U001", "DuplicateUser")] * 2
+
+
 def test_what_does_not_belong_is_counted_not_lost(data: Dataset, tmp_path: Path) -> None:
     history, _ = data.histories("test")[1]
     seen = f"B{history[0]:03d}"

@@ -44,7 +44,10 @@ def read_candidates(path: Path, dataset: Dataset, *, split: Split = "test", ids:
         ``.jsonl``, ``.json``: one object per line with the same keys.
         ``.pkl``: LlamaRec's ``retrieved.pkl``, through an unpickler that knows arrays and numbers only.
         TREC run: ``user Q0 item rank score tag``, best score first, equal scores by rank.
-        Other text: ``user<TAB>item item ...``, items separated by spaces, commas or tabs, best first.
+        Other text: ``user<TAB>item item ...``, items separated by spaces, commas or tabs, best first; or one item per
+        line, a user's lines in their order.
+
+    Of several lists of one user the first counts.
 
     Args:
         path: The file.
@@ -151,14 +154,21 @@ def _trec(lines: Iterable[str], path: Path) -> pl.DataFrame:
 
 
 def _text_rows(lines: Iterable[str], path: Path, split: str) -> Iterator[dict[str, Any]]:
+    rows: list[tuple[str, list[str]]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         user, tab, rest = line.strip("\r\n").partition("\t")
         if not tab or not user.strip():
             raise UserError(f"{path}, line {number}: no tab between user and items", f"Formats: {_FORMATS}.")
-        items = rest.replace(",", " ").split()
-        yield {"split": split, "user": user.strip(), "items": items, "scores": None, "our_names": False}
+        rows.append((user.strip(), rest.replace(",", " ").split()))
+    if all(len(items) <= 1 for _, items in rows):
+        joined: dict[str, list[str]] = {}
+        for user, items in rows:
+            joined.setdefault(user, []).extend(items)
+        rows = list(joined.items())
+    for user, items in rows:
+        yield {"split": split, "user": user, "items": items, "scores": None, "our_names": False}
 
 
 def _map_ids(raw: pl.DataFrame, dataset: Dataset, ours: bool | None, path: Path) -> Imported:
@@ -184,12 +194,15 @@ def _map_ids(raw: pl.DataFrame, dataset: Dataset, ours: bool | None, path: Path)
             )
     users = _ids(dataset.sequences(), "user_id", "source_user", ours)
     items = _ids(dataset.items(), "item_id", "source_id", ours)
-    matched = raw.with_columns(pl.col("user").cast(pl.String)).join(users, left_on="user", right_on="key", how="left")
+    matched = raw.with_columns(pl.col("user").cast(pl.String)).join(
+        users, left_on="user", right_on="key", how="left", maintain_order="left"
+    )
     unknown = matched.filter(pl.col("user_id").is_null())
     rejected += [_reject(user, "UnknownUser", "not a user of the dataset") for user in unknown["user"].unique().sort()]
-    matched = matched.filter(pl.col("user_id").is_not_null()).unique(
-        ["split", "user_id"], keep="first", maintain_order=True
-    )
+    matched = matched.filter(pl.col("user_id").is_not_null())
+    first = pl.struct("split", "user_id").is_first_distinct()
+    rejected += [_reject(user, "DuplicateUser", "another list came first") for user in matched.filter(~first)["user"]]
+    matched = matched.filter(first)
     pairs = (
         matched.select("row", "items", "scores")
         .filter(pl.col("items").list.len() > 0)
