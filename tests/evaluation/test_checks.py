@@ -83,6 +83,15 @@ def test_targets_older_than_other_users_training() -> None:
     assert check_times(sequences(apart), "test", dict.fromkeys(range(1, 21), 3)) == []
 
 
+def test_users_without_a_training_part_do_not_lend_their_targets_to_it() -> None:
+    # Two items: history and test target. Their late targets were taken for training, and every dataset with many such
+    # users was said to leak.
+    times = [[u, 20 + u, 100 + u, 200 + u] for u in range(20)] + [[300, 900 + u] for u in range(20)]
+    lengths = dict.fromkeys(range(1, 21), 3) | dict.fromkeys(range(21, 41), 1)
+    assert check_times(sequences(times), "test", lengths) == []
+    assert check_times(sequences([[5, 9]] * 3), "test", dict.fromkeys((1, 2, 3), 1)) == []
+
+
 def test_a_target_before_its_own_history_is_an_error() -> None:
     # Cannot come out of `prepare`, but a dataset may be made by other hands.
     findings = check_times(sequences([[1, 2, 9, 4], [1, 2, 3, 4]]), "test", {1: 3, 2: 3})

@@ -101,11 +101,17 @@ def check_times(sequences: pl.DataFrame, split: str, lengths: Mapping[int, int])
     """
     known = sequences.filter(pl.col("user_id").is_in(list(lengths)))
     position = known["user_id"].replace_strict(lengths, return_dtype=pl.Int64)
+
+    def at(back: int) -> pl.Expr:
+        # A place before the list would be counted from its end.
+        place = pl.col("position") - back
+        return pl.when(place >= 0).then(pl.col("timestamps").list.get(place, null_on_oob=True))
+
     times = known.with_columns(position=position).select(
-        target=pl.col("timestamps").list.get(pl.col("position")),
-        before=pl.col("timestamps").list.get(pl.col("position") - 1),
+        target=at(0),
+        before=at(1),
         # Under leave-one-out the training part ends two before the end, whichever split is asked.
-        train=pl.col("timestamps").list.get(pl.col("position") - (2 if split == "test" else 1), null_on_oob=True),
+        train=at(2 if split == "test" else 1),
     )
     if times.is_empty():
         return []
