@@ -7,6 +7,7 @@ import yaml
 
 from vlrank.config import (
     MODES,
+    Config,
     EvaluateConfig,
     RankingConfig,
     TrainConfig,
@@ -62,6 +63,37 @@ def test_a_wrong_override_is_named(overrides: list[str], expected: list[str]) ->
         load_config(TrainConfig, overrides=overrides, **NEEDED)
     for part in expected:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("samples_per_user=0", "samples_per_user"),
+        ("samples_per_user=-3", "samples_per_user"),
+        ("samples_per_user=all", "samples_per_user"),
+        ("random_share=[1.5, 0]", "random_share"),
+        ("random_share=[0, -0.1]", "random_share"),
+    ],
+)
+def test_training_without_samples_or_with_no_share_is_refused(override: str, key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        load_config(TrainConfig, overrides=[override], **NEEDED)
+
+
+def test_the_ends_of_what_is_allowed_are_allowed() -> None:
+    config = load_config(TrainConfig, overrides=["samples_per_user=1", "random_share=[1, 0]", "seed=0"], **NEEDED)
+    assert (config.samples_per_user, config.random_share, config.seed) == (1, (1.0, 0.0), 0)
+    assert load_config(TrainConfig, samples_per_user="every_prefix", **NEEDED).samples_per_user == "every_prefix"
+
+
+SEEDED = [kind for kind in Config.__subclasses__() if "seed" in kind.model_fields]
+
+
+@pytest.mark.parametrize("kind", SEEDED, ids=lambda kind: kind.__name__)
+def test_a_negative_seed_is_refused_before_hours_of_work(kind: type[Config]) -> None:
+    # NumPy takes none, and says so where the seed is first used.
+    with pytest.raises(UserError, match="`seed`: input should be greater than or equal to 0"):
+        load_config(kind, defaults={}, overrides=["seed=-1"])
 
 
 def test_an_unknown_mode_lists_the_known_ones() -> None:

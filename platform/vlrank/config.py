@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,6 +22,8 @@ Mode = Literal["raw_image", "caption", "semantic_summary", "semantic_summary_sma
 MODES: tuple[Mode, ...] = ("raw_image", "caption", "semantic_summary", "semantic_summary_small")
 What = Literal["caption", "semantic_summary"]
 Split = Literal["val", "test"]
+Seed = Annotated[int, Field(ge=0)]  # NumPy takes no other
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Config(BaseModel):
@@ -176,7 +178,7 @@ class GenerateConfig(Config):
     adapter: LocalPath | None = Field(None, description="LoRA adapter folder, used with the model")
     max_tokens: int = Field(96, ge=1)
     temperature: float = Field(0.0, ge=0)
-    seed: int = 0
+    seed: Seed = 0
     image_side: int = Field(448, ge=32, description="pictures are scaled down to this many pixels on the longer side")
     quality: bool = Field(True, description="reject empty, cut off, repetitive, ... texts")
     language: Literal["en", "any"] = Field("en", description="what the quality gate takes for the right language")
@@ -205,7 +207,7 @@ class RetrieveConfig(Config):
         "auto", description="whose ids an imported file holds: those of the raw data, or user_id and item_id"
     )
     exclude_history: bool = Field(True, description="remove what the user already had from imported lists")
-    seed: int = 0
+    seed: Seed = 0
 
 
 class LoraConfig(Config):
@@ -277,7 +279,7 @@ class TrainConfig(Config):
     candidates: str = Field(
         "ground_truth", description="ground_truth, or retrieval:NAME for negatives from candidates/NAME"
     )
-    random_share: tuple[float, float] = Field(
+    random_share: tuple[Share, Share] = Field(
         (0.0, 0.0), description="retrieval: share of random negatives in the first and in the last epoch"
     )
     samples_per_user: int | Literal["every_prefix"] = Field(1, description="random split points per user and epoch")
@@ -310,7 +312,7 @@ class TrainConfig(Config):
     parallel: Literal["ddp", "fsdp2"] = Field("ddp", description="several workers: whole copies, or sharded weights")
     lora: LoraConfig = LoraConfig()
     ranking: RankingConfig = RankingConfig()
-    seed: int = 0
+    seed: Seed = 0
     workers: int = Field(1, ge=1)
     gpus_per_worker: float | None = Field(None, ge=0, description="default 1 where there is one, else 0")
     cpus_per_worker: float = Field(1, gt=0)
@@ -331,6 +333,8 @@ class TrainConfig(Config):
             raise ValueError("train_vision needs method: full (LoRA adapts the language model)")
         if self.train_inputs == "caption" and self.mode != "raw_image":
             raise ValueError(f"train_inputs: caption belongs to mode raw_image, not {self.mode}")
+        if isinstance(self.samples_per_user, int) and self.samples_per_user < 1:
+            raise ValueError(f"samples_per_user must be at least 1 or every_prefix, got {self.samples_per_user}")
         if self.candidates != "ground_truth" and not self.candidates.removeprefix("retrieval:").strip():
             raise ValueError("candidates: retrieval needs a name, e.g. retrieval:popularity")
         if self.candidates != "ground_truth" and not self.candidates.startswith("retrieval:"):
@@ -363,7 +367,7 @@ class TuneConfig(Config):
     keep_checkpoints: Literal["best", "all"] = Field("best", description="of finished trials; per mode")
     train: dict[str, Any] = Field(default_factory=dict, description="training keys shared by all trials")
     per_mode: dict[Mode, dict[str, Any]] = Field(default_factory=dict, description="training keys of one mode's trials")
-    seed: int = 0
+    seed: Seed = 0
     ray: RayConfig = RayConfig()
 
     @field_validator("modes", mode="before")
@@ -398,7 +402,7 @@ class RerankConfig(Config):
     )
     shard_rows: int = Field(256, ge=1, description="users committed at once: what a crash can cost at most")
     retry_failed: bool = Field(False, description="try quarantined users again")
-    seed: int = 0
+    seed: Seed = 0
     engine: EngineConfig = EngineConfig()
     ray: RayConfig = RayConfig()
 
@@ -433,7 +437,7 @@ class EvaluateConfig(Config):
     sweep: LocalPath | None = Field(None, description="a sweep of vlrank tune to show")
     stage_times: dict[str, float] = Field(default_factory=dict, description="stage -> seconds, shown in the report")
     sample_users: int = Field(60, ge=0, description="users to browse in the report")
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _two_to_compare(self) -> EvaluateConfig:
@@ -449,7 +453,7 @@ class DemoConfig(Config):
 
     out: LocalPath = Field(Path("vlrank-demo"), description="folder for everything the demo makes")
     modes: tuple[Mode, ...] = MODES
-    seed: int = 0
+    seed: Seed = 0
     trials: int = Field(3, ge=0, description="trials of the sweep; 0 leaves it out")
     engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto takes vLLM where it is installed")
     fresh: bool = Field(False, description="delete what an earlier demo left in the folder first")
