@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,50 @@ def test_out_of_memory_names_the_settings_to_lower(message: str) -> None:
 def test_advice_that_mentions_memory_is_not_taken_for_a_full_gpu() -> None:
     error = ValueError("Use the largest batch size that doesn't result in your GPU device running out of memory.")
     assert bulk._explained(error) is error
+
+
+class InThisProcess:
+    """As much of a Ray dataset as a run without stages needs."""
+
+    def __init__(self, blocks: list[pa.Table]) -> None:
+        self.blocks = blocks
+
+    def map_batches(self, work: Any, **_: Any) -> InThisProcess:
+        results = [work(one) for one in self.blocks]
+        return InThisProcess([part for r in results for part in ([r] if isinstance(r, pa.Table) else r)])
+
+    def repartition(self, **_: Any) -> InThisProcess:
+        return self
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        for one in self.blocks:
+            yield from one.to_pylist()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_run_ends_when_another_one_has_taken_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    # Two runs on one folder remove each other's plans and rows. An error that comes of it is not the news either.
+    import ray.data
+
+    @contextmanager
+    def taken_over(folder: Path) -> Iterator[Any]:
+        def held() -> None:
+            raise UserError(f"another run has taken over {folder}")
+
+        yield held
+
+    def stages(dataset: Any) -> Any:
+        if broken:
+            raise FileNotFoundError(".plan-00000001")
+        return dataset.map_batches(lambda one: block(dict(zip(*one.to_pydict().values(), strict=True))))
+
+    blocks = [pa.table({"id": [0]})]
+    monkeypatch.setattr(ray.data, "range", lambda *_, **__: InThisProcess(blocks))
+    monkeypatch.setattr(bulk, "_exclusive", taken_over)
+    with pytest.raises(UserError, match="another run has taken over"):
+        run_bulk(make_wanted({1: "a", 2: "b"}), stages, make_shards(tmp_path), shard_rows=10, description="first")
 
 
 # ---- on Ray ----------------------------------------------------------------------------------------------------------

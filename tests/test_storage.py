@@ -29,7 +29,7 @@ from vlrank.cli import cli
 from vlrank.config import RayConfig, RerankConfig, load_config
 from vlrank.console import Summary
 from vlrank.data import pictures
-from vlrank.data.dataset import Dataset
+from vlrank.data.dataset import Dataset, DatasetWriter
 from vlrank.data.schemas import GENERATED
 from vlrank.data.tables import read_parquet
 from vlrank.errors import UserError
@@ -179,6 +179,55 @@ def test_two_runs_do_not_write_to_one_folder_and_a_dead_one_does_not_bar_it(buck
     with claim(folder):
         assert not (bucket / ".captions.lock" / "killed").exists()
     assert not names(bucket)
+
+
+def loses(held: Callable[[], None]) -> bool:
+    try:
+        held()
+    except UserError as error:
+        return "another run has taken over" in error.problem
+    return False
+
+
+def until(happened: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_a_claim_that_another_run_removed_is_not_written_anew(bucket: BucketPath) -> None:
+    # Cut off for a lease, then back: two runs would go on writing to one folder, each thinking it is alone.
+    folder, lock = bucket / "captions", bucket / ".captions.lock"
+    with claim(folder) as held:
+        (token,) = lock.iterdir()
+        until(lambda: not token.read_text().endswith(" 1"))
+        held()  # renewed, and still its own
+        token.unlink()
+        until(lambda: loses(held))
+        assert not names(bucket)
+    assert not names(bucket)
+
+
+def test_a_claim_that_cannot_be_renewed_is_lost_after_a_lease(
+    bucket: BucketPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "LEASE_S", 0.4)
+    with claim(bucket / "captions") as held:
+        monkeypatch.setattr(BucketPath, "write_bytes", lambda *_: (_ for _ in ()).throw(UserError("not now")))
+        until(lambda: loses(held))
+
+
+def test_a_dataset_is_not_written_over_that_of_a_run_which_took_over(bucket: BucketPath) -> None:
+    place = bucket / "toy"
+    with DatasetWriter(place) as writer:
+        for token in (bucket / ".toy.lock").iterdir():
+            token.unlink()
+        (place / "items.parquet").write_bytes(b"the other's")
+        until(lambda: loses(writer._still_held))
+        with pytest.raises(UserError, match="another run has taken over"):
+            writer.commit(items=[], sequences=[], options={})
+    assert (place / "items.parquet").read_bytes() == b"the other's"
 
 
 # ---- wrong names, keys and addresses --------------------------------------------------------------------------------

@@ -14,7 +14,8 @@
 **Why each row comes out exactly once.** Readers and the next run see whole files or nothing. A task that Ray repeats
 (worker or node lost) writes the same keys to the same name. A killed driver leaves committed shards alone: the next run
 does not plan them. The good rows of a block are renamed before the bad ones, so a crash between the two costs a
-repetition of the bad rows, and nothing is lost. Two runs on one folder at a time are refused.
+repetition of the bad rows, and nothing is lost. Two runs on one folder at a time are refused; in a bucket, a
+run whose claim another has taken over ends.
 
 **Why not Ray Data's CheckpointConfig**, which does part of this: it knows ids but no input hashes, so a changed prompt
 would be skipped as done; failed rows count as done for ever; its ids live beside the output, so the two can disagree;
@@ -48,7 +49,7 @@ from vlrank.data.schemas import BULK_QUARANTINE
 from vlrank.data.tables import atomic_path, disk_errors, empty_frame, parquet_file, write_parquet_atomic
 from vlrank.errors import UserError
 from vlrank.runtime import quiet_data
-from vlrank.storage import BucketPath, Location, claim, each, listing
+from vlrank.storage import BucketPath, Held, Location, claim, each, listing
 
 if TYPE_CHECKING:
     import ray.data
@@ -239,7 +240,7 @@ def run_bulk(
     for folder in (shards.folder, shards.quarantine):
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    with _exclusive(shards.folder):
+    with _exclusive(shards.folder) as held:
         _sweep(shards)
         with_failed = shards.pending(wanted, retry_failed=True)
         pending = with_failed if retry_failed or only is not None else shards.untried(with_failed)
@@ -249,14 +250,17 @@ def run_bulk(
             reused=wanted.height - with_failed.height, failed_before=with_failed.height - pending.height
         )
         if not pending.is_empty():
-            counts = _run(pending, stages, shards, shard_rows, description)
+            counts = _run(pending, stages, shards, shard_rows, description, held)
             result = replace(result, **counts)
         if prune:
+            held()
             shards.prune(wanted, committed=result.reused + result.done)
     return replace(result, seconds=time.monotonic() - start)
 
 
-def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int, description: str) -> dict[str, Any]:
+def _run(
+    pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int, description: str, held: Held
+) -> dict[str, Any]:
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
     from ray.util.metrics import Counter
@@ -288,6 +292,7 @@ def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int,
         start, working_since = time.monotonic(), math.inf
         with progress(description, pending.height) as bar:
             for row in dataset.iter_rows():
+                held()
                 for name in counts:
                     counts[name] += int(row[name])
                 for outcome in ("done", "quarantined"):
@@ -301,6 +306,7 @@ def _run(pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int,
                 rates = f"{items / seconds:,.1f} items/s" + (f", {tokens / seconds:,.0f} tokens/s" if tokens else "")
                 bar.advance(int(row["rows"]), note=rates)
     except Exception as error:
+        held()  # a run that has taken over removes this one's plan, whatever error that makes
         raise _explained(error) from error
     finally:
         plan.unlink(missing_ok=True)
@@ -450,18 +456,18 @@ def _sweep(shards: Shards) -> None:
 
 
 @contextmanager
-def _exclusive(folder: Location) -> Iterator[None]:
-    """Hold the folder's lock; the system releases it when the process ends, however it ends."""
+def _exclusive(folder: Location) -> Iterator[Held]:
+    """Hold the folder's lock, and give a check that it is still held; the system releases it when the process ends."""
     if isinstance(folder, BucketPath):
-        with claim(folder):
-            yield
+        with claim(folder) as held:
+            yield held
         return
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run is writing to {folder}", "Wait until it has finished, or stop it.") from None
-        yield
+        yield lambda: None  # a lock of the system is not lost
 
 
 # ---- engines' processes ----------------------------------------------------------------------------------------------

@@ -529,20 +529,34 @@ def upload_tree(source: Path, target: BucketPath, *, last: str | None = None) ->
 
 # ---- claims ----------------------------------------------------------------------------------------------------------
 
+Held = Callable[[], None]
+"""Raises a `UserError` once the claim has been lost."""
+
 
 @contextmanager
-def claim(folder: BucketPath) -> Iterator[None]:
-    """Hold a folder of a bucket against other runs while the block runs.
+def claim(folder: BucketPath) -> Iterator[Held]:
+    """Hold a folder of a bucket against other runs while the block runs; gives a check that it is still held.
 
     Everybody who wants the folder puts an object of his own into ``.NAME.lock/`` beside it, keeps renewing it, and
     *then* looks for others: of two who come at the same time at least one sees the other. One that is not renewed
-    during a whole lease belongs to a dead process and is removed, so a run after a crash waits for half a minute.
+    during a whole lease belongs to a dead process and is removed, so a run after a crash waits for half a minute. A
+    process that was only cut off from the storage for so long has lost its claim: call the check before what must not
+    be done by two.
 
     Raises:
         UserError: another run is at work there, or the folder cannot be written to.
     """
     own = folder.with_name(f".{folder.name}.lock") / uuid.uuid4().hex
-    with _renewed(own):
+    with _renewed(own) as lost:
+
+        def held() -> None:
+            if lost.is_set():
+                raise UserError(
+                    f"another run has taken over {folder}, or may have: this one was cut off from the storage",
+                    "See that no other run is at work there, then run the same command again: "
+                    "what was committed is intact.",
+                )
+
         before = _claims(own)
         end = time.monotonic() + LEASE_S
         while before and time.monotonic() < end:
@@ -557,7 +571,7 @@ def claim(folder: BucketPath) -> Iterator[None]:
                 )
             before = {token: text for token, text in before.items() if token in now}
         list(each(lambda token: token.unlink(missing_ok=True), list(before)))
-        yield
+        yield held
 
 
 def _claims(own: BucketPath) -> dict[BucketPath, str]:
@@ -571,23 +585,35 @@ def _claims(own: BucketPath) -> dict[BucketPath, str]:
 
 
 @contextmanager
-def _renewed(token: BucketPath) -> Iterator[None]:
-    """The object, written anew four times per lease as long as the block runs, then deleted."""
+def _renewed(token: BucketPath) -> Iterator[threading.Event]:
+    """The object, written anew four times per lease as long as the block runs, then deleted.
+
+    Gives an event: the object is gone, or was not renewed for a lease, so others may take it for a dead process's.
+    """
     who = f"on {socket.gethostname()}, process {os.getpid()}"
-    done = threading.Event()
+    done, lost = threading.Event(), threading.Event()
 
     def renew() -> None:
-        number = 1
+        number, renewed = 1, time.monotonic()
         while not done.wait(LEASE_S / 4):
-            number += 1
+            number, now = number + 1, time.monotonic()
             with suppress(UserError, OSError):  # what the storage does not take now it may take next time
+                if not token.is_file():
+                    break  # written anew it would stand beside that of the run which removed it
                 token.write_bytes(f"{who} {number}".encode())
+                if time.monotonic() - renewed < LEASE_S:
+                    renewed = now
+            if time.monotonic() - renewed >= LEASE_S:
+                break
+        else:
+            return
+        lost.set()
 
     token.write_bytes(f"{who} 1".encode())
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
     try:
-        yield
+        yield lost
     finally:
         done.set()
         thread.join()

@@ -43,7 +43,7 @@ from vlrank.data.tables import (
     write_parquet_atomic,
 )
 from vlrank.errors import UserError
-from vlrank.storage import BucketPath, Location, claim, each, listing, location, remove_tree, upload_tree
+from vlrank.storage import BucketPath, Held, Location, claim, each, listing, location, remove_tree, upload_tree
 
 if TYPE_CHECKING:  # only the type: data does not need the rooms that are built on it
     from vlrank.reranking.modes import ItemMeta
@@ -425,18 +425,20 @@ class DatasetWriter:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _take_bucket(self, path: BucketPath) -> None:
-        self._held.enter_context(claim(path))
+        held = self._held.enter_context(claim(path))
         mark = path.with_name(f".{path.name}.building")
         # Without a manifest, what lies there under this mark is a killed writer's, and nobody has read it.
         if (path / "manifest.json").is_file() or not mark.is_file():
             self._refuse_existing()
         mark.write_bytes(b"")
-        self._held.callback(self._leave_bucket, path, mark)
+        self._held.callback(self._leave_bucket, path, mark, held)
+        self._still_held = held
         self.folder = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="vlrank-")))
 
-    def _leave_bucket(self, path: BucketPath, mark: BucketPath) -> None:
+    def _leave_bucket(self, path: BucketPath, mark: BucketPath, held: Held) -> None:
         """After a commit, or after an error before it."""
         with suppress(UserError):  # it would hide what went wrong; the mark stays, and the next writer cleans up
+            held()  # what lies there may be another writer's by now
             if not (path / "manifest.json").is_file():
                 remove_tree(path)
             mark.unlink(missing_ok=True)
@@ -517,6 +519,7 @@ class DatasetWriter:
 
     def _upload(self, path: BucketPath) -> None:
         """Replace what is there: the manifest goes first and comes last."""
+        self._still_held()
         (path / "manifest.json").unlink(missing_ok=True)
         pictures = read_parquet(self.folder / "items.parquet", schemas.ITEMS)["image_path"].drop_nulls()
         remove_tree(path, keep=[path / picture for picture in pictures])
