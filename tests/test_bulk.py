@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import os
 import sys
@@ -183,6 +184,48 @@ def test_out_of_memory_names_the_settings_to_lower(message: str) -> None:
 def test_advice_that_mentions_memory_is_not_taken_for_a_full_gpu() -> None:
     error = ValueError("Use the largest batch size that doesn't result in your GPU device running out of memory.")
     assert bulk._explained(error) is error
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    # Lustre without its option flock and NFS without lockd say so with a bare error number.
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(bulk.fcntl, "flock", flock)
+    with pytest.raises(UserError, match="without locks") as caught, bulk._exclusive(tmp_path):
+        pass
+    assert str(tmp_path) in caught.value.problem
+    assert "mounted with locks" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("keep", [0, 100, -10])
+def test_a_damaged_shard_is_named_and_deleting_it_costs_its_rows_only(tmp_path: Path, keep: int) -> None:
+    shards = make_shards(tmp_path)
+    bulk._commit(block({1: "a", 2: "b"}), shards, "00000001")
+    bulk._commit(block({3: "c"}), shards, "00000002")
+    wanted = make_wanted({1: "a", 2: "b", 3: "c"})
+    damaged = next(shards.folder.glob("00000001-*"))
+    damaged.write_bytes(damaged.read_bytes()[:keep])
+    for work in (shards.pending, shards.prune, lambda _: bulk._height(damaged)):
+        with pytest.raises(UserError, match="is damaged") as caught:
+            work(wanted)
+        assert str(damaged) in caught.value.problem
+        assert "Delete it and run the same command again" in str(caught.value.remedy)
+    damaged.unlink()
+    assert shards.pending(wanted)["item_id"].to_list() == [1, 2]
+
+
+def test_bytes_that_do_not_decompress_are_damage_too(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path)
+    bulk._commit(block({1: "a"}), shards, "00000001")
+    (shard,) = shards.folder.glob("*.parquet")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:4] + b"\xff" * 200 + content[204:])
+    with pytest.raises(UserError, match="is damaged"):
+        shards.committed()
 
 
 class InThisProcess:

@@ -29,6 +29,7 @@ atomic renames, which rules out most mounts of object stores: give a bucket by i
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import math
@@ -378,8 +379,22 @@ def _files(folder: Location) -> list[Location]:
 
 def _read(path: Location, columns: Sequence[str] | None = None) -> pa.Table:
     """A shard, or those of the columns that it has."""
-    file = parquet_file(path)
-    return file.read(columns and [name for name in columns if name in file.schema_arrow.names])
+    with _damage_named(path):
+        file = parquet_file(path)
+        return file.read(columns and [name for name in columns if name in file.schema_arrow.names])
+
+
+@contextmanager
+def _damage_named(path: Location) -> Iterator[None]:
+    """Arrow's errors do not say which of thousands of files is damaged."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system: not allowed, no such file
+        raise UserError(
+            f"{path} is damaged: {error}", "Delete it and run the same command again: only its rows are made anew."
+        ) from error
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:
@@ -390,7 +405,7 @@ def _frame(table: pa.Table) -> pl.DataFrame:
 
 def _height(path: Location) -> int:
     """Rows of a shard, from its end alone."""
-    with path.open("rb") as file:
+    with _damage_named(path), path.open("rb") as file:
         return int(pq.read_metadata(file).num_rows)
 
 
@@ -465,8 +480,16 @@ def _exclusive(folder: Location) -> Iterator[Held]:
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {folder}", "Wait until it has finished, or stop it.") from None
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(
+                    f"another run is writing to {folder}", "Wait until it has finished, or stop it."
+                ) from None
+            raise UserError(
+                f"{folder} lies on a file system without locks ({error.strerror}): two runs could write there at once",
+                "Have it mounted with locks (Lustre: the option flock; NFS: version 4, or lockd on server and client), "
+                "or use another folder or a bucket.",
+            ) from error
         yield lambda: None  # a lock of the system is not lost
 
 
