@@ -122,6 +122,18 @@ def test_whatever_crashes_every_key_ends_up_once_and_current(history: list[Run],
         assert on_disk["item_id"].is_unique().all(), "after a complete run the files hold each key once"
 
 
+@pytest.mark.parametrize(("first", "second"), [(set(), {1, 2}), ({1, 2}, set()), ({1}, {2})])
+def test_of_two_attempts_at_a_block_the_last_one_wins_whole(tmp_path: Path, first: set[int], second: set[int]) -> None:
+    """A block that Ray repeats may come out otherwise: no row may then be committed and in quarantine, or twice."""
+    shards = make_shards(tmp_path)
+    for bad in (first, second):
+        bulk._commit(block({1: "a", 2: "b"}, bad), shards, "00000001")
+    assert set(shards.committed()["item_id"]) == {1, 2} - second
+    assert {int(key) for key in shards.quarantined()["key"]} == second
+    left = len(list(tmp_path.rglob("*.parquet")))
+    assert left == bool({1, 2} - second) + bool(second), "no file of the first attempt is left"
+
+
 def test_a_limit_leaves_the_other_items_alone(tmp_path: Path) -> None:
     shards = make_shards(tmp_path)
     bulk._commit(block({1: "a", 2: "b", 3: "c"}, bad={3}), shards, "00000001")
