@@ -83,7 +83,13 @@ def run(config: RerankConfig) -> Summary:
     write_rankings(table, config.out, dataset=dataset)
     atomic_write_json(
         config.out.with_name(config.out.name + ".json"),
-        {"source": source, "fusion_weight": weight, "model": config.model, "ranking": folder.ranking.model_dump()},
+        {
+            "source": source,
+            "split": config.split,
+            "fusion_weight": weight,
+            "model": config.model,
+            "ranking": folder.ranking.model_dump(),
+        },
     )
     lines: dict[str, object] = {
         "model": f"{folder.path} ({spec.name})",
