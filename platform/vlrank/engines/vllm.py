@@ -79,7 +79,7 @@ def plan_reads(trie: LabelTrie) -> tuple[Read, ...]:
     return tuple(reads)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Score:
     """A prompt on its way through the engine."""
 
@@ -110,7 +110,7 @@ class _Picture:
     item: Any
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Text:
     prompt: dict[str, Any]
     params: Any
@@ -235,22 +235,22 @@ class VllmEngine:
         cache = self.vllm.renderer.mm_processor_cache
         return cache is not None and cache.is_cached_item(name)
 
-    def _input(self, job: _Score, path: tuple[int, ...]) -> dict[str, Any]:
-        """What `LLMEngine.add_request` takes for a prompt that goes on with ``path``; the core gets it next.
+    def _input(self, job: _Score, read: Read) -> dict[str, Any]:
+        """What `LLMEngine.add_request` takes for a prompt that goes on with the read's path; the core gets it next.
 
         Raises:
             ValueError: the prompt, or a picture, is larger than the engine was started for.
         """
-        ids = [*job.ids, *path]
+        ids, engine = [*job.ids, *read.path], self.vllm
+        # vLLM would answer a prompt that leaves no room for all nodes with fewer of them; and one that is too long it
+        # would refuse only after the cache here has noted pictures that its core then never gets.
+        longest = engine.vllm_config.model_config.max_model_len - len(read.nodes)
+        if len(ids) > longest:
+            raise ValueError(f"the prompt has {len(ids)} tokens, the engine takes at most {longest}")
         if not job.pictures:
             return {"prompt_token_ids": ids}
         from vllm.multimodal.inputs import PlaceholderRange
 
-        engine = self.vllm
-        # vLLM would notice too, but only after the cache here has noted pictures that its core then never gets.
-        longest = engine.vllm_config.model_config.max_model_len
-        if len(ids) >= longest:
-            raise ValueError(f"the prompt has {len(ids)} tokens, the engine takes less than {longest}")
         largest, room = max(p.length for p in job.pictures), engine.input_processor.mm_encoder_cache_size
         if largest > room:
             raise ValueError(f"a picture takes {largest} tokens, the engine {room}; lower max_image_pixels")
@@ -291,11 +291,16 @@ class VllmEngine:
         engine = self.vllm
         running: dict[str, tuple[_Score | _Text, Read | None]] = {}
         waiting: deque[_Score | _Text] = deque()
-        prompts = 0  # in flight
+        unresolved: set[_Score | _Text] = set()  # waiting, in flight, or in no container when something raises
         count = 0
         closing = False
 
-        def add(job: _Score | _Text, read: Read | None) -> bool:
+        def accept(job: _Score | _Text) -> None:
+            unresolved.add(job)
+            job.future.add_done_callback(lambda _: unresolved.discard(job))
+            waiting.append(job)
+
+        def add(job: _Score | _Text, read: Read | None) -> None:
             nonlocal count
             count += 1
             try:
@@ -303,7 +308,7 @@ class VllmEngine:
                     prompt, params = job.prompt, job.params
                 else:
                     assert read is not None
-                    prompt, params = self._input(job, read.path), _label_params(job.trie, read)
+                    prompt, params = self._input(job, read), _label_params(job.trie, read)
                 further = isinstance(job, _Score) and read is not plan_reads(job.trie)[0]
                 engine.add_request(str(count), prompt, params, lora_request=self.lora, priority=-further)
             except EngineDeadError:
@@ -311,9 +316,8 @@ class VllmEngine:
             except Exception as error:  # too long, unreadable picture, ...: this prompt's own fault
                 if not job.future.done():
                     job.future.set_exception(error)
-                return False
+                return
             running[str(count)] = (job, read)
-            return True
 
         try:
             while not (closing and not waiting and not running):
@@ -325,11 +329,10 @@ class VllmEngine:
                     if job is None:
                         closing = True
                     else:
-                        waiting.append(job)
-                while waiting and prompts < self.in_flight:
+                        accept(job)
+                while waiting and len(unresolved) - len(waiting) < self.in_flight:
                     job = waiting.popleft()
-                    first = plan_reads(job.trie)[0] if isinstance(job, _Score) else None
-                    prompts += add(job, first)
+                    add(job, plan_reads(job.trie)[0] if isinstance(job, _Score) else None)
                 if not running:
                     continue
                 for output in engine.step():
@@ -340,37 +343,33 @@ class VllmEngine:
                     self.prompt_tokens += len(output.prompt_token_ids)
                     self.cached_tokens += output.num_cached_tokens or 0
                     if isinstance(job, _Text):
-                        prompts -= 1
                         answer = output.outputs[0]
                         job.future.set_result(
                             Generated(answer.text.strip(), len(output.prompt_token_ids), len(answer.token_ids))
                         )
                         continue
+                    if job.future.done():  # another of its reads has failed
+                        continue
                     assert read is not None
-                    _store(job, read, output)
+                    try:
+                        _store(job, read, output)
+                    except ValueError as error:
+                        job.future.set_exception(error)
+                        continue
                     job.waiting -= 1
                     reads = plan_reads(job.trie)
                     if read is reads[0]:
                         for more in reads[1:]:
                             add(job, more)
-                    if job.future.done():  # a further read was refused
-                        prompts -= read is reads[0]
-                    elif job.waiting == 0:
-                        prompts -= 1
+                    if job.waiting == 0:
                         job.future.set_result(job.trie.log_probs(job.flat))
         except BaseException as error:  # nobody may wait for it
             died = EngineDied(f"vLLM's engine has died: {type(error).__name__}: {error}")
             died.__cause__ = error
-            while True:
-                for job in [*waiting, *(job for job, _ in running.values())]:
-                    if not job.future.done():
-                        job.future.set_exception(died)
-                waiting.clear()
-                running.clear()
-                late = self._inbox.get()
-                if late is None:
-                    return
-                waiting.append(late)
+            for job in list(unresolved):
+                job.future.set_exception(died)
+            while not closing and (late := self._inbox.get()) is not None:
+                late.future.set_exception(died)
 
 
 @lru_cache(maxsize=512)
@@ -475,7 +474,17 @@ class _Preparer:
 
 
 def _store(job: _Score, read: Read, output: Any) -> None:
-    steps = output.outputs[0].logprobs
+    """Note what a read has shown.
+
+    Raises:
+        ValueError: vLLM has ended it early.
+    """
+    answer = output.outputs[0]
+    steps = answer.logprobs or ()
+    if len(steps) != len(read.nodes):
+        raise ValueError(
+            f"vLLM answered {len(steps)} of {len(read.nodes)} tokens (finish reason {answer.finish_reason})"
+        )
     for index, step in zip(read.nodes, steps, strict=True):
         for at, (node, token) in enumerate(job.trie.flat):
             if node == index:
