@@ -19,8 +19,9 @@ from vlrank.data.schemas import CANDIDATES, RANKINGS
 from vlrank.data.tables import atomic_write_json
 from vlrank.errors import UserError
 from vlrank.reranking.modes import mode_spec
-from vlrank.reranking.pipeline import _source, best_weight, plan, run, sampled_candidates
-from vlrank.reranking.reranker import Qwen3VLReranker
+from vlrank.reranking.pipeline import _open, _plan, _source, best_weight, plan, run, sampled_candidates
+from vlrank.reranking.ranker import UserLists
+from vlrank.reranking.reranker import Qwen3VLReranker, open_prompts
 
 TRANSFORMERS = EngineConfig(name="transformers", cpus=1)
 
@@ -103,6 +104,22 @@ def test_a_dry_run_says_how_much(dataset: Dataset, model: Path, tmp_path: Path) 
     # 25 candidates: windows [5, 25) and [0, 20).
     assert summary.counts == {"users": 12, "pending": 12, "prompts": 24, "skipped": 0}
     assert not (tmp_path / "r.parquet.shards").exists()
+
+
+def test_more_negatives_than_top_k_cost_no_user_its_target(dataset: Dataset, model: Path, tmp_path: Path) -> None:
+    """They come in random order: 99 negatives cut to 50 would lose half of the targets, and half of the metric."""
+    settings = config(dataset, model, tmp_path / "r.parquet", negatives=30, limit=40, ranking={"top_k": 10})
+    data, folder, spec = _open(settings)
+    work = _plan(settings, data, folder, spec, data.item_meta(), "test", 40)
+    prompts = open_prompts(folder, data.item_meta())
+    histories = data.histories("test")
+    for user, history, candidates in work.wanted.select("user_id", "history", "candidates").iter_rows():
+        kept = prompts.lists(UserLists(history, candidates)).kept
+        assert len(kept) == 31
+        assert histories[user][1] in kept
+    # 31 candidates: windows [11, 31), [1, 21) and [0, 20).
+    assert plan(settings).counts["prompts"] == 3 * work.wanted.height
+    assert "windows=20/10" in _source(settings, spec, folder.ranking, None)
 
 
 def test_mistakes_are_named_before_anything_starts(

@@ -166,6 +166,9 @@ def _open(config: RerankConfig) -> tuple[Dataset, ModelFolder, ModeSpec]:
     if folder.mode is None:
         raise UserError(f"{folder.path} has no vlrank.json, so its mode is unknown", "Give as_mode=... as well.")
     ranking = validate(RankingConfig, merge(folder.ranking.model_dump(), config.ranking))
+    if config.candidates == "ground_truth":
+        # They come in random order: cut to top_k, a part of the users would lose the target.
+        ranking = ranking.model_copy(update={"top_k": max(ranking.top_k, config.negatives + 1)})
     # Workers have another working directory.
     path, base = (str(Path(name).resolve()) if Path(name).is_dir() else name for name in (folder.path, folder.base))
     return dataset, replace(folder, path=path, base=base, ranking=ranking), mode_spec(folder.mode)
@@ -536,7 +539,8 @@ def _fused(rows: pl.DataFrame, work: _Work, weight: float | None, source: str) -
 
 def _source(config: RerankConfig, spec: ModeSpec, ranking: RankingConfig, weight: float | None) -> str:
     parts = [f"qwen3vl/{spec.name}", f"candidates={config.candidates}"]
-    if config.candidates != "ground_truth" and ranking.top_k > ranking.window:
+    most = config.negatives + 1 if config.candidates == "ground_truth" else ranking.top_k
+    if most > ranking.window:
         parts.append(f"windows={ranking.window}/{ranking.stride}")
     if ranking.permutations > 1:
         parts.append(f"permutations={ranking.permutations}")
