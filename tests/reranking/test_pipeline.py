@@ -8,20 +8,22 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import polars as pl
 import pytest
 
-from vlrank.config import EngineConfig, RankingConfig, RayConfig, RerankConfig, load_config
+from vlrank.config import EngineConfig, RankingConfig, RayConfig, RerankConfig, Split, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.data.schemas import CANDIDATES, RANKINGS
 from vlrank.data.tables import atomic_write_json
 from vlrank.errors import UserError
 from vlrank.reranking.modes import mode_spec
-from vlrank.reranking.pipeline import _open, _plan, _source, best_weight, plan, run, sampled_candidates
+from vlrank.reranking.pipeline import _open, _plan, _shards, _source, best_weight, plan, run, sampled_candidates
 from vlrank.reranking.ranker import UserLists
 from vlrank.reranking.reranker import Qwen3VLReranker, open_prompts
+from vlrank.storage import Location
 
 TRANSFORMERS = EngineConfig(name="transformers", cpus=1)
 
@@ -122,6 +124,22 @@ def test_more_negatives_than_top_k_cost_no_user_its_target(dataset: Dataset, mod
     assert "windows=20/10" in _source(settings, spec, folder.ranking, None)
 
 
+def test_every_output_has_its_own_quarantine(
+    dataset: Dataset, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a shared one a run takes another's failures for its own, leaves those users out and deletes its drafts."""
+
+    def place(out: Path, split: Split = "test") -> Location:
+        return _shards(config(dataset, model, out), dataset, split).quarantine
+
+    outs = [tmp_path / name for name in ("caption/r.parquet", "raw/r.parquet", "raw/r.trec")]
+    places = {place(out, split) for out in outs for split in get_args(Split)}
+    assert len(places) == len(outs) * len(get_args(Split))
+    assert all(folder.name.startswith("rerank-r-") for folder in places)
+    monkeypatch.chdir(tmp_path)  # resuming from elsewhere finds it again
+    assert place(Path("raw/r.trec")) == place(outs[2])
+
+
 def test_mistakes_are_named_before_anything_starts(
     dataset: Dataset, model: Path, shop: Dataset, tmp_path: Path
 ) -> None:
@@ -209,7 +227,8 @@ def test_a_bad_picture_costs_its_user_and_can_be_retried(
     first = run(settings)
     assert first.counts["quarantined"] > 0
     assert first.counts["done"] + first.counts["quarantined"] == 6
-    reasons = data.quarantine("rerank-r")
+    [folder] = (path / "quarantine").glob("rerank-r-test-*")
+    reasons = data.quarantine(folder.name)
     assert set(reasons["error_type"]) <= {"UnidentifiedImageError", "OSError"}
     victim.write_bytes(intact)
     assert run(settings).counts["done"] == 0

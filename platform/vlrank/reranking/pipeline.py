@@ -309,7 +309,9 @@ def _item_hashes(meta: Mapping[int, ItemMeta], spec: ModeSpec) -> dict[int, str]
 
 
 def _shards(config: RerankConfig, dataset: Dataset, split: Split) -> Shards:
-    name = f"rerank-{config.out.stem}" + ("" if split == config.split else f"-{split}")
+    # Of this output alone: runs that share a quarantine take each other's failures for their own.
+    place = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:8]
+    name = f"rerank-{config.out.stem}-{split}-{place}"
     return Shards(
         folder=config.out.with_name(config.out.name + ".shards") / split,
         schema=_SHARD,
