@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vlrank.config import EngineConfig
 from vlrank.engines.base import engine_name
@@ -74,6 +75,22 @@ def test_a_truncated_download_is_named_broken(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:2000])
     with pytest.raises(PictureError, match="truncated"):
         load_picture(str(tmp_path / "a.jpg"), 448)
+
+
+def test_whatever_a_decoder_raises_is_a_broken_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run would end with any that is not foreseen; full memory is not the picture's fault."""
+
+    def load(error: Exception) -> None:
+        def raising(_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(ImageOps, "exif_transpose", raising)
+        load_picture(picture(tmp_path / "a.png"), 448)
+
+    with pytest.raises(PictureError, match="unpack requires"):
+        load(struct.error("unpack requires a buffer of 12 bytes"))
+    with pytest.raises(MemoryError):
+        load(MemoryError())
 
 
 def row(**changes: Any) -> dict[str, Any]:

@@ -204,3 +204,23 @@ def test_a_broken_picture_is_an_os_error(tmp_path: Path) -> None:
     path.write_bytes(b"not a picture")
     with pytest.raises(OSError, match="broken"):
         load_picture(str(path), (224, 224))
+
+
+def test_whatever_a_decoder_raises_is_an_os_error(
+    tiny_vision_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of another kind would pass every place that puts bad pictures aside, and end the run."""
+    encoder = Encoder.load(tiny_vision_model, mode_spec("raw_image"), RankingConfig())
+    path = tmp_path / "damaged.png"
+    Image.effect_noise((256, 256), 50).convert("RGB").save(path)
+    intact = path.read_bytes()
+    chunk = intact.index(b"IDAT", intact.index(b"IDAT") + 4)
+    path.write_bytes(intact[:chunk] + b"\0\1\2\3" + intact[chunk + 4 :])
+    for read in (encoder.grid, lambda name: load_picture(name, (224, 224))):
+        with pytest.raises(OSError, match=r"damaged\.png: SyntaxError"):
+            read(str(path))
+    bomb = tmp_path / "bomb.png"
+    bomb.write_bytes(intact)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(OSError, match=r"bomb\.png: DecompressionBombError"):
+        encoder.encode([], [{"text": "bomb", "image_path": str(bomb)}] * 2)

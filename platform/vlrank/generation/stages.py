@@ -102,7 +102,9 @@ def load_picture(path: str, side: int) -> Image.Image:
             picture = picture.convert("RGB")
     except FileNotFoundError:
         raise PictureError("PictureMissing", f"{path} does not exist") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises on bad files
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # decoders have errors of many kinds for bad files
         raise PictureError("PictureBroken", f"{path}: {error}") from None
     picture.thumbnail((side, side), Image.Resampling.BICUBIC)
     return picture

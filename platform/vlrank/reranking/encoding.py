@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -199,12 +200,16 @@ class Encoder:
         return Encoded(self._expand(ids, grids), prompt.image_paths, grids, trie, history_cut)
 
     def grid(self, path: str) -> Grid:
-        """Patches of a picture once prepared, from the file's header alone."""
+        """Patches of a picture once prepared, from the file's header alone.
+
+        Raises:
+            OSError: as `load_picture`.
+        """
         if path not in self._grids:
             from PIL import Image
             from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-            with Image.open(fetch(path)) as image:
+            with _picture_errors(path), Image.open(fetch(path)) as image:
                 width, height = _shrunk(*_upright_size(image), self.ranking.max_image_pixels)
             processor = self.image_processor
             patch = processor.patch_size
@@ -310,10 +315,21 @@ def load_picture(path: str, size: tuple[int, int]) -> Image:
     """
     from PIL import Image, ImageOps
 
-    with Image.open(fetch(path)) as opened:
+    with _picture_errors(path), Image.open(fetch(path)) as opened:
         opened.draft("RGB", (2 * max(size), 2 * max(size)))  # JPEG: larger ones are decoded at a fraction
         image = ImageOps.exif_transpose(opened).convert("RGB")
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+@contextmanager
+def _picture_errors(path: str) -> Iterator[None]:
+    """One kind of error for all that decoders raise on bad files: SyntaxError, struct.error, and whatever else."""
+    try:
+        yield
+    except (OSError, MemoryError, UserError):
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _upright_size(image: Image) -> tuple[int, int]:
