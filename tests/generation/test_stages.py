@@ -21,6 +21,7 @@ from vlrank.generation.stages import (
     FAILED,
     Job,
     PictureError,
+    _gpu_is_lost,
     judge,
     load_picture,
     prepare,
@@ -240,3 +241,13 @@ def test_engines_share_a_gpu_with_a_model_from_the_hub(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(huggingface_hub, "model_info", offline)
     assert weights_bytes("Qwen/Qwen3-VL-2B-Instruct") == 0
+
+
+def test_a_lost_gpu_is_not_the_rows_fault() -> None:
+    """After one failed assertion on the GPU every later row would go to the quarantine, of a run that looks healthy."""
+    torch = pytest.importorskip("torch")
+    assert _gpu_is_lost(torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    assert _gpu_is_lost(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert _gpu_is_lost(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"))
+    assert not _gpu_is_lost(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
+    assert not _gpu_is_lost(ValueError("CUDA error in an item's text"))

@@ -10,6 +10,8 @@ import functools
 import hashlib
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -383,6 +385,15 @@ def _with_inputs(row: dict[str, Any], job: Job) -> dict[str, Any]:
     return {DATA: {**row, **prepare(row, job)}}
 
 
+def _gpu_is_lost(error: Exception) -> bool:
+    """Whether an error leaves nothing that this process could compute on its GPU, as a failed assertion there does."""
+    import torch
+
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("CUDA error", "CUBLAS_STATUS"))
+    )
+
+
 class TransformersGenerator:
     """Batched generation with transformers: the engine where vLLM is not installed, with the same rows in and out."""
 
@@ -429,6 +440,9 @@ class TransformersGenerator:
         except torch.OutOfMemoryError:
             raise  # not the rows' fault: the run stops and says which setting to lower
         except Exception as error:
+            if _gpu_is_lost(error):
+                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                os._exit(1)  # Ray starts the actor anew and repeats its tasks; here every later row would fail as well
             if len(rows) == 1:
                 rows[0][FAILED] = _failure(type(error).__name__, str(error))
                 return
