@@ -76,6 +76,21 @@ def test_one_bad_user_does_not_stop_the_others() -> None:
     assert isinstance(bad, OSError)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_no_numbers_are_no_ranking(value: float) -> None:
+    """A model that overflows in float16 would be committed as done, in the retriever's order, and never be noticed."""
+
+    def opinion(n: int) -> Any:
+        scores = np.zeros(n, dtype=np.float32)
+        scores[1] = value if n == 4 else 0
+        return scores
+
+    good, bad = ranker(opinion).rank([UserLists([], [1, 2, 3]), UserLists([], [1, 2, 3, 4])])
+    assert isinstance(good, Ranking)
+    assert isinstance(bad, ValueError)
+    assert "not finite; try engine.dtype=bfloat16" in str(bad)
+
+
 def test_cut_histories_are_counted() -> None:
     ranks = ranker(lambda n: np.zeros(n), max_prompt_tokens=500)
     [ranking] = ranks.rank([UserLists(list(range(20, 40)), [1, 2, 3])])

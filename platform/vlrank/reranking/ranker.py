@@ -65,6 +65,13 @@ class NoCandidates(ValueError):
     """Nothing to rank: no candidates, or none that the mode can show."""
 
 
+class NotFinite(ValueError):
+    """Scores that order nothing; they would pass for a ranking."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's scores are not finite; try engine.dtype=bfloat16 or float32")
+
+
 @dataclass(frozen=True, slots=True)
 class Lists:
     """What a user's prompts are made of.
@@ -199,7 +206,7 @@ class Ranker:
                 cut[i] = max(cut[i], prompt.history_cut)
             scored = self.engine.score_labels(maker.encoder, [prompt for _, prompt in encoded])
             for (at, _), answer in zip(encoded, scored, strict=True):
-                answers[at] = answer
+                answers[at] = answer if isinstance(answer, Exception) or np.isfinite(answer).all() else NotFinite()
             return answers
 
         outcomes = rank_lists(
