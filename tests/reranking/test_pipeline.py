@@ -124,6 +124,21 @@ def test_more_negatives_than_top_k_cost_no_user_its_target(dataset: Dataset, mod
     assert "windows=20/10" in _source(settings, spec, folder.ranking, None)
 
 
+def test_items_that_cannot_be_shown_make_room_for_the_retrievers_next(
+    dataset: Dataset, model: Path, tmp_path: Path
+) -> None:
+    """A bulk run must rank what a notebook ranks: top_k items that can be shown, not those left of the first top_k."""
+    settings = config(dataset, model, tmp_path / "r.parquet", candidates="found", ranking={"top_k": 7})
+    data, folder, spec = _open(settings)
+    meta = {i: item if i % 3 else {**item, "semantic_summary": None} for i, item in data.item_meta().items()}
+    work = _plan(settings, data, folder, spec, meta, "test", 12)
+    found = dict(data.candidates("found").filter(pl.col("split") == "test").select("user_id", "item_ids").iter_rows())
+    maker = open_prompts(folder, meta)
+    for user, history, candidates in work.wanted.select("user_id", "history", "candidates").iter_rows():
+        kept = maker.lists(UserLists(history, candidates)).kept
+        assert kept == maker.lists(UserLists(history, found[user])).kept == [i for i in found[user] if i % 3][:7]
+
+
 def test_every_output_has_its_own_quarantine(
     dataset: Dataset, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

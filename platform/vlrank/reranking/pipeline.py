@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -141,7 +141,8 @@ def plan(config: RerankConfig) -> Summary:
     work = _plan(config, dataset, folder, spec, meta, config.split, config.limit)
     pending = _shards(config, dataset, config.split).pending(work.wanted, retry_failed=config.retry_failed)
     ranking = folder.ranking
-    sizes = pending["candidates"].list.len().to_list()
+    usable = _usable(meta, spec, ranking)
+    sizes = [sum(item in usable for item in candidates) for candidates in pending["candidates"]]
     per_user = [len(list(windows(n, ranking.window, ranking.stride))) * ranking.permutations for n in sizes]
     lines: dict[str, object] = {
         "model": f"{folder.path} ({spec.name})",
@@ -199,7 +200,7 @@ def _plan(
     split: Split,
     limit: int | None,
 ) -> _Work:
-    usable = {item for item, entry in meta.items() if folder.ranking.missing == "text" or shows(spec, entry)}
+    usable = _usable(meta, spec, folder.ranking)
     histories = dataset.histories(split)
     retrieved: dict[int, dict[int, float]] = {}
     listed: dict[int, list[int]] = {}
@@ -223,7 +224,7 @@ def _plan(
             if len(set(items)) != len(items):
                 raise UserError(f"candidates {config.candidates!r} repeat an item for user {user}", "Make them again.")
             if user in histories:
-                listed[user] = items[: folder.ranking.top_k]
+                listed[user] = _reached(items, usable, folder.ranking.top_k)
                 retrieved[user] = dict(zip(items, scores, strict=True)) if scores else {}
         considered = table.height
     if not listed:
@@ -246,6 +247,17 @@ def _plan(
         orient="row",
     )
     return _Work(wanted, retrieved, considered - len(listed))
+
+
+def _usable(meta: Mapping[int, ItemMeta], spec: ModeSpec, ranking: RankingConfig) -> set[int]:
+    """Items that prompts can show."""
+    return {item for item, entry in meta.items() if ranking.missing == "text" or shows(spec, entry)}
+
+
+def _reached(items: list[int], usable: Container[int], top_k: int) -> list[int]:
+    """The head of a list that holds its best ``top_k`` usable items: those that are not make room for further ones."""
+    places = [place for place, item in enumerate(items) if item in usable][:top_k]
+    return items[: places[-1] + 1] if len(places) == top_k else items
 
 
 def sampled_candidates(target: int, known: Sequence[int], pool: np.ndarray, n: int, seed: Sequence[int]) -> list[int]:
