@@ -6,12 +6,14 @@ import hashlib
 import importlib.util
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 
+from vlrank.bulk import BulkResult, Shards
 from vlrank.config import EngineConfig, GenerateConfig, RayConfig
 from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
@@ -50,6 +52,34 @@ def hashes(dataset: Dataset, model: Path, what: str = "semantic_summary", **chan
 
 
 # ---- without an engine -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("no GPU")])
+def test_a_dry_run_tries_where_all_nodes_can_see_it_and_leaves_nothing(
+    dataset: Dataset, tiny_vision_model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    """On a cluster its workers looked for the plan in a folder that only the driver has."""
+    trials: list[Shards] = []
+
+    def trial(wanted: pl.DataFrame, stages: object, shards: Shards, **_: object) -> BulkResult:
+        trials.append(shards)
+        for folder in (shards.folder, shards.quarantine):
+            folder.mkdir(parents=True)
+        (shards.folder / "1.parquet").touch()  # type: ignore[union-attr]
+        if error:
+            raise error
+        return BulkResult(done=wanted.height, seconds=2.0, working_seconds=1.0)
+
+    monkeypatch.setattr(pipeline, "run_bulk", trial)
+    monkeypatch.setattr(pipeline, "ray_session", lambda _: nullcontext())
+    monkeypatch.setattr(pipeline, "engine_gpus", lambda _: 0)
+    before = set(dataset.path.rglob("*"))  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="no GPU") if error else nullcontext():
+        plan(config(dataset, tiny_vision_model))
+    for place in (trials[0].folder, trials[0].quarantine):
+        assert place.parent.parent == dataset.path
+        assert place.parent.name.startswith(".dryrun-")
+    assert set(dataset.path.rglob("*")) == before  # type: ignore[union-attr]
 
 
 def test_a_change_of_prompt_model_text_or_picture_means_do_it_again(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ from vlrank.errors import UserError
 from vlrank.generation.prompts import Prompt, load_prompt
 from vlrank.generation.stages import Job, build
 from vlrank.runtime import ray_session
-from vlrank.storage import Location, is_url
+from vlrank.storage import Location, is_url, remove_tree
 
 ESTIMATE_ROWS = 32
 """Items that ``--dry_run`` generates, to extrapolate from."""
@@ -95,9 +97,8 @@ def plan(config: GenerateConfig) -> Summary:
     if pending.is_empty():
         return Summary(f"generate (dry run): {config.what} for {config.dataset}", lines, None, counts)
     sample = _sample(pending, ESTIMATE_ROWS, config.seed)
-    with tempfile.TemporaryDirectory(prefix="vlrank-") as folder, ray_session(config.ray):
+    with _trial(config, work) as trial, ray_session(config.ray):
         gpus = engine_gpus(config.engine) * config.engine.tensor_parallel_size * config.engine.replicas
-        trial = replace(work.shards, folder=Path(folder) / "shards", quarantine=Path(folder) / "quarantine")
         shard_rows = max(1, ESTIMATE_ROWS // 4)
         result = run_bulk(
             sample,
@@ -116,6 +117,17 @@ def plan(config: GenerateConfig) -> Summary:
     lines |= {"time, estimated": _duration(seconds)} | _cost(config, pending.height, seconds, gpus)
     counts |= {"sampled": sample.height, "sample_quarantined": result.quarantined, "estimated_seconds": round(seconds)}
     return Summary(f"generate (dry run): {config.what} for {config.dataset}", lines, None, counts)
+
+
+@contextmanager
+def _trial(config: GenerateConfig, work: _Work) -> Iterator[Shards]:
+    """Shards that vanish, in the dataset: workers on other nodes see nothing of the driver's temporary folder."""
+    folder = Dataset.open(config.dataset).path / f".dryrun-{uuid.uuid4().hex[:8]}"
+    try:
+        yield replace(work.shards, folder=folder / "shards", quarantine=folder / "quarantine")
+    finally:
+        with suppress(OSError):  # a task that outlives an error may still write into it; that error is to be told
+            remove_tree(folder)
 
 
 # ---- what is wanted --------------------------------------------------------------------------------------------------
