@@ -19,6 +19,7 @@ from vlrank.data.dataset import Dataset
 from vlrank.data.schemas import CANDIDATES, RANKINGS
 from vlrank.data.tables import atomic_write_json
 from vlrank.errors import UserError
+from vlrank.reranking import pipeline
 from vlrank.reranking.modes import mode_spec
 from vlrank.reranking.pipeline import _open, _plan, _shards, _source, best_weight, plan, run, sampled_candidates
 from vlrank.reranking.ranker import UserLists
@@ -137,6 +138,29 @@ def test_items_that_cannot_be_shown_make_room_for_the_retrievers_next(
     for user, history, candidates in work.wanted.select("user_id", "history", "candidates").iter_rows():
         kept = maker.lists(UserLists(history, candidates)).kept
         assert kept == maker.lists(UserLists(history, found[user])).kept == [i for i in found[user] if i % 3][:7]
+
+
+def test_a_user_is_ranked_again_where_pictures_changed_and_not_where_the_dataset_moved(
+    dataset: Dataset, tiny_vision_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranking again costs hours of GPUs; keeping rankings made from other pixels mixes two models in one table."""
+
+    def hashes(data: Dataset, mode: str = "raw_image") -> list[str]:
+        settings = config(data, tiny_vision_model, tmp_path / "r.parquet", as_mode=mode)
+        opened, folder, spec = _open(settings)
+        work = _plan(settings, opened, folder, spec, opened.item_meta(), "test", 12)
+        return work.wanted["input_hash"].to_list()
+
+    before, texts = hashes(dataset), hashes(dataset, "semantic_summary")
+    shutil.copytree(dataset.path, tmp_path / "moved")
+    moved = Dataset.open(tmp_path / "moved")
+    assert hashes(moved) == before
+    items = moved.items()
+    moved.update_items(items.with_columns(image_path=items["image_path"].reverse()))
+    assert not set(hashes(Dataset.open(moved.path))) & set(before)
+    monkeypatch.setattr(pipeline, "PREPARATION", "another way")
+    assert not set(hashes(dataset)) & set(before)
+    assert hashes(dataset, "semantic_summary") == texts
 
 
 def test_every_output_has_its_own_quarantine(

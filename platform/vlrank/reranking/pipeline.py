@@ -34,12 +34,13 @@ from vlrank.data.schemas import RANKINGS
 from vlrank.data.tables import atomic_write_json, file_size
 from vlrank.engines.base import EngineDied, ModelFolder, engine_gpus, engine_name, on_this_node, open_model
 from vlrank.errors import UserError
+from vlrank.reranking.encoding import PREPARATION
 from vlrank.reranking.modes import ItemMeta, ModeSpec, mode_spec, shows
 from vlrank.reranking.ranker import Ranking, UserLists
 from vlrank.reranking.reranker import open_prompts, open_ranker
 from vlrank.reranking.windows import fuse, stable_order, windows
 from vlrank.runtime import ray_session
-from vlrank.storage import listing, location
+from vlrank.storage import Location, listing, location
 
 if TYPE_CHECKING:
     import ray.data
@@ -229,7 +230,7 @@ def _plan(
         considered = table.height
     if not listed:
         raise UserError(f"no {split} user of {dataset.path} can be ranked", "Check the dataset and its candidates.")
-    model, items_of = _fingerprint(folder), _item_hashes(meta, spec)
+    model, items_of = _fingerprint(folder, spec), _item_hashes(meta, spec, dataset.path.resolve())
     rows = []
     for user, candidates in listed.items():
         history = histories[user][0][-_reach(folder.ranking) :]
@@ -290,9 +291,9 @@ def _reach(ranking: RankingConfig) -> int:
     return ranking.max_history * (1 if ranking.missing == "text" else 4)
 
 
-def _fingerprint(folder: ModelFolder) -> str:
-    """Of everything about the model that changes rankings: its settings, and its files."""
-    parts: list[Any] = [folder.mode, folder.ranking.model_dump()]
+def _fingerprint(folder: ModelFolder, spec: ModeSpec) -> str:
+    """Of everything about the model that changes rankings: its settings, its files, and how it gets its pictures."""
+    parts: list[Any] = [folder.mode, folder.ranking.model_dump(), *([PREPARATION] if spec.pixels else [])]
     for path in dict.fromkeys((folder.path, folder.base)):
         place = location(path)
         if not place.is_dir():
@@ -312,10 +313,12 @@ def _fingerprint(folder: ModelFolder) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _item_hashes(meta: Mapping[int, ItemMeta], spec: ModeSpec) -> dict[int, str]:
-    # A picture's file name is the hash of its content.
+def _item_hashes(meta: Mapping[int, ItemMeta], spec: ModeSpec, root: Location) -> dict[int, str]:
+    # A picture's file name is the hash of its content; where the dataset lies is no matter.
     return {
-        item: hashlib.sha256(f"{entry['text']}\0{entry.get(spec.shows)}".encode()).hexdigest()[:16]
+        item: hashlib.sha256(
+            f"{entry['text']}\0{str(entry.get(spec.shows)).removeprefix(f'{root}/')}".encode()
+        ).hexdigest()[:16]
         for item, entry in meta.items()
     }
 
