@@ -1,5 +1,6 @@
 """The few lines of the public API, in one process and without Ray."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,8 @@ import pytest
 import vlrank
 from vlrank import Qwen3VLReranker
 from vlrank.config import RankingConfig
+from vlrank.data.tables import atomic_write_json
+from vlrank.engines.base import open_model
 from vlrank.errors import UserError
 from vlrank.reranking.encoding import Encoded, Encoder, PromptTooLong
 from vlrank.reranking.modes import ItemMeta, mode_spec
@@ -174,6 +177,21 @@ def test_saved_and_loaded_it_says_the_same(reranker: Qwen3VLReranker, tmp_path: 
     assert loaded.rerank([1], [10, 11, 12]) == expected
     with pytest.raises(UserError, match="not empty"):
         reranker.save(saved)
+
+
+def test_a_saved_adapter_names_its_base_where_others_find_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this machine's cache nobody else would find it, nor would this machine once the cache is emptied."""
+    monkeypatch.setenv("VLRANK_CACHE", str(tmp_path / "cache"))
+    base = "s3://bucket/models/base"
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    atomic_write_json(adapter / "adapter_config.json", {"r": 8, "base_model_name_or_path": base})
+    details = {"mode": "semantic_summary_small", "family": "text", "base_model": base}
+    atomic_write_json(adapter / "vlrank.json", details)
+    monkeypatch.setattr("vlrank.engines.base.fetch_model", lambda place: str(place).replace("s3://", "/cache/"))
+    saved = Qwen3VLReranker("semantic_summary_small", model=adapter).save(tmp_path / "saved")
+    assert json.loads((saved / "vlrank.json").read_text())["base_model"] == base
+    assert open_model(saved).base == base
 
 
 def test_mistakes_are_named(reranker: Qwen3VLReranker, tiny_text_model: Path) -> None:

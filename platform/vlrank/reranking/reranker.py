@@ -14,7 +14,7 @@ from vlrank.data.tables import atomic_write_json
 from vlrank.errors import UserError
 from vlrank.reranking.modes import ItemMeta, mode_spec
 from vlrank.reranking.ranker import PromptMaker, Ranker, Ranking, UserLists
-from vlrank.storage import Location, location
+from vlrank.storage import Location, fetch_model, location
 
 if TYPE_CHECKING:
     import polars as pl
@@ -167,18 +167,15 @@ class Qwen3VLReranker:
         Raises:
             UserError: nothing trained or loaded yet; ``path`` exists already.
         """
-        from vlrank.engines.base import on_this_node
-
-        folder, target = on_this_node(self._folder()), Path(path)
-        if not Path(folder.path).is_dir():
-            raise UserError(
-                f"{folder.path} is not a local folder", "Only trained models and local folders can be saved."
-            )
+        folder, target = self._folder(), Path(path)
+        source = fetch_model(folder.path)  # its base is not copied, and named as it was: this node's cache is no place
+        if not Path(source).is_dir():
+            raise UserError(f"{source} is not a local folder", "Only trained models and local folders can be saved.")
         if target.exists() and any(target.iterdir()):
             raise UserError(f"{target} exists and is not empty", "Choose another path.")
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        shutil.copytree(folder.path, staging, dirs_exist_ok=True)
+        shutil.copytree(source, staging, dirs_exist_ok=True)
         base = {"base_model": folder.base} if folder.is_adapter else {}
         details = {
             **folder.details,
