@@ -1,9 +1,16 @@
 """The plan of requests must show every node of the trie exactly once."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlrank.engines.vllm import Read, plan_reads
+from vlrank.config import EngineConfig, Mode, RankingConfig
+from vlrank.engines import vllm
+from vlrank.engines.base import ModelFolder
+from vlrank.engines.vllm import Read, engine_kwargs, plan_reads
 from vlrank.reranking.labels import LabelTrie
 
 END = 2
@@ -35,3 +42,20 @@ def test_more_choices_than_vllm_returns_are_asked_separately() -> None:
     labels = [(1000, 2000 + i) for i in range(100)] + [(1001 + i, END) for i in range(99)]
     reads = plan_reads(LabelTrie(tuple(labels)))
     assert [len(read.nodes) for read in reads] == [1, 1]
+
+
+def test_rerankers_side_by_side_do_not_measure_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each would count the other's memory as taken while both start; what pictures get is not for the cache."""
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
+    monkeypatch.setattr(vllm, "_gpu_memory", lambda: 80 * 2**30)
+
+    def cache(gpus: float | None, mode: Mode = "caption", **more: object) -> Any:
+        model = ModelFolder(str(tmp_path), str(tmp_path), mode, RankingConfig(), "vision")
+        config = EngineConfig(gpus=gpus, gpu_memory_utilization=0.9, engine_kwargs=more)
+        return engine_kwargs(model, config, on_gpu=True).get("kv_cache_memory_bytes")
+
+    taken = 1000 + 3 * 2**30
+    assert cache(0.5) == int(80 * 2**30 * 0.45) - taken
+    assert cache(0.5, "raw_image") == pytest.approx(80 * 2**30 * 0.45 * 0.9 - taken, abs=1)
+    assert cache(None) is cache(1) is None
+    assert cache(0.5, kv_cache_memory_bytes=7) == 7

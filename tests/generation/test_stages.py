@@ -13,8 +13,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from vlrank.config import EngineConfig
-from vlrank.engines.base import engine_name
+from vlrank.engines.base import engine_name, weights_bytes
 from vlrank.errors import UserError
+from vlrank.generation import stages
 from vlrank.generation.prompts import load_prompt
 from vlrank.generation.stages import (
     DATA,
@@ -26,7 +27,6 @@ from vlrank.generation.stages import (
     load_picture,
     prepare,
     vllm_engine_kwargs,
-    weights_bytes,
 )
 
 CAPTION = Job(prompt=load_prompt("caption/v1", "caption"), model="m", model_name="m")
@@ -206,6 +206,16 @@ def test_engines_get_what_the_config_says_and_own_arguments_win() -> None:
 def test_engines_on_half_a_gpu_take_half_its_memory() -> None:
     engine = EngineConfig(engine_kwargs={"kv_cache_memory_bytes": 2**30})
     assert vllm_engine_kwargs(CAPTION, engine, gpus=0.5)["gpu_memory_utilization"] == pytest.approx(0.45)
+
+
+def test_engines_side_by_side_do_not_measure_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each would count the other's memory as taken while both start, and die or leave most of the GPU unused."""
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
+    monkeypatch.setattr(stages, "_gpu_memory", lambda gpus: 80 * 2**30)
+    kwargs = vllm_engine_kwargs(dataclasses.replace(CAPTION, model=str(tmp_path)), EngineConfig(), gpus=0.5)
+    assert kwargs["kv_cache_memory_bytes"] == int(80 * 2**30 * 0.45) - 1000 - 3 * 2**30
+    with pytest.raises(UserError, match=r"engine\.gpus=0\.04: 2\.9 GiB do not hold"):
+        vllm_engine_kwargs(dataclasses.replace(CAPTION, model=str(tmp_path)), EngineConfig(), gpus=0.04)
 
 
 def test_an_adapter_is_served_with_the_smallest_rank_that_fits(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -244,3 +245,45 @@ def engine_gpus(config: EngineConfig) -> float:
             "An engine that spans GPUs needs whole ones: leave engine.gpus away.",
         )
     return gpus
+
+
+def kv_cache_bytes(model: str, gpus: float, room: float) -> int:
+    """Room for the cache of an engine of vLLM that shares its GPU.
+
+    vLLM measures free memory while it starts; engines that start side by side would see each other's allocations.
+
+    Args:
+        model: Folder or hub name of the weights.
+        gpus: The engine's share, ``engine.gpus``.
+        room: Bytes that the engine may use.
+
+    Raises:
+        UserError: too little room, or weights of unknown size.
+    """
+    weights = weights_bytes(model)
+    if not weights:
+        raise UserError(
+            f"engine.gpus={gpus}: the weights' size of {model} is unknown",
+            "Set engine.engine_kwargs.kv_cache_memory_bytes to the cache's size of one engine.",
+        )
+    cache = int(room) - weights - 3 * 2**30  # activations, graphs, CUDA itself
+    if cache < 2**29:
+        raise UserError(
+            f"engine.gpus={gpus}: {room / 2**30:.1f} GiB do not hold {weights / 2**30:.1f} GiB of weights and a cache",
+            "Give each engine more of the GPU (engine.gpus) and start fewer of them (engine.replicas).",
+        )
+    return cache
+
+
+def weights_bytes(model: str) -> int:
+    """Of a folder, or of a model on the hub; 0 where neither tells."""
+    folder = Path(model)
+    if folder.is_dir():
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    from huggingface_hub import model_info
+
+    try:
+        files = model_info(model, files_metadata=True, timeout=10).siblings or []
+    except Exception:  # offline, private, no such model: its clients have errors of many kinds
+        return 0
+    return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))

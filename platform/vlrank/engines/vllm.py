@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlrank.config import EngineConfig
-from vlrank.engines.base import EngineDied, Float32, Generated, GenerateRequest, ModelFolder, vllm_env
+from vlrank.engines.base import EngineDied, Float32, Generated, GenerateRequest, ModelFolder, kv_cache_bytes, vllm_env
 from vlrank.errors import UserError
 from vlrank.reranking.encoding import Encoded, Encoder, Grid
 from vlrank.reranking.labels import LabelTrie
@@ -388,12 +388,10 @@ def _label_params(trie: LabelTrie, read: Read) -> Any:
 
 def _keep_pictures(vllm_config: VllmConfig, config: EngineConfig) -> None:
     """Room for encoded pictures on the GPU: vLLM's own is one step's tokens, a few hundred pictures."""
-    from vllm.platforms import current_platform
-
     model = vllm_config.model_config.hf_config
     width = model.get_text_config().hidden_size * (1 + len(model.vision_config.deepstack_visual_indexes))
     share = _PICTURE_SHARE * _gpu_share(config)
-    tokens = int(share * current_platform.get_device_total_memory()) // (2 * width)
+    tokens = int(share * _gpu_memory()) // (2 * width)
     scheduler = vllm_config.scheduler_config
     scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, tokens)
     scheduler.max_num_encoder_input_tokens = min(scheduler.max_num_encoder_input_tokens, _PICTURE_BATCH)
@@ -525,9 +523,18 @@ def engine_kwargs(model: ModelFolder, config: EngineConfig, on_gpu: bool) -> dic
         if pixels and on_gpu:
             kwargs["mm_processor_cache_gb"] = 16
             kwargs["gpu_memory_utilization"] *= 1 - _PICTURE_SHARE  # vLLM does not count its cache of encoded ones
+    if on_gpu and share < 1 and "kv_cache_memory_bytes" not in config.engine_kwargs:
+        room = _gpu_memory() * kwargs["gpu_memory_utilization"]
+        kwargs["kv_cache_memory_bytes"] = kv_cache_bytes(model.base, share, room)
     if model.is_adapter:
         kwargs |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(Path(model.path))}
     return {**kwargs, **config.engine_kwargs}
+
+
+def _gpu_memory() -> int:
+    from vllm.platforms import current_platform
+
+    return int(current_platform.get_device_total_memory())
 
 
 def _gpu_share(config: EngineConfig) -> float:

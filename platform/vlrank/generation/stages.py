@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlrank.bulk import ENGINE_PROCESS, ENGINE_SECONDS, ERROR, ERROR_TYPE, RETRY, TOKENS_IN, TOKENS_OUT
 from vlrank.config import EngineConfig
-from vlrank.engines.base import engine_gpus, engine_name, vllm_env
+from vlrank.engines.base import engine_gpus, engine_name, kv_cache_bytes, vllm_env
 from vlrank.errors import UserError
 from vlrank.generation.prompts import Prompt
 from vlrank.generation.quality import problem
@@ -263,7 +263,8 @@ def vllm_engine_kwargs(job: Job, engine: EngineConfig, gpus: float) -> dict[str,
     if job.adapter:
         kwargs |= {"enable_lora": True, "max_lora_rank": _lora_rank(Path(job.adapter))}
     if 0 < gpus < 1 and "kv_cache_memory_bytes" not in engine.engine_kwargs:
-        kwargs["kv_cache_memory_bytes"] = _kv_cache_bytes(job, engine, gpus)
+        room = _gpu_memory(gpus) * kwargs["gpu_memory_utilization"]
+        kwargs["kv_cache_memory_bytes"] = kv_cache_bytes(job.model, gpus, room)
     return {**kwargs, **engine.engine_kwargs}
 
 
@@ -323,11 +324,8 @@ def _lora_rank(adapter: Path) -> int:
     return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
 
 
-def _kv_cache_bytes(job: Job, engine: EngineConfig, gpus: float) -> int:
-    """Room for the cache of an engine that shares its GPU.
-
-    vLLM measures free memory while it starts; engines that start side by side would see each other's allocations.
-    """
+def _gpu_memory(gpus: float) -> int:
+    """Of a GPU of the cluster; the driver need not have one."""
     import ray
 
     def total() -> int:
@@ -335,34 +333,8 @@ def _kv_cache_bytes(job: Job, engine: EngineConfig, gpus: float) -> int:
 
         return int(torch.cuda.mem_get_info()[1])
 
-    memory = ray.get(ray.remote(num_gpus=gpus, num_cpus=0)(total).remote())
-    weights = weights_bytes(job.model)
-    if not weights:
-        raise UserError(
-            f"engine.gpus={gpus}: the weights' size of {job.model} is unknown",
-            "Set engine.engine_kwargs.kv_cache_memory_bytes to the cache's size of one engine.",
-        )
-    room = int(memory * engine.gpu_memory_utilization * gpus) - weights - 3 * 2**30  # activations, graphs, CUDA itself
-    if room < 2**29:
-        raise UserError(
-            f"engine.gpus={gpus}: {memory * gpus / 2**30:.1f} GiB do not hold {weights / 2**30:.1f} GiB of weights",
-            "Give each engine more of the GPU (engine.gpus) and start fewer of them (engine.replicas).",
-        )
-    return room
-
-
-def weights_bytes(model: str) -> int:
-    """Of a folder, or of a model on the hub; 0 where neither tells."""
-    folder = Path(model)
-    if folder.is_dir():
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    from huggingface_hub import model_info
-
-    try:
-        files = model_info(model, files_metadata=True, timeout=10).siblings or []
-    except Exception:  # offline, private, no such model: its clients have errors of many kinds
-        return 0
-    return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+    memory: int = ray.get(ray.remote(num_gpus=gpus, num_cpus=0)(total).remote())
+    return memory
 
 
 def _transformers(dataset: ray.data.Dataset, job: Job, engine: EngineConfig) -> ray.data.Dataset:
