@@ -13,6 +13,7 @@ import yaml
 
 from vlrank.config import What
 from vlrank.errors import UserError
+from vlrank.reranking.prompts import plain
 
 FOLDER = Path(__file__).parent / "prompts"
 Image = Literal["required", "optional", "none"]
@@ -41,7 +42,7 @@ class Prompt:
 
     def question(self, text: str) -> str:
         """The template with the item's text in one line (empty lines vanish where an item has no text)."""
-        filled = self.template.replace("{text}", " ".join(text.split()))
+        filled = self.template.replace("{text}", plain(text))
         return "\n".join(line for line in filled.splitlines() if line.strip())
 
     def messages(self, text: str, *, with_image: bool) -> list[dict[str, Any]]:

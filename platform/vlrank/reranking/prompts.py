@@ -42,17 +42,17 @@ def item_line(spec: ModeSpec, item: ItemMeta, max_chars: int, *, with_shown: boo
     Line breaks are folded, because a line is what separates candidates. The text gives way before the shown part when
     the line is longer than ``max_chars``.
     """
-    text = _plain(item["text"])
+    text = plain(item["text"])
     shown = item.get(spec.shows) if with_shown and spec.label else None
     if not shown:
         return text[:max_chars].rstrip()
-    suffix = f" ({spec.label}: {_plain(str(shown))})"
+    suffix = f" ({spec.label}: {plain(str(shown))})"
     room = max(0, max_chars - len(suffix))
     return (text[:room].rstrip() + suffix)[:max_chars]
 
 
-def _plain(text: str) -> str:
-    # An item's text is data: it must not be able to end the message or to pose as a picture.
+def plain(text: str) -> str:
+    """An item's text in one line. It is data: it must not be able to end the message or to pose as a picture."""
     return " ".join(text.replace("<|", "< |").split())
 
 
