@@ -189,6 +189,15 @@ def test_mistakes_are_named_before_anything_starts(
         run(config(dataset, model, tmp_path / "r.xlsx"))
     with pytest.raises(UserError, match="needs a retriever's scores"):
         run(config(dataset, model, out, fusion_weight=0.5))
+    auto = {"candidates": "found", "fusion_weight": "auto"}
+    for do in (plan, run):  # said at the end, it would cost all the users ranked by then
+        with pytest.raises(UserError, match="on split val"):
+            do(config(dataset, model, out, split="val", **auto))
+    found = dataset.candidates("found")
+    dataset.write_candidates("found", found.filter(pl.col("split") == "test"))
+    for do in (plan, run):
+        with pytest.raises(UserError, match=r"hold no val users\n.*vlrank retrieve"):
+            do(config(dataset, model, out, **auto))
     with pytest.raises(UserError, match="between 0 and 1"):
         config(dataset, model, out, fusion_weight=1.5)
     with pytest.raises(UserError, match="windw"):

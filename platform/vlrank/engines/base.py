@@ -23,6 +23,8 @@ from vlrank.storage import BucketPath, Location, fetch_model, location
 
 Float32 = npt.NDArray[np.float32]
 
+_LIKE_A_FOLDER = (".", "~", "runs/")  # the hub has no such names
+
 
 class EngineDied(RuntimeError):
     """Nothing that is asked of this engine any more will be answered."""
@@ -111,7 +113,12 @@ def open_model(model: str | Location, mode: str | None = None) -> ModelFolder:
     path = location(model)
     if path.is_dir():
         path = best_checkpoint(path)
-    elif isinstance(path, BucketPath) or path.is_absolute() or str(model).startswith("."):
+    elif (
+        isinstance(path, BucketPath)
+        or path.is_absolute()
+        or str(model).startswith(_LIKE_A_FOLDER)
+        or str(model).count("/") > 1
+    ):
         raise UserError(f"model folder {model} does not exist", "Give a run folder of `vlrank train` or a checkpoint.")
     else:
         spec = mode_spec(mode) if mode else None

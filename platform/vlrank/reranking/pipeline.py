@@ -73,7 +73,7 @@ def run(config: RerankConfig) -> Summary:
     """
     started = time.monotonic()
     dataset, folder, spec = _open(config)
-    _check_output(config)
+    _check_output(config, dataset)
     meta = _checked_meta(dataset, spec, folder.ranking)
     work = _plan(config, dataset, folder, spec, meta, config.split, config.limit)
     with ray_session(config.ray):
@@ -137,7 +137,7 @@ def run(config: RerankConfig) -> Summary:
 def plan(config: RerankConfig) -> Summary:
     """What a run would do: users and prompts."""
     dataset, folder, spec = _open(config)
-    _check_output(config)
+    _check_output(config, dataset)
     meta = _checked_meta(dataset, spec, folder.ranking)
     work = _plan(config, dataset, folder, spec, meta, config.split, config.limit)
     pending = _shards(config, dataset, config.split).pending(work.wanted, retry_failed=config.retry_failed)
@@ -176,11 +176,28 @@ def _open(config: RerankConfig) -> tuple[Dataset, ModelFolder, ModeSpec]:
     return dataset, replace(folder, path=path, base=base, ranking=ranking), mode_spec(folder.mode)
 
 
-def _check_output(config: RerankConfig) -> None:
+def _check_output(config: RerankConfig, dataset: Dataset) -> None:
     if config.out.suffix.lower() not in (".parquet", ".jsonl", ".trec", ".run", ".txt"):
         raise UserError(f"out {config.out} has an unknown ending", "Use .parquet, .jsonl or .trec.")
     if config.fusion_weight is not None and config.candidates == "ground_truth":
         raise UserError("fusion_weight needs a retriever's scores", "Set candidates=NAME of `vlrank retrieve`.")
+    if config.fusion_weight == "auto":
+        if config.split == "val":
+            raise UserError(
+                "fusion_weight=auto on split val would choose the weight on the users it ranks", "Give a number."
+            )
+        _retrieved(config, dataset, "val")  # not found missing when all others are ranked
+
+
+def _retrieved(config: RerankConfig, dataset: Dataset, split: Split) -> pl.DataFrame:
+    """The candidates table of one split, by user."""
+    table = dataset.candidates(config.candidates).filter(pl.col("split") == split).sort("user_id")
+    if table.is_empty():
+        raise UserError(
+            f"candidates {config.candidates!r} of {dataset.path} hold no {split} users",
+            f"Make them: vlrank retrieve {dataset.path} --name {config.candidates}",
+        )
+    return table
 
 
 def _checked_meta(dataset: Dataset, spec: ModeSpec, ranking: RankingConfig) -> dict[int, ItemMeta]:
@@ -214,12 +231,7 @@ def _plan(
                 listed[user] = sampled_candidates(target, known[user], pool, config.negatives, [config.seed, user])
         considered = len(histories) if limit is None else min(limit, len(histories))
     else:
-        table = dataset.candidates(config.candidates).filter(pl.col("split") == split).sort("user_id")
-        if table.is_empty():
-            raise UserError(
-                f"candidates {config.candidates!r} of {dataset.path} hold no {split} users",
-                f"Make them: vlrank retrieve {dataset.path} --name {config.candidates}",
-            )
+        table = _retrieved(config, dataset, split)
         table = table.head(limit) if limit is not None else table
         for user, items, scores in table.select("user_id", "item_ids", "scores").iter_rows():
             if len(set(items)) != len(items):
@@ -500,10 +512,6 @@ def _fusion_weight(
     """The configured weight, or the one that ranks validation users best."""
     if config.fusion_weight != "auto":
         return config.fusion_weight
-    if config.split == "val":
-        raise UserError(
-            "fusion_weight=auto on split val would choose the weight on the users it ranks", "Give a number."
-        )
     work = _plan(config, dataset, folder, spec, meta, "val", config.fusion_users)
     _, rows = _rank(config, dataset, folder, work, "val")
     targets = {user: target for user, (_, target) in dataset.histories("val").items()}
