@@ -18,6 +18,7 @@ from vlrank.config import EngineConfig, RankingConfig, RayConfig, RerankConfig, 
 from vlrank.data.dataset import Dataset
 from vlrank.data.schemas import CANDIDATES, RANKINGS
 from vlrank.data.tables import atomic_write_json
+from vlrank.engines import vllm
 from vlrank.errors import UserError
 from vlrank.reranking import pipeline
 from vlrank.reranking.modes import mode_spec
@@ -161,6 +162,23 @@ def test_a_user_is_ranked_again_where_pictures_changed_and_not_where_the_dataset
     monkeypatch.setattr(pipeline, "PREPARATION", "another way")
     assert not set(hashes(dataset)) & set(before)
     assert hashes(dataset, "semantic_summary") == texts
+
+
+def test_histories_are_cut_to_a_short_engine(
+    dataset: Dataset, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would refuse the prompts, and every user with a long history would go to the quarantine."""
+
+    def longest(**engine: object) -> int:
+        settings = config(dataset, model, tmp_path / "r.parquet", engine=EngineConfig(**engine))
+        return _open(settings)[1].ranking.max_prompt_tokens
+
+    monkeypatch.setattr(pipeline, "engine_name", lambda engine: engine.name)
+    assert longest(name="transformers", max_model_len=512) == 4096
+    assert longest(name="vllm", max_model_len=512) == 512 - 16
+    assert longest(name="vllm", max_model_len=8192) == 4096
+    monkeypatch.setattr(vllm, "_context", lambda base: 1024)
+    assert longest(name="vllm") == 1024 - 16
 
 
 def test_every_output_has_its_own_quarantine(

@@ -35,6 +35,7 @@ from vlrank.errors import UserError
 from vlrank.reranking.encoding import Encoded, Encoder, Grid
 from vlrank.reranking.labels import LabelTrie
 from vlrank.reranking.modes import mode_spec
+from vlrank.storage import location
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _MAX_IDS = 128  # vLLM's bound on logprob_token_ids
 _PICTURE_SHARE = 0.1  # of the GPU, for encoded pictures
 _PICTURE_BATCH = 16384  # tokens that the vision tower makes at a time; 65,536 were too many for 80 GB beside the rest
+_ANSWER = 16  # tokens behind a prompt: a label's, and those that are decoded
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -515,8 +517,7 @@ def engine_kwargs(model: ModelFolder, config: EngineConfig, on_gpu: bool) -> dic
     tokenizer = Path(model.path) / "tokenizer_config.json"
     if model.is_adapter and tokenizer.is_file():
         kwargs["tokenizer"] = model.path
-    longest = config.max_model_len or model.ranking.max_prompt_tokens + 16
-    kwargs["max_model_len"] = min(longest, _context(model.base) or longest)
+    kwargs["max_model_len"] = _max_model_len(model, config)
     if model.family == "vision":
         pixels = model.mode is None or mode_spec(model.mode).pixels
         kwargs["limit_mm_per_prompt"] = {"image": model.ranking.window if pixels else 0, "video": 0}
@@ -541,8 +542,18 @@ def _gpu_share(config: EngineConfig) -> float:
     return config.gpus if config.gpus is not None and 0 < config.gpus < 1 else 1.0
 
 
+def max_prompt_tokens(model: ModelFolder, config: EngineConfig) -> int:
+    """The model's ``ranking.max_prompt_tokens``, or less where the engine is started for shorter prompts."""
+    return min(model.ranking.max_prompt_tokens, _max_model_len(model, config) - _ANSWER)
+
+
+def _max_model_len(model: ModelFolder, config: EngineConfig) -> int:
+    longest = config.max_model_len or model.ranking.max_prompt_tokens + _ANSWER
+    return min(longest, _context(model.base) or longest)
+
+
 def _context(base: str) -> int | None:
-    config = Path(base) / "config.json"
+    config = location(base) / "config.json"
     if not config.is_file():
         return None
     loaded = json.loads(config.read_text(encoding="utf-8"))

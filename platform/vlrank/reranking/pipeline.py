@@ -167,13 +167,21 @@ def _open(config: RerankConfig) -> tuple[Dataset, ModelFolder, ModeSpec]:
     folder = open_model(config.model, config.as_mode)
     if folder.mode is None:
         raise UserError(f"{folder.path} has no vlrank.json, so its mode is unknown", "Give as_mode=... as well.")
+    spec = mode_spec(folder.mode)
     ranking = validate(RankingConfig, merge(folder.ranking.model_dump(), config.ranking))
     if config.candidates == "ground_truth":
         # They come in random order: cut to top_k, a part of the users would lose the target.
         ranking = ranking.model_copy(update={"top_k": max(ranking.top_k, config.negatives + 1)})
     # Workers have another working directory.
     path, base = (str(Path(name).resolve()) if Path(name).is_dir() else name for name in (folder.path, folder.base))
-    return dataset, replace(folder, path=path, base=base, ranking=ranking), mode_spec(folder.mode)
+    folder = replace(folder, path=path, base=base, ranking=ranking)
+    if engine_name(config.engine) == "vllm":
+        from vlrank.engines.vllm import max_prompt_tokens
+
+        # The history gives way here too: the engine would only refuse the users.
+        update = {"max_prompt_tokens": max_prompt_tokens(folder, config.engine)}
+        folder = replace(folder, ranking=ranking.model_copy(update=update))
+    return dataset, folder, spec
 
 
 def _check_output(config: RerankConfig, dataset: Dataset) -> None:
