@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from generate import blobs, machine, sample_gpu
+from generate import blobs, gpu_memory, machine, sample_gpu
 
 WORDS = ("mug", "lamp", "vase", "chair", "red", "blue", "striped", "plain", "ceramic", "oak", "steel", "cotton")
 
@@ -148,6 +148,9 @@ def run_variant(
     if not any(model.glob("*.safetensors")):
         engine_kwargs = {"load_format": "dummy", **engine_kwargs}
     share = {"gpus": int(100 / replicas) / 100} if replicas > 1 else {}  # all on one GPU
+    if share and (memory := gpu_memory()) and "kv_cache_memory_bytes" not in engine_kwargs:
+        # Random weights have no files from which the job could tell their size: 8 GiB for them and all but the cache.
+        engine_kwargs["kv_cache_memory_bytes"] = int(memory * 0.8 / replicas) - 8 * 2**30
     ranking = {"max_history": shape.history, "max_item_chars": 4000, "window": 20, "top_k": max(50, candidates)}
     config = load_config(
         RerankConfig,
