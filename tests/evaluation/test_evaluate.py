@@ -215,6 +215,16 @@ def test_an_item_ranked_twice_counts_at_its_first_place(data: Dataset, tmp_path:
     assert f"({repeated} items)" in finding["message"]
 
 
+def test_what_an_imported_ranking_holds_beside_the_dataset_is_counted(data: Dataset, tmp_path: Path) -> None:
+    """Half a file of unknown users would otherwise be half the users missing, without a word."""
+    table = data.candidates("item_knn").filter(pl.col("split") == "test").select("user_id", "item_ids")
+    lines = [f"U{user:03d}\t{' '.join(f'B{item:03d}' for item in items)}" for user, items in table.iter_rows()]
+    (tmp_path / "theirs.txt").write_text("\n".join([*lines, "nobody\tB001 B002", lines[0]]))
+    (group,) = evaluated(data, tmp_path / "out", tmp_path / "theirs.txt")["groups"]
+    (finding,) = [one for one in group["findings"] if one["check"] == "rejected"]
+    assert "1 UnknownUser, 1 DuplicateUser" in finding["message"]
+
+
 def test_different_candidates_are_not_compared(data: Dataset, tmp_path: Path) -> None:
     files = [
         reranked(data, tmp_path / f"{name}.parquet", "qwen3vl/caption", 1, name) for name in ("item_knn", "popularity")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -129,6 +130,7 @@ class _Run:
     file: Location
     declared: str | None
     repeated: Ints  # users whose list named an item again, once per item that was dropped
+    rejected: dict[str, int]  # what its file holds beside it, by kind of error
 
 
 def evaluate(config: EvaluateConfig, dataset: Dataset) -> list[Group]:
@@ -173,9 +175,9 @@ def read_rankings(files: Sequence[Location], dataset: Dataset, split: Split = "t
     Raises:
         UserError: unreadable, empty, of another dataset, or with two rankings of one user.
     """
-    found: list[tuple[str, Split, Lists, Location, Ints]] = []
+    found: list[tuple[str, Split, Lists, Location, Ints, dict[str, int]]] = []
     for file in files:
-        table = _read_table(file, dataset, split)
+        table, rejected = _read_table(file, dataset, split)
         if table.is_empty():
             raise UserError(f"rankings {file} are empty", "Make them with `vlrank rerank`.")
         for (part_of, source), part in table.group_by(["split", "source"], maintain_order=True):
@@ -192,24 +194,26 @@ def read_rankings(files: Sequence[Location], dataset: Dataset, split: Split = "t
             # An item that is named again would push the others down, and the list has no more places than candidates.
             again = lists.duplicates()
             repeated = lists.users[lists.segments()[again]]
-            found.append((str(source or file.stem), part_of, lists.keep(~again), file, repeated))
-    names = _names([(source, part_of, file) for source, part_of, _, file, _ in found])
+            found.append((str(source or file.stem), part_of, lists.keep(~again), file, repeated, rejected))
+    names = _names([(source, part_of, file) for source, part_of, _, file, *_ in found])
     return [
-        _Run(name, part_of, lists, file, _declared(source), repeated)
-        for name, (source, part_of, lists, file, repeated) in zip(names, found, strict=True)
+        _Run(name, part_of, lists, file, _declared(source), repeated, rejected)
+        for name, (source, part_of, lists, file, repeated, rejected) in zip(names, found, strict=True)
     ]
 
 
-def _read_table(file: Location, dataset: Dataset, split: Split) -> pl.DataFrame:
+def _read_table(file: Location, dataset: Dataset, split: Split) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The rankings of a file, and how much of it could not be used, by kind of error."""
     if not file.is_file():
         raise UserError(f"rankings {file} do not exist", "Make them with `vlrank rerank`.")
     local = fetch(file)
     if file.suffix == ".parquet" and _is_ours(local):
-        return read_parquet(local, schemas.RANKINGS)
+        return read_parquet(local, schemas.RANKINGS), {}
     said = _said_beside(file)
     split = said["split"] if said.get("split") in ("val", "test") else split
     source = str(said.get("source") or file.stem)
-    return read_candidates(local, dataset, split=split).table.with_columns(source=pl.lit(source))
+    read = read_candidates(local, dataset, split=split)
+    return read.table.with_columns(source=pl.lit(source)), Counter(row["error_type"] for row in read.rejected)
 
 
 def _said_beside(file: Location) -> dict[str, Any]:
@@ -366,6 +370,10 @@ def _evaluate_group(
         n_items=dataset.n_items,
     )
     for run, lists in models:
+        if run.rejected:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in run.rejected.items())
+            message = f"{run.name}: {run.file.name} holds what is not of this dataset, or not usable: {kinds}"
+            findings.append(Finding("rejected", "warning", message, sum(run.rejected.values()), len(run.lists.users)))
         if len(run.repeated):
             bad, total = len(np.unique(run.repeated)), len(run.lists.users)
             message = (
