@@ -11,7 +11,7 @@ Two GPUs: ``torchrun --nproc-per-node 2 bench/train.py --child small/ours --conf
 Model FLOPs (Chowdhery et al. 2022, appendix B; only what the model needs, recomputation not counted): a matrix of N
 weights costs 2N per token forward, 2N for the gradient of its input and 2N for its own; frozen weights save the last.
 Causal attention over T tokens costs 2 * T^2 * heads * head_dim forward per layer and twice that backward. The head
-counts for learned tokens only, the embedding not at all.
+counts for learned tokens only, the last layer for them and for the keys and values of all, the embedding not at all.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ VARIANTS: dict[str, str] = {
     "raw/pixels": "Qwen3-VL-2B LoRA, 20 pictures 224x224, pixels through the frozen tower each step, padded",
     "raw/cached": "the same with cached vision features (deepstack included), packed and compiled",
     "smol/ours": "SmolLM2-135M full, 64 prompts of 450 to 750 tokens, packed",
+    "small/whole-last": "small/ours with the last layer computed at all places",
+    "vl/whole-last": "vl/ours with the last layer computed at all places",
     "small/peft": "small/ours with PEFT's own LoRA layers",
     "small/eager": "small/ours without compilation",
     "small/padded": "small/ours side by side instead of packed",
@@ -267,17 +269,20 @@ def model_flops(model: Any, lengths: list[int], *, learned: int, lora: bool, pic
         lora: The base weights are frozen.
         pictures: Patches that go through the vision tower (forward only, it is frozen).
     """
-    from vlrank.training.model import core
+    from vlrank.training.structure import core
 
     inner = core(model).model
     text = getattr(inner, "language_model", inner)
     config = text.config
-    weights = sum(p.numel() for n, p in text.layers.named_parameters() if "lora_" not in n and p.ndim == 2)
-    head = config.hidden_size * config.vocab_size
-    tokens = sum(lengths)
+    width, head_dim = config.hidden_size, config.head_dim
+    keys_and_values = 2 * width * config.num_key_value_heads * head_dim
+    rest = 2 * width * config.num_attention_heads * head_dim + 3 * width * config.intermediate_size
+    layers = config.num_hidden_layers - 1
+    everywhere = layers * (keys_and_values + rest) + keys_and_values
+    at_learned = rest + width * config.vocab_size
     per_weight = 4 if lora else 6
-    attention = sum(2 * t * t for t in lengths) * config.num_attention_heads * config.head_dim
-    flops = per_weight * (weights * tokens + head * learned) + 3 * attention * config.num_hidden_layers
+    attention = sum(2 * t * t for t in lengths) * config.num_attention_heads * head_dim
+    flops = per_weight * (everywhere * sum(lengths) + at_learned * learned) + 3 * attention * layers
     if pictures:
         tower = sum(p.numel() for p in inner.visual.blocks.parameters() if p.ndim == 2)
         flops += 2 * tower * pictures
@@ -291,10 +296,11 @@ def build(name: str, args: argparse.Namespace) -> Work:
     """The work of a variant."""
     import torch
 
+    from vlrank.training.answers import AnswerHead, token_losses
     from vlrank.training.attention import compile_layers, use_packed_attention
     from vlrank.training.batches import to_device
     from vlrank.training.lora import fuse_lora
-    from vlrank.training.model import AnswerHead, core, token_losses
+    from vlrank.training.structure import core
 
     random.seed(0)
     family, variant = name.split("/")
@@ -319,22 +325,17 @@ def build(name: str, args: argparse.Namespace) -> Work:
         model.enable_input_require_grads()
     packed = variant not in ("padded", "plain", "plain-gc", "pixels", "full-pixels")
     budget = row_tokens(variant, core(model), batches)
+    head = None if plain else AnswerHead(model, last_layer=variant != "whole-last")
     if packed:
         use_packed_attention(core(model))
         if not full and variant != "peft":
             fuse_lora(model)
     if variant != "eager" and (packed or variant == "padded"):
-        if packed:
-            compile_layers(core(model))
-        else:
-            text = getattr(core(model).model, "language_model", core(model).model)
-            for layer in text.layers:
-                layer.compile(dynamic=True)
+        compile_layers(core(model), dynamic=not packed)
     wrapped = model
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=[int(os.environ["LOCAL_RANK"])])
     optimizer = make_optimizer(variant, model, plain)
-    head = None if plain else AnswerHead(model)
     at_once = BATCH if plain else 32  # logits of 32 prompts are more than a GPU holds
     forms = [collate(rows, packed, budget, vision, at_once) for rows in batches]
     device = next(model.parameters()).device
@@ -612,8 +613,8 @@ def unsloth_work(folder: Path, args: argparse.Namespace) -> Work:
         model, r=8, lora_alpha=16, lora_dropout=0, target_modules=names, use_gradient_checkpointing=False
     )
 
+    from vlrank.training.answers import AnswerHead, token_losses
     from vlrank.training.batches import to_device
-    from vlrank.training.model import AnswerHead, token_losses
 
     head = AnswerHead(model)
     batches = make_batches("small", args, model)
@@ -633,16 +634,9 @@ def unsloth_work(folder: Path, args: argparse.Namespace) -> Work:
         model.zero_grad(set_to_none=True)
         return loss.detach()
 
-    length = len(batches[0][0].ids)
-    layers = model.get_base_model().model
-    config = layers.config
-    sizes = [config.hidden_size * config.intermediate_size * 3]
-    sizes += [config.hidden_size * config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)]
-    tokens = BATCH * length
-    attention = BATCH * 2 * length**2 * config.num_attention_heads * config.head_dim
-    flops = 4 * sum(sizes) * config.num_hidden_layers * tokens + 3 * attention * config.num_hidden_layers
-    flops += 4 * config.hidden_size * config.vocab_size * ANSWER * BATCH
-    return Work(step, BATCH, tokens, float(flops))
+    lengths = [len(row.ids) for row in batches[0]]
+    flops = model_flops(model, lengths, learned=ANSWER * BATCH, lora=True)
+    return Work(step, BATCH, sum(lengths), flops)
 
 
 if __name__ == "__main__":

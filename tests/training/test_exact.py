@@ -17,10 +17,12 @@ from vlrank.config import RankingConfig
 from vlrank.data.dataset import Dataset
 from vlrank.reranking.encoding import Encoded, Encoder
 from vlrank.reranking.modes import mode_spec
+from vlrank.training.answers import AnswerHead, token_losses
 from vlrank.training.attention import compile_layers, use_packed_attention
 from vlrank.training.collate import MicroBatch, Row, answer_row, end_to_end, side_by_side
-from vlrank.training.model import AnswerHead, accept_features, token_losses
+from vlrank.training.model import accept_features
 from vlrank.training.pictures import Pixels, compute_features
+from vlrank.training.structure import decoder_layers
 
 TOLERANCE = 1e-5
 LENGTHS = (3, 11, 5, 14)  # candidates per prompt: answers of one and of two digits
@@ -151,8 +153,9 @@ def test_compiled_layers_equal_plain(case: Case, packed_attention: None) -> None
     try:
         case.assert_same(lambda: case.fast(end_to_end(case.rows, documents=9, **case.form)))
     finally:
-        for layer in case.model.model.language_model.layers:
+        for layer in decoder_layers(case.model):
             layer._compiled_call_impl = None
+        del decoder_layers(case.model)[-1].keys_and_values  # the compiled one, the class's is behind it
 
 
 # ---- what must be noticed -------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import torch
 
 from vlrank.config import TrainConfig
 from vlrank.data.dataset import Dataset
+from vlrank.training.answers import token_losses
 from vlrank.training.collate import answer_row, side_by_side
-from vlrank.training.model import load_trainable, resolve_base, token_losses
+from vlrank.training.model import load_trainable, resolve_base
 
 
 def test_validation_leaves_4_bit_gradients_alone(settings: Callable[..., TrainConfig], told_shop: Dataset) -> None:

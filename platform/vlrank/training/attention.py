@@ -20,6 +20,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vlrank.training.answers import LastLayer
+from vlrank.training.structure import decoder_layers
+
 _log = logging.getLogger(__name__)
 NAME = "vlrank_packed"
 _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
@@ -234,13 +237,21 @@ def use_packed_attention(model: Any) -> None:
     config._attn_implementation = name
 
 
-def compile_layers(model: Any, backend: str = "inductor") -> int:
+def compile_layers(model: Any, backend: str = "inductor", *, dynamic: bool = False) -> int:
     """Compile each decoder layer in place (regional compilation): one graph for all layers, small start-up.
+
+    Args:
+        model: A plain causal language model or Qwen3-VL.
+        backend: Of ``torch.compile``.
+        dynamic: For padded batches, whose shapes change.
 
     Returns:
         How many layers.
     """
-    text = getattr(model.model, "language_model", model.model)
-    for layer in text.layers:
-        layer.compile(dynamic=False, backend=backend)
-    return len(text.layers)
+    layers = decoder_layers(model)
+    for layer in layers:
+        if isinstance(layer, LastLayer):
+            layer.compile_narrow(backend, dynamic)
+        else:
+            layer.compile(dynamic=dynamic, backend=backend)
+    return len(layers)

@@ -17,6 +17,9 @@ from torch import nn
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Projections with one input, in the order in which Qwen3, Qwen3-VL and Llama call them."""
 
+GROUPS_OF_LAST = (("q_proj",), ("k_proj", "v_proj"), *GROUPS[1:])
+"""The same in a last layer whose queries are those of few places (`vlrank.training.answers.LastLayer`)."""
+
 
 class _Projections(torch.autograd.Function):
     """``y = x W^T + (x A^T) B^T`` with W frozen."""
@@ -32,6 +35,8 @@ class _Projections(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x, a and b."""
         x, low, weight, a, b = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:  # the first layer reads frozen embeddings
+            return None, None, (grad @ b).T @ x, grad.T @ low
         grad_x, grad_low = (grad @ torch.cat([weight, b], dim=1)).split([x.shape[1], low.shape[1]], dim=1)
         return grad_x + grad_low @ a, None, grad_low.T @ x, grad.T @ low
 
@@ -103,7 +108,7 @@ def fuse_lora(model: Any) -> int:
     """
     changed = 0
     for parent in list(model.modules()):
-        for names in GROUPS:
+        for names in GROUPS_OF_LAST if getattr(parent, "queries_apart", False) else GROUPS:
             layers: list[Any] = [layer for name in names if _plain(layer := getattr(parent, name, None))]
             if not layers:
                 continue

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,11 +15,13 @@ from vlrank.errors import UserError
 from vlrank.reranking.modes import Family, ModeSpec, mode_spec
 from vlrank.storage import Location, fetch_model, is_url, location
 from vlrank.training.collate import ANSWER_ROOM
+from vlrank.training.structure import core
 
 if TYPE_CHECKING:
     import torch
 
     from vlrank.reranking.encoding import Encoder
+    from vlrank.training.answers import AnswerHead
 
 FOLDERS: dict[Family, str] = {"text": "qwen3vl_rerank", "vision": "qwen3vl_rerank_vl"}
 """Where a run keeps its checkpoints, by family."""
@@ -58,7 +59,7 @@ class Trainable:
         model: A `PreTrainedModel` or `PeftModel`.
         processor: Saved beside every checkpoint: the processor of vision models, the tokenizer of text models.
         encoder: Prompts -> token ids and pixels, of this model.
-        head: Keeps logits to the places where they are needed.
+        head: Keeps the model's end to the places where it is needed.
     """
 
     model: Any
@@ -146,6 +147,7 @@ def load_trainable(config: TrainConfig, base: Base, device: torch.device) -> Tra
     from transformers import AutoProcessor
 
     from vlrank.reranking.encoding import Encoder
+    from vlrank.training.answers import AnswerHead
 
     spec = mode_spec(config.mode)
     base = replace(base, name=fetch_model(base.name))
@@ -164,7 +166,7 @@ def load_trainable(config: TrainConfig, base: Base, device: torch.device) -> Tra
     if config.gradient_checkpointing and not base.unsloth:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    return Trainable(model, processor, encoder, AnswerHead(model))
+    return Trainable(model, processor, encoder, AnswerHead(model, last_layer=config.loss == "answer"))
 
 
 def weight_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -252,66 +254,6 @@ def exact_4bit_on_cpu(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def blocks(model: Any) -> list[str]:
-    """Class names of the layers that are sharded one by one."""
-    inner = core(model).model
-    layers = [getattr(inner, "language_model", inner).layers[0]]
-    if hasattr(inner, "visual"):
-        layers.append(inner.visual.blocks[0])
-    return [type(layer).__name__ for layer in layers]
-
-
-def core(model: Any) -> Any:
-    """The plain transformers model inside PEFT and data-parallel wrappers."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-class AnswerHead:
-    """Lets the output head see only the places whose next token matters.
-
-    Logits of a whole batch are what fills memory (2048 tokens x 152k words are 1.2 GB in float32 per sample); an answer
-    is two or three tokens. ``logits_to_keep`` of transformers takes one set of places for all rows of a batch, so the
-    places are picked right before the head instead: the same numbers, for padded and for packed rows.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._index: torch.Tensor | None = None
-        core(model).get_output_embeddings().register_forward_pre_hook(self._select)
-
-    def _select(self, module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._index is None:
-            return None
-        hidden = arguments[0]
-        return (hidden.reshape(-1, hidden.shape[-1])[self._index].unsqueeze(0), *arguments[1:])
-
-    @contextmanager
-    def at(self, index: torch.Tensor) -> Iterator[None]:
-        """Within the block logits are [1, n, vocabulary], of ``index`` (int64 [n]) into the flattened batch."""
-        self._index = index
-        try:
-            yield
-        finally:
-            self._index = None
-
-
-def token_losses(model: Any, head: AnswerHead, batch: dict[str, Any]) -> torch.Tensor:
-    """Cross-entropy in float32 of each learned token of a micro-batch, [n].
-
-    ``use_cache`` is off in every pass: with a cache, packed documents would see each other.
-    """
-    import torch
-
-    inputs: dict[str, Any] = {
-        name: value for name, value in batch.items() if name not in ("answer_index", "targets", "cu_seqlens", "longest")
-    }
-    if "cu_seqlens" in batch:
-        inputs |= {"packed_cu_seqlens": batch["cu_seqlens"], "packed_longest": batch["longest"]}
-    with head.at(batch["answer_index"]):
-        logits = model(**inputs, use_cache=False).logits[0]
-    return torch.nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="none")
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------

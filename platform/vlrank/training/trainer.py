@@ -22,10 +22,11 @@ from vlrank.config import TrainConfig
 from vlrank.data.tables import DiskFull, disk_errors
 from vlrank.engines.transformers import score_labels
 from vlrank.errors import UserError
+from vlrank.training.answers import token_losses
 from vlrank.training.batches import StepLoader, Steps, to_device
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import Plan
-from vlrank.training.model import Base, Trainable, token_losses
+from vlrank.training.model import Base, Trainable
 from vlrank.training.optim import MasterAdamW
 from vlrank.training.validation import encode_samples, rank_metrics, validation_ranks
 

@@ -89,7 +89,8 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
     from vlrank.training.batches import Steps
-    from vlrank.training.model import blocks, core, load_trainable
+    from vlrank.training.model import load_trainable
+    from vlrank.training.structure import blocks, core
     from vlrank.training.trainer import Outcome, ReportCallback, RerankTrainer, patience_spent
 
     set_seed(config.seed)
@@ -241,9 +242,9 @@ def _fit_memory(
     import numpy as np
     import torch
 
+    from vlrank.training.answers import token_losses
     from vlrank.training.batches import to_device
     from vlrank.training.collate import Row, end_to_end, side_by_side
-    from vlrank.training.model import token_losses
     from vlrank.training.trainer import device_full, largest_that_fits
 
     trained = [p for p in trainable.model.parameters() if p.requires_grad]
