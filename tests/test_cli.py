@@ -1,6 +1,5 @@
 """The command line as a newcomer meets it: help, refusals with exit code 2, and no tracebacks."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -89,22 +88,21 @@ def test_a_missing_dataset_is_named_with_the_command_that_makes_one(tmp_path: Pa
 
 def _run(command: click.Command, *arguments: str) -> int:
     with pytest.raises(SystemExit) as stop:
-        main(command, arguments, machine_line=True)
+        main(command, arguments)
     return int(stop.value.code or 0)
 
 
-def test_options_become_the_config(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_become_the_config() -> None:
     seen: list[TrainConfig] = []
 
     def run(config: TrainConfig) -> Summary:
         seen.append(config)
-        return Summary("train", counts={"samples": 3}, output=Path("run"))
+        return Summary("train")
 
     command = stage_command("train", TrainConfig, run, positional=["dataset"], aliases={"lr": ["--rerank_lr"]})
     code = _run(command, "data", "--mode", "caption", "--out", "run", "--rerank_lr", "2e-4", "ranking.window=30")
     assert code == 0
     assert (seen[0].dataset, seen[0].lr, seen[0].ranking.window) == (Path("data"), 2e-4, 30)
-    assert json.loads(capsys.readouterr().out) == {"status": "ok", "output": "run", "counts": {"samples": 3}}
 
 
 def test_a_repeatable_option_takes_several_values_up_to_the_next_option_or_override() -> None:
@@ -120,20 +118,18 @@ def test_a_repeatable_option_takes_several_values_up_to_the_next_option_or_overr
     assert (seen[0].out, seen[0].seed) == (Path("x"), 3)
 
 
-def test_failures_end_in_one_machine_readable_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_end_in_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(config: EvaluateConfig) -> Summary:
         raise UserError("rankings file a is empty [0 rows]", "Run `vlrank rerank` again.")
 
     command = stage_command("evaluate", EvaluateConfig, refuse, positional=["dataset"])
     assert _run(command, "data", "--rankings", "a", "--out", "x") == 2
     captured = capsys.readouterr()
-    last = json.loads(captured.out.strip().splitlines()[-1])
-    assert last["status"] == "error"
-    assert "a is empty [0 rows]" in last["message"]
-    assert "a is empty [0 rows]" in captured.err
+    assert captured.out == ""
+    assert captured.err.splitlines() == ["error: rankings file a is empty [0 rows]", "Run `vlrank rerank` again."]
 
 
-def test_dry_run_does_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_does_not_run() -> None:
     def run(config: EvaluateConfig) -> Summary:
         raise AssertionError("a dry run must not run the stage")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -67,12 +66,6 @@ class Summary:
         if self.output is not None:
             grid.add_row("[dim]output[/dim]", f"[bold]{self.output}[/bold]")
         console.print(Panel(grid, title=self.title, title_align="left", expand=False, border_style="green"))
-
-    def as_json(self) -> str:
-        """One line for machines."""
-        return json.dumps(
-            {"status": "ok", "output": None if self.output is None else str(self.output), "counts": dict(self.counts)}
-        )
 
 
 def _format(value: object) -> str:

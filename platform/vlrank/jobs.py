@@ -34,6 +34,7 @@ from vlrank.config import (
 from vlrank.console import Summary
 from vlrank.errors import UserError
 from vlrank.options import stage_command
+from vlrank.runtime import interrupt_on_sigterm
 from vlrank.storage import Location
 
 C = TypeVar("C", bound=Config)
@@ -97,6 +98,7 @@ def main(
 
 def run_and_exit(work: Callable[[], Summary | int | None]) -> NoReturn:
     """Run ``work``, print the JSON last line and exit; for jobs that are no single stage."""
+    interrupt_on_sigterm()
     try:
         summary = work()
     except (UserError, click.ClickException) as error:

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from vlrank.config import Config, load_config
 from vlrank.console import Summary, console, quiet_libraries
 from vlrank.errors import UserError
+from vlrank.runtime import interrupt_on_sigterm
 
 C = TypeVar("C", bound=Config)
 
@@ -149,44 +150,30 @@ def _option(name: str, field: FieldInfo, aliases: Sequence[str]) -> click.Option
     )
 
 
-def main(command: click.Command, argv: Sequence[str] | None = None, *, machine_line: bool = False) -> NoReturn:
+def main(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 done, 2 the user can mend it (one message, no traceback), 130 interrupted.
 
     Args:
         command: What to run; a returned `Summary` is shown.
         argv: Words after the program's name; default ``sys.argv[1:]``.
-        machine_line: End with one JSON line on stdout: status, output, counts or message. Used by jobs.
     """
-    import json
-
-    def failed(message: str) -> None:
-        if machine_line:
-            print(json.dumps({"status": "error", "message": message}), flush=True)
-
     quiet_libraries()
+    interrupt_on_sigterm()
     try:
         result = command.main(args=None if argv is None else list(argv), standalone_mode=False)
     except UserError as error:
         console.print(f"[bold red]error:[/bold red] {_escape(error.problem)}", soft_wrap=True)
         if error.remedy:
             console.print(_escape(error.remedy), soft_wrap=True)
-        failed(str(error))
         sys.exit(2)
     except click.ClickException as error:
         error.show()
-        failed(error.format_message())
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         console.print("interrupted; what was committed stays, and the same command goes on from there")
-        failed("interrupted")
         sys.exit(130)
-    except Exception as error:
-        failed(f"{type(error).__name__}: {error}")
-        raise
     if isinstance(result, Summary):
         result.show()
-        if machine_line:
-            print(result.as_json(), flush=True)
     sys.exit(result if isinstance(result, int) else 0)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -31,6 +33,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    by_sigterm = signal.getsignal(signal.SIGTERM) is _interrupt
     address = config.address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": os.environ.get("VLRANK_VERBOSE") == "1", "logging_level": logging.ERROR}
     if address and address != "local":
@@ -41,10 +44,24 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         # "local" on purpose: without it a stale address file of an earlier cluster makes ray.init fail.
         cpus = config.num_cpus or max(8, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    if by_sigterm:
+        interrupt_on_sigterm()  # Ray has put its own handlers in place, which print their stack and abort
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def interrupt_on_sigterm() -> None:
+    """End as by Ctrl-C where a batch system, a container or `ray job stop` ends this process; for programs, not for
+    libraries. Other threads than the main one cannot set this and leave it.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    signal.raise_signal(signal.SIGINT)  # for whoever listens now: Python, Ray Train, Ray Tune
 
 
 def quiet_data() -> DataContext:

@@ -150,6 +150,25 @@ def test_a_killed_driver_of_sharded_weights(
         torch.testing.assert_close(weight, plain[name], atol=1e-4, rtol=1e-3)
 
 
+def test_a_terminated_driver_ends_as_by_ctrl_c(settings: Callable[..., TrainConfig]) -> None:
+    """Batch systems, containers and `ray job stop` end programs by SIGTERM, at which Ray prints stacks and aborts."""
+    config = settings("terminated", workers=1).model_copy(update={"epochs": 500, "patience": 500})
+    file = config.out.parent / "terminated.yaml"
+    file.write_text(json.dumps(config.model_dump(mode="json", exclude={"ray"})))  # JSON is YAML
+    command = [sys.executable, "-m", "vlrank", "train", "--config", str(file), "ray.num_cpus=4"]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_evaluation(config.out)
+    started = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGTERM)
+    said, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 130
+    assert "interrupted; what was committed stays" in said
+    assert "SIGTERM" not in said
+    assert "Traceback" not in said
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
+
+
 def assert_same(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     assert [line["step"] for line in got] == [line["step"] for line in expected]
     for mine, other in zip(got, expected, strict=True):

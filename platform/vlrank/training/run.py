@@ -293,6 +293,8 @@ def _fit(trainer: TorchTrainer) -> dict[str, Any]:
             if isinstance(cause, UserError):
                 raise cause from None
         raise
+    except SystemExit:  # Ray Train's answer to Ctrl-C, once it has ended its workers
+        raise KeyboardInterrupt from None
     if outcome is None:
         raise RuntimeError("training ended without a result")
     return outcome
