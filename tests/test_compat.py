@@ -69,8 +69,8 @@ def test_hidden_vllm_looks_absent_and_a_loaded_one_is_refused() -> None:
 
 def test_training_goes_without_what_it_did_not_ask_for() -> None:
     done = python(
-        "from vlrank.compat import hide_extras; hide_extras()\n"
+        "from vlrank.compat import hide_extras; hide_extras(bitsandbytes=True)\n"
         "import transformers, peft, sys; from transformers import Trainer\n"
-        "assert not any(name.startswith(('torchao.', 'datasets.')) for name in sys.modules)"
+        "assert not any(name.startswith(('torchao.', 'datasets.', 'bitsandbytes.')) for name in sys.modules)"
     )
     assert done.returncode == 0, done.stderr

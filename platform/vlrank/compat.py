@@ -7,8 +7,8 @@
    a ``.pth`` file into the environment: ``python -m vlrank.compat``.
 2. **Unsloth beside vLLM.** Unsloth imports vLLM's compiled module where vLLM is installed, and that kills the process
    on a CPU without AVX-512. Training never needs vLLM: `hide_vllm` makes it look absent before Unsloth is imported.
-3. **What nobody asked for.** transformers' Trainer and PEFT import torchao and datasets wherever they are installed
-   (Unsloth brings both), which takes 1.5 of the 7 seconds of a training worker's imports: `hide_extras`.
+3. **What nobody asked for.** transformers' Trainer and PEFT import torchao, datasets and bitsandbytes wherever they are
+   installed, and these much of PyTorch's compiler: more than half of a training worker's imports. `hide_extras`.
 4. **Sharded weights without GPUs.** accelerate refuses what PyTorch can: `shard_on_cpus`.
 """
 
@@ -106,12 +106,15 @@ def hide_vllm() -> None:
     sys.modules["vllm"] = None  # type: ignore[assignment]
 
 
-def hide_extras() -> None:
+def hide_extras(*, bitsandbytes: bool) -> None:
     """Make torchao and datasets look absent in this process, which only trains; call before ``import transformers``.
 
     Not for a user's own process, which may want them, and not where weights are quantised by torchao.
+
+    Args:
+        bitsandbytes: That too, which takes PEFT a second to import: no weights and no moments have 4 or 8 bits.
     """
-    for name in ("torchao", "datasets"):
+    for name in ("torchao", "datasets", *(["bitsandbytes"] if bitsandbytes else [])):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 

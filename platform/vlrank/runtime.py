@@ -41,6 +41,8 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     else:
         # One process fewer for every run and every trial of a sweep: this machine will not be taken away from itself.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # Reports of a worker, and its end, are noticed every so many seconds; 2 by default, which short trials feel.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         # "local" on purpose: without it a stale address file of an earlier cluster makes ray.init fail.
         cpus = config.num_cpus or max(8, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)

@@ -85,7 +85,7 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         hide_vllm()
         import unsloth  # noqa: F401
     elif not base.maybe_quantised:
-        hide_extras()
+        hide_extras(bitsandbytes=not base.in_4bit and "8bit" not in config.optim)
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
     from vlrank.training.batches import Steps
