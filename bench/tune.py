@@ -110,12 +110,15 @@ def main() -> None:
     parser.add_argument("--samples_per_user", type=int, default=1)
     parser.add_argument("--concurrent", type=int, default=2, help="trials side by side in the replays")
     parser.add_argument("--train_concurrent", type=int, help="trials trained side by side; default as many")
+    parser.add_argument("--gpus_per_trial", type=float, default=0, help="a fraction; default CPUs alone")
     parser.add_argument("--reduction_factor", type=int, default=2)
     parser.add_argument("--curves", type=Path, help="an earlier result of this benchmark with the same options")
     arguments = parser.parse_args()
     if arguments.curves:
         again(arguments)
         return
+    # Many trials share a GPU; compiling so small a model would take longer than training it.
+    on_gpu = {"gpus_per_worker": arguments.gpus_per_trial, "compile": False} if arguments.gpus_per_trial else {}
     rows, start_ups = [], []
     with tempfile.TemporaryDirectory(prefix="bench-tune-") as name:
         folder = Path(name)
@@ -141,7 +144,8 @@ def main() -> None:
                     "metric": "ndcg@10",
                     "seed": seed,
                     "ranking": {"max_history": 6, "max_item_chars": 50, "top_k": 20},
-                },
+                }
+                | on_gpu,
                 max_concurrent_trials=arguments.train_concurrent or arguments.concurrent,
                 seed=seed,
             )
