@@ -6,6 +6,7 @@ What a user would lose: a model trained on subtly wrong gradients looks like any
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from vlrank.config import RankingConfig
 from vlrank.data.dataset import Dataset
+from vlrank.engines.transformers import score_labels
 from vlrank.reranking.encoding import Encoded, Encoder
 from vlrank.reranking.modes import mode_spec
 from vlrank.training.answers import AnswerHead, token_losses
@@ -111,6 +113,17 @@ def packed_attention(case: Case) -> Iterator[None]:
     config._attn_implementation = before
 
 
+@contextmanager
+def compiled_layers(case: Case, backend: Any) -> Iterator[None]:
+    compile_layers(case.model, backend=backend)
+    try:
+        yield
+    finally:
+        for layer in decoder_layers(case.model):
+            layer._compiled_call_impl = None
+        del decoder_layers(case.model)[-1].keys_and_values  # the compiled one, the class's is behind it
+
+
 def test_padded_batch_with_answer_only_logits_equals_plain(case: Case) -> None:
     case.assert_same(lambda: case.fast(side_by_side(case.rows, **case.form)))
 
@@ -149,13 +162,28 @@ def test_compiled_layers_equal_plain(case: Case, packed_attention: None) -> None
     if not case.rows[0].grids:
         pytest.skip("one model is enough: capture is slow, and the layers are the same")
     # The eager backend runs what was captured without generating code: capture is what could go wrong in our part.
-    compile_layers(case.model, backend="eager")
-    try:
+    with compiled_layers(case, "eager"):
         case.assert_same(lambda: case.fast(end_to_end(case.rows, documents=9, **case.form)))
-    finally:
-        for layer in decoder_layers(case.model):
-            layer._compiled_call_impl = None
-        del decoder_layers(case.model)[-1].keys_and_values  # the compiled one, the class's is behind it
+
+
+def test_validation_compiles_nothing(case: Case, packed_attention: None) -> None:
+    """Every batch has another shape: the first evaluation of a run took 7 to 18 seconds on an H200, the others one."""
+    if case.vision:
+        pytest.skip("one model is enough: capture is slow, and the layers are the same")
+    expected = [scores for prompt in case.prompts for scores in score_labels(case.model, case.encoder, [prompt])]
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with compiled_layers(case, backend):
+        for prompt, scores in zip(case.prompts, expected, strict=True):
+            np.testing.assert_allclose(score_labels(case.model, case.encoder, [prompt])[0], scores)
+        assert not compiled
+        case.fast(side_by_side(case.rows, **case.form))  # in training they are
+        assert compiled
 
 
 # ---- what must be noticed -------------------------------------------------------------------------------------------

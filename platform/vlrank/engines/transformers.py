@@ -181,7 +181,10 @@ def _is_vision(model: Any) -> bool:
 
 @contextmanager
 def _scoring(model: Any) -> Iterator[None]:
-    """Eval mode and an attention that takes any mask, for the time of the block."""
+    """Eval mode and an attention that takes any mask, for the time of the block.
+
+    Layers that were compiled for training run as they are: every batch has another shape, and each would be compiled.
+    """
     training = model.training
     config = _text_config(model)
     attention = config._attn_implementation
@@ -189,7 +192,8 @@ def _scoring(model: Any) -> Iterator[None]:
     if attention not in ("sdpa", "eager"):
         config._attn_implementation = "sdpa"
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         config._attn_implementation = attention
         model.train(training)

@@ -8,7 +8,7 @@ Qwen3-0.6B, with the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,7 +116,7 @@ class LastLayer(nn.Module):
         key = _heads(attention.k_proj(normed), attention, getattr(attention, "k_norm", None))
         return _rotated(key, cos, sin), _heads(attention.v_proj(normed), attention, None)
 
-    def compile_narrow(self, backend: str, dynamic: bool) -> None:
+    def compile_narrow(self, backend: str | Callable[..., Any], dynamic: bool) -> None:
         """Compile what is computed at all places."""
         compiled = torch.compile(self.keys_and_values, dynamic=dynamic, backend=backend)
         self.keys_and_values = compiled  # type: ignore[method-assign]

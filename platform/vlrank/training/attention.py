@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
@@ -237,7 +238,7 @@ def use_packed_attention(model: Any) -> None:
     config._attn_implementation = name
 
 
-def compile_layers(model: Any, backend: str = "inductor", *, dynamic: bool = False) -> int:
+def compile_layers(model: Any, backend: str | Callable[..., Any] = "inductor", *, dynamic: bool = False) -> int:
     """Compile each decoder layer in place (regional compilation): one graph for all layers, small start-up.
 
     Args:
