@@ -271,9 +271,7 @@ def model_flops(model: Any, lengths: list[int], *, learned: int, lora: bool, pic
     """
     from vlrank.training.structure import core
 
-    inner = core(model).model
-    text = getattr(inner, "language_model", inner)
-    config = text.config
+    config = core(model).config.get_text_config()
     width, head_dim = config.hidden_size, config.head_dim
     keys_and_values = 2 * width * config.num_key_value_heads * head_dim
     rest = 2 * width * config.num_attention_heads * head_dim + 3 * width * config.intermediate_size
@@ -284,7 +282,7 @@ def model_flops(model: Any, lengths: list[int], *, learned: int, lora: bool, pic
     attention = sum(2 * t * t for t in lengths) * config.num_attention_heads * head_dim
     flops = per_weight * (everywhere * sum(lengths) + at_learned * learned) + 3 * attention * layers
     if pictures:
-        tower = sum(p.numel() for p in inner.visual.blocks.parameters() if p.ndim == 2)
+        tower = sum(p.numel() for p in core(model).model.visual.blocks.parameters() if p.ndim == 2)
         flops += 2 * tower * pictures
     return float(flops)
 
