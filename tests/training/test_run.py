@@ -217,6 +217,10 @@ def test_wrong_models_are_refused(
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
     with pytest.raises(UserError, match="no tokenizer"):
         run(settings("caption", model=str(tmp_path)))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        run(settings("caption", model=str(tmp_path)))
     with pytest.raises(UserError, match="weights are quantised"):
         run(settings("semantic_summary_small", model="unsloth/Qwen3-0.6B-unsloth-bnb-4bit", method="full"))
     assert not (tmp_path / "run").exists(), "nothing half-written"

@@ -130,7 +130,7 @@ def open_model(model: str | Location, mode: str | None = None) -> ModelFolder:
             f"{path} holds no model: neither config.json nor adapter_config.json",
             "Give a run folder of `vlrank train` or a checkpoint.",
         )
-    details = _read_json(path / "vlrank.json") if (path / "vlrank.json").is_file() else {}
+    details = read_json(path / "vlrank.json") if (path / "vlrank.json").is_file() else {}
     trained_for = details.get("mode")
     if mode is not None and trained_for is not None and mode != trained_for:
         raise UserError(
@@ -173,14 +173,14 @@ def best_checkpoint(path: Location) -> Location:
                 f"run {path} has no best.json: its training has not got to a first evaluation", "Train it on."
             )
         return path
-    checkpoint = path / str(_read_json(best).get("checkpoint"))
+    checkpoint = path / str(read_json(best).get("checkpoint"))
     if not checkpoint.is_dir():
         raise UserError(f"{best} names {checkpoint}, which does not exist", "Restore the folder, or train again.")
     return checkpoint
 
 
 def _adapter_base(path: Location, details: dict[str, Any]) -> str:
-    base = details.get("base_model") or _read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    base = details.get("base_model") or read_json(path / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise UserError(f"{path / 'adapter_config.json'} does not name its base model", "Set base_model_name_or_path.")
     return str(base)
@@ -190,10 +190,15 @@ def _family(base: str, details: dict[str, Any]) -> Family:
     if details.get("family") in ("vision", "text"):
         return "vision" if details["family"] == "vision" else "text"
     config = location(base) / "config.json"
-    return "vision" if config.is_file() and "vision_config" in _read_json(config) else "text"
+    return "vision" if config.is_file() and "vision_config" in read_json(config) else "text"
 
 
-def _read_json(path: Location) -> dict[str, Any]:
+def read_json(path: Location) -> dict[str, Any]:
+    """The object in a model folder's file.
+
+    Raises:
+        UserError: it cannot be read, is no JSON or no object.
+    """
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

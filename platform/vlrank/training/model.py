@@ -110,13 +110,15 @@ def resolve_base(config: TrainConfig) -> Base:
 
 
 def _stored_quantised(folder: str) -> bool:
+    from vlrank.engines.base import read_json
+
     config = Path(folder) / "config.json"
-    return config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+    return config.is_file() and "quantization_config" in read_json(config)
 
 
 def _model_folder(given: Location, spec: ModeSpec) -> Location:
     """The folder with the weights: of a run of `vlrank train` that of its best checkpoint."""
-    from vlrank.engines.base import best_checkpoint
+    from vlrank.engines.base import best_checkpoint, read_json
 
     folder = best_checkpoint(given)
     if not (folder / "config.json").is_file():
@@ -127,7 +129,7 @@ def _model_folder(given: Location, spec: ModeSpec) -> Location:
         raise UserError(f"model folder {folder} has no config.json", "Give a Hugging Face name or a model folder.")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise UserError(f"model folder {folder} has no tokenizer", "Copy tokenizer.json of its base model into it.")
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    kind = read_json(folder / "config.json").get("model_type")
     if (kind == "qwen3_vl") != (spec.family == "vision"):
         wanted = "a Qwen3-VL model" if spec.family == "vision" else "a causal language model"
         raise UserError(
