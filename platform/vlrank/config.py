@@ -304,7 +304,7 @@ class TrainConfig(Config):
     pack_tokens: int | None = Field(
         None,
         ge=64,
-        description="tokens of a packed row; default what a step fills well, at most what a quarter of the GPU holds",
+        description="tokens of a packed row; default what a step fills well, at most half of the free GPU memory",
     )
     compile: bool | None = Field(None, description="compile each decoder layer; default true on a GPU with packing")
     cache_vision: bool = Field(True, description="features of a frozen vision tower are computed once per picture")

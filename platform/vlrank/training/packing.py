@@ -6,15 +6,16 @@ Packing to a fixed budget keeps every shape static, so compiled layers are compi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 _ROW_BYTES = 44
+_TRAINED_BYTES = {"adamw_bf16": 8, "adamw_8bit": 6, "paged_adamw_8bit": 4}
 
 
-def row_limit(layers: int, hidden: int, memory: float) -> int:
-    """Longest packed row unless the config says more: what a row must remember may take a quarter of the GPU.
+def row_limit(layers: int, hidden: int, free: float, *, tower: bool = False) -> int:
+    """Longest packed row unless the config says more: what it must remember may take half of the GPU's free memory.
 
     Long rows keep a large GPU busy; a small model needs longer ones. Every layer keeps about 44 bytes per token and
     hidden unit for the backward pass (measured: 16,384 tokens of Qwen3-0.6B, 28 layers of 1024, take 20 GiB).
@@ -22,14 +23,34 @@ def row_limit(layers: int, hidden: int, memory: float) -> int:
     Args:
         layers: Of the language model.
         hidden: Their width.
-        memory: Bytes of the GPU.
+        free: Bytes of the GPU; see `free_memory`.
+        tower: A vision tower is trained too: it remembers as much again.
 
     >>> h100 = 79.2 * 2**30
-    >>> row_limit(28, 1024, h100), row_limit(28, 2048, h100), row_limit(30, 576, h100), row_limit(28, 1024, h100 / 3)
-    (16384, 8192, 27648, 5120)
+    >>> row_limit(30, 576, h100 - 2**31), row_limit(28, 2048, h100 - 32 * 2**30), row_limit(28, 1024, h100 / 3)
+    (54272, 9216, 10240)
+    >>> row_limit(28, 2048, h100 - 32 * 2**30, tower=True)
+    4096
     """
-    tokens = memory / 4 / (_ROW_BYTES * layers * hidden)
+    tokens = free / (4 if tower else 2) / (_ROW_BYTES * layers * hidden)
     return int(max(2.0, min(64.0, tokens / 1024))) * 1024
+
+
+def free_memory(total: float, weights: Iterable[tuple[int, int, bool]], optim: str = "auto", ranks: int = 1) -> float:
+    """Bytes of a GPU that the weights and what trains them leave.
+
+    Args:
+        total: Bytes of the GPU, or of a run's share of it.
+        weights: Numbers, bytes and whether it is trained, of each weight.
+        optim: As in `TrainConfig`; AdamW takes 16 bytes for a trained number: float32 moments, itself and its gradient,
+            in bfloat16 with a float32 copy.
+        ranks: Over how many GPUs the weights are sharded.
+
+    >>> free_memory(100, [(2, 4, False), (3, 6, True)]), free_memory(100, [(3, 6, True)], "adamw_8bit", ranks=2)
+    (48.0, 91.0)
+    """
+    each = _TRAINED_BYTES.get(optim, 16)
+    return total - sum(each * numbers if trained else size for numbers, size, trained in weights) / ranks
 
 
 def launch_tokens(hidden: int) -> int:

@@ -23,3 +23,8 @@ def blocks(model: Any) -> list[str]:
     if hasattr(core(model).model, "visual"):
         layers.append(core(model).model.visual.blocks[0])
     return [type(layer).__name__ for layer in layers]
+
+
+def weights(model: Any) -> list[tuple[int, int, bool]]:
+    """Numbers, bytes and whether it is trained, of each weight."""
+    return [(p.numel(), p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]

@@ -31,7 +31,7 @@ from vlrank.storage import (
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import Plan, TrainingData, pictures_folder, plan
 from vlrank.training.model import FOLDERS, Base
-from vlrank.training.packing import launch_tokens, row_length, row_limit
+from vlrank.training.packing import free_memory, launch_tokens, row_length, row_limit
 
 PROGRESS_FILE = "progress.json"
 PROGRESS_S = 5.0
@@ -90,7 +90,7 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
 
     from vlrank.training.batches import Steps
     from vlrank.training.model import load_trainable
-    from vlrank.training.structure import blocks, core
+    from vlrank.training.structure import blocks, core, weights
     from vlrank.training.trainer import Outcome, ReportCallback, RerankTrainer, patience_spent
 
     set_seed(config.seed)
@@ -147,8 +147,12 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
             start = row_length(lengths, own_share, own_share * longest)
             limit = _fit_memory(config, base, trainable, start, longest, own_share)
         else:
-            memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
-            limit = row_limit(text.num_hidden_layers, text.hidden_size, memory)
+            # Trials of a sweep may share a GPU.
+            share = min(1.0, config.gpus_per_worker or 1.0)
+            memory = share * torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
+            sharded = world if config.parallel == "fsdp2" else 1
+            free = free_memory(memory, weights(trainable.model), config.optim, sharded)
+            limit = row_limit(text.num_hidden_layers, text.hidden_size, free, tower=config.train_vision)
         steps.pack_tokens = row_length(lengths, own_share, limit, least)
     elif search:
         steps.micro_batch_size = _fit_memory(config, base, trainable, own_share, longest, None)
