@@ -156,9 +156,14 @@ def test_a_terminated_driver_ends_as_by_ctrl_c(settings: Callable[..., TrainConf
     file = config.out.parent / "terminated.yaml"
     file.write_text(json.dumps(config.model_dump(mode="json", exclude={"ray"})))  # JSON is YAML
     command = [sys.executable, "-m", "vlrank", "train", "--config", str(file), "ray.num_cpus=4"]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A lone worker needs no process group, and must not look for one that this host's launcher speaks of.
+    launched = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1"}
+    driver = subprocess.Popen(command, env=launched, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_evaluation(config.out)
     started = psutil.Process(driver.pid).children(recursive=True)
+    # Importing torch where nothing computes costs seconds of every start, and of every trial's.
+    with_torch = [one.name() for one in [psutil.Process(driver.pid), *started] if loads_torch(one)]
+    assert with_torch == ["ray::RayTrainWorker"]
     driver.send_signal(signal.SIGTERM)
     said, _ = driver.communicate(timeout=120)
     assert driver.returncode == 130
@@ -167,6 +172,10 @@ def test_a_terminated_driver_ends_as_by_ctrl_c(settings: Callable[..., TrainConf
     assert "Traceback" not in said
     _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
+
+
+def loads_torch(process: psutil.Process) -> bool:
+    return any("libtorch_cpu" in part.path for part in process.memory_maps())
 
 
 def assert_same(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:

@@ -31,7 +31,7 @@ from vlrank.training.worker import PROGRESS_FILE, PROGRESS_S
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 _FREE_KEYS = {
     *("out", "ray", "max_failures", "resume", "report_to", "loader_workers", "save_total_limit"),
@@ -89,7 +89,7 @@ def build_trainer(
     storage_path: str | Location,
     callbacks: Sequence[Any] = (),
     data: TrainingData | None = None,
-) -> TorchTrainer:
+) -> DataParallelTrainer:
     """The Ray Train trainer of a run, for `run` and for tuning; Ray must be connected.
 
     Every evaluation reports epoch, step, loss and the ranking metrics, with the checkpoint. The run folder is
@@ -103,7 +103,7 @@ def build_trainer(
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from vlrank.training.worker import train_loop
 
@@ -116,7 +116,13 @@ def build_trainer(
     atomic_write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     gpus = gpus_per_worker(config, cluster_gpus())
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-    return TorchTrainer(
+    kind: type[DataParallelTrainer] = DataParallelTrainer
+    if config.workers > 1 or config.parallel == "fsdp2":
+        # Makes the workers a process group, for which this process and the controller import torch too: seconds each.
+        from ray.train.torch import TorchTrainer
+
+        kind = TorchTrainer
+    return kind(
         train_loop,
         train_loop_config={"config": config.model_dump(mode="json"), "base": asdict(base), "data": ray.put(data)},
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpus > 0, resources_per_worker=resources),
@@ -281,7 +287,7 @@ def check_resources(config: TrainConfig, have: Mapping[str, float]) -> None:
             )
 
 
-def _fit(trainer: TorchTrainer) -> dict[str, Any]:
+def _fit(trainer: DataParallelTrainer) -> dict[str, Any]:
     from ray.train import TrainingFailedError
 
     try:

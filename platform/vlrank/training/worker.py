@@ -100,6 +100,11 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         remove_orphans(home)
     device = ray.train.torch.get_device()
     on_gpu = device.type == "cuda"
+    if world == 1 and config.parallel == "ddp":
+        # There is no process group: Accelerate must not find the environment of one that this host's launcher made.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     if config.parallel == "fsdp2" and not on_gpu:
         shard_on_cpus()
     show(note="loading the model")

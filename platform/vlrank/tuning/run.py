@@ -46,7 +46,7 @@ _TUNE = {
 
 
 class Fitting(Protocol):
-    """A `ray.train.torch.TorchTrainer`, or something that reports like one."""
+    """A Ray Train trainer, or something that reports like one."""
 
     def fit(self) -> Any:
         """Train to the end, reporting every evaluation."""
