@@ -30,7 +30,7 @@ import bisect
 import itertools
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -43,7 +43,7 @@ from vlrank.data.shop import BRANDS, COLOURS, KINDS, PATTERNS, STYLES, draw
 from vlrank.demo.base_models import DEMO_SIZES, corpus, picture_patches, text_model, train_tokenizer, vision_model
 from vlrank.generation.prompts import load_prompt
 from vlrank.reranking.modes import ItemMeta, mode_spec
-from vlrank.reranking.prompts import build_prompt, item_line, render, render_messages
+from vlrank.reranking.prompts import Prompt, build_prompt, item_line, render, render_messages
 
 T = TypeVar("T")
 Family = Literal["text", "vision"]
@@ -246,6 +246,18 @@ class Lessons:
         spec = mode_spec("raw_image" if form == "plain" else form)
         history: list[ItemMeta] = [{"text": line(thing)} for thing in read]
         prompt = build_prompt(spec, history, metas, chars if form in ("caption", "semantic_summary") else 60)
+
+        def turns() -> Iterator[tuple[str, int]]:
+            for _ in range(0 if wordless else _TURNS):
+                at = int(rng.integers(n))
+                yield line(like(things[at])), at
+
+        row = self._ask(prompt, place, turns())
+        row.slots = [thing.picture for thing in things] if form == "raw_image" else []
+        return row
+
+    def _ask(self, prompt: Prompt, place: int, turns: Iterable[tuple[str, int]]) -> Row:
+        """The prompt, the number of the line in that place, and more questions: what is read, and the line's place."""
         text = render(self.tokenizer, prompt)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         row = Row(list(encoded["input_ids"]), [-100] * len(encoded["input_ids"]), [])
@@ -257,25 +269,23 @@ class Lessons:
         lines: list[Span] = []
         list_start = text.index("Candidate items:\n")
         cursor = list_start
-        for number in range(1, n + 1):
+        for number in range(1, prompt.n_candidates + 1):
             digits = text.index(f"{number}. ", cursor)
             cursor = text.index("\n", digits)
             lines.append(span(digits + len(str(number)), cursor))
             first, last = lines[-1][0] - len(str(number)), lines[-1][0] - 1
-            # In raw_image a line's picture comes right before its number.
-            picture = first - 2 if form == "raw_image" else last
+            # A line's picture comes right before its number.
+            picture = first - 2 if prompt.image_paths else last
             row.gather += [(token, first, last, picture) for token in range(*lines[-1])]
-        read_spans = [span(*match.span(1)) for match in re.finditer(r"\n-( .*)", text[:list_start])]
-        self._answer(row, place, read_spans, lines)
-        for _ in range(0 if wordless else _TURNS):
-            at = int(rng.integers(n))
+        history = [span(*match.span(1)) for match in re.finditer(r"\n-( .*)", text[:list_start])]
+        self._answer(row, place, history, lines)
+        for question, at in turns:
             self._add(row, "\n<|im_start|>user\n-")
             start = len(row.ids)
-            self._add(row, f" {line(like(things[at]))}")
+            self._add(row, f" {question}")
             query = (start, len(row.ids))
             self._add(row, f"{_END}\n<|im_start|>assistant\n")
             self._answer(row, at, [query], lines)
-        row.slots = [thing.picture for thing in things] if form == "raw_image" else []
         return row
 
     def _add(self, row: Row, text: str, *, learn: bool = False) -> None:
@@ -415,17 +425,40 @@ def pretrain(
     torch.set_num_threads(1)  # the sums, and with them the weights, depend on the number of threads
     tokenizer = train_tokenizer(corpus())
     bank, patches = _picture_bank(copies=5) if family == "vision" else ([], np.zeros((0, 4, 1), np.float32))
-    all_patches = torch.from_numpy(patches)
-    build = vision_model if family == "vision" else text_model
-    model = build(tokenizer, **sizes, seed=seed)
+    model = fresh_model(family, tokenizer, sizes, seed, start_from)
+    teach(model, Lessons(family, tokenizer, bank, batch, grow, seed), patches, steps=steps, lr=lr, muon_lr=muon_lr)
+    return model
+
+
+def fresh_model(
+    family: Family, tokenizer: Any, sizes: dict[str, int], seed: int, start_from: Path | None = None
+) -> Any:
+    """A model that has learned nothing yet, or (vision) only what a text model's weights know."""
+    model = (vision_model if family == "vision" else text_model)(tokenizer, **sizes, seed=seed)
     language = model.model.language_model if family == "vision" else model.model
     for layer in language.layers:  # attention that starts out sharp learns where to look ten times as fast
         layer.self_attn.q_norm.weight.data.fill_(2.0)
         layer.self_attn.k_norm.weight.data.fill_(2.0)
     if start_from is not None:
         _take_language(model, start_from)
+    return model
+
+
+def teach(
+    model: Any, lessons: Lessons, patches: npt.NDArray[np.float32], *, steps: int, lr: float, muon_lr: float
+) -> None:
+    """Train a model on lessons, in place; prints its accuracy on the way.
+
+    Args:
+        model: From `fresh_model`.
+        lessons: What it is taught.
+        patches: The pictures of ``lessons.bank``: [pictures, 4, patch values].
+        steps: Batches.
+        lr: AdamW's, for embeddings and norms.
+        muon_lr: Muon's, for matrices.
+    """
+    family, all_patches = lessons.family, torch.from_numpy(patches)
     model.train()
-    lessons = Lessons(family, tokenizer, bank, batch, grow, seed)
     model.set_attn_implementation("eager")  # the only one that returns attentions
     optimizers = _optimizers(model, lr, muon_lr)
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
@@ -458,7 +491,6 @@ def pretrain(
                 f"{tokens / took:,.0f} tokens/s, {tokens / 1e6:.1f}M",
                 flush=True,
             )
-    return model
 
 
 def main() -> None:
