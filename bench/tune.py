@@ -7,6 +7,9 @@ trials side by side, vlrank's and Ray Tune's: one that stops early is the beginn
 seed and config are the same. So all searches are compared on identical trials. ``--curves`` takes them from an earlier
 result instead of training.
 
+The best of many noisy values is luck in part, and full-length search draws more of them. ``--confirm N`` trains what
+the searches chose again, on N seeds that had no part in the choice.
+
 Start-up per trial is the time to the first evaluation, less an epoch's usual time.
 """
 
@@ -32,6 +35,8 @@ from vlrank.tuning.run import run
 from vlrank.tuning.trials import Sweep, Trial
 
 MODE = "semantic_summary_small"
+FRESH_SEED = 1000
+SEARCHES = ("random", "asha", "asha_of_ray")
 
 
 def make_data(folder: Path, items: int, users: int) -> tuple[Path, Path]:
@@ -89,13 +94,19 @@ def replay(
             trial.status = "running"
             running.append(trial)
         if not running:
-            return {"epochs": sum(len(one.epochs) for one in sweep), "best": max(one.value for one in sweep)}
+            return {"epochs": sum(len(one.epochs) for one in sweep)} | winner(list(sweep))
         for trial in list(running):
             trial.epochs.append(whole[trial.trial_id][len(trial.epochs)])
             on = halving.goes_on(trial) if ours else rays.on_trial_result(None, trial, trial.epochs[-1]) != "STOP"
             if not on or len(trial.epochs) == epochs:
                 trial.status = "completed" if on else "paused" if ours else "stopped"
                 running.remove(trial)
+
+
+def winner(trials: list[Trial]) -> dict[str, Any]:
+    """The best value and whose it is."""
+    best = max(trials, key=lambda trial: trial.value)
+    return {"best": best.value, "trial": best.trial_id}
 
 
 def main() -> None:
@@ -112,43 +123,20 @@ def main() -> None:
     parser.add_argument("--train_concurrent", type=int, help="trials trained side by side; default as many")
     parser.add_argument("--gpus_per_trial", type=float, default=0, help="a fraction; default CPUs alone")
     parser.add_argument("--reduction_factor", type=int, default=2)
+    parser.add_argument("--confirm", type=int, default=0, help="fresh seeds for what was chosen")
     parser.add_argument("--curves", type=Path, help="an earlier result of this benchmark with the same options")
     arguments = parser.parse_args()
     if arguments.curves:
         again(arguments)
         return
-    # Many trials share a GPU; compiling so small a model would take longer than training it.
-    on_gpu = {"gpus_per_worker": arguments.gpus_per_trial, "compile": False} if arguments.gpus_per_trial else {}
     rows, start_ups = [], []
     with tempfile.TemporaryDirectory(prefix="bench-tune-") as name:
         folder = Path(name)
         dataset, model = make_data(folder, arguments.items, arguments.users)
         for seed in range(arguments.seeds):
-            config = load_config(
-                TuneConfig,
-                dataset=dataset,
-                out=folder / f"sweep-{seed}",
-                modes=MODE,
-                trials=arguments.trials,
-                scheduler="none",
-                # So small a model wants larger rates than those that configs/tune is made for.
-                space={"lr": {"loguniform": [1e-4, 1e-2]}, "batch_size": {"choice": [8, 16, 32]}},
-                train={
-                    "model": str(model),
-                    "backend": "transformers",
-                    "load_in_4bit": False,
-                    "negatives": 9,
-                    "samples_per_user": arguments.samples_per_user,
-                    "epochs": arguments.epochs,
-                    "patience": arguments.epochs,
-                    "metric": "ndcg@10",
-                    "seed": seed,
-                    "ranking": {"max_history": 6, "max_item_chars": 50, "top_k": 20},
-                }
-                | on_gpu,
-                max_concurrent_trials=arguments.train_concurrent or arguments.concurrent,
-                seed=seed,
-            )
+            # So small a model wants larger rates than those that configs/tune is made for.
+            space = {"lr": {"loguniform": [1e-4, 1e-2]}, "batch_size": {"choice": [8, 16, 32]}}
+            config = sweep(arguments, dataset, model, folder / f"sweep-{seed}", space, seed)
             run(config)
             trials = [trial for trial in Sweep(config.out / "trials.jsonl") if trial.status == "completed"]
             rows.append(compare(seed, trials, arguments, folder))
@@ -158,13 +146,69 @@ def main() -> None:
             # After each seed: a run that is cut short has measured something.
             start_up = {"median": statistics.median(start_ups), "max": max(start_ups)}
             write(rows, arguments, {"start_up_seconds": start_up})
+        if arguments.confirm:
+            confirm(rows, arguments, dataset, model, folder)
+            write(rows, arguments, {"start_up_seconds": start_up})
+
+
+def sweep(
+    arguments: argparse.Namespace, dataset: Path, model: Path, out: Path, space: dict[str, Any], seed: int
+) -> TuneConfig:
+    """Trials of the benchmark: random ones, or a grid where nothing in ``space`` is continuous."""
+    # Many trials share a GPU and the host's cores; compiling so small a model would take longer than training it.
+    shared = {"gpus_per_worker": arguments.gpus_per_trial, "compile": False, "loader_workers": 1}
+    return load_config(
+        TuneConfig,
+        dataset=dataset,
+        out=out,
+        modes=MODE,
+        trials=arguments.trials,
+        search="grid" if "seed" in space else "random",
+        scheduler="none",
+        space=space,
+        train={
+            "model": str(model),
+            "backend": "transformers",
+            "load_in_4bit": False,
+            "negatives": 9,
+            "samples_per_user": arguments.samples_per_user,
+            "epochs": arguments.epochs,
+            "patience": arguments.epochs,
+            "metric": "ndcg@10",
+            "seed": seed,
+            "ranking": {"max_history": 6, "max_item_chars": 50, "top_k": 20},
+        }
+        | (shared if arguments.gpus_per_trial else {}),
+        max_concurrent_trials=arguments.train_concurrent or arguments.concurrent,
+        seed=seed,
+    )
+
+
+def confirm(
+    rows: list[dict[str, Any]], arguments: argparse.Namespace, dataset: Path, model: Path, folder: Path
+) -> None:
+    """Adds to the rows how the chosen settings do on fresh seeds; equal choices are equal."""
+    for row in rows:
+        for trial_id in {row[name]["trial"] for name in SEARCHES}:
+            if len({row[name]["trial"] for name in SEARCHES}) == 1:
+                continue
+            chosen = {key: row["curves"][trial_id][key] for key in ("lr", "batch_size")}
+            seeds = {"seed": {"choice": [FRESH_SEED + number for number in range(arguments.confirm)]}}
+            config = sweep(arguments, dataset, model, folder / f"confirm-{row['seed']}-{trial_id}", chosen | seeds, 0)
+            run(config)
+            trials = [trial for trial in Sweep(config.out / "trials.jsonl") if trial.config["seed"] >= FRESH_SEED]
+            values = [trial.value for trial in trials]
+            for name in SEARCHES:
+                if row[name]["trial"] == trial_id:
+                    row[name]["confirmed"] = [round(value, 4) for value in values]
+        print(json.dumps({name: row[name] for name in SEARCHES}), flush=True)
 
 
 def compare(seed: int, trials: list[Trial], arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One seed's searches on the same trials."""
     values = [trial.value for trial in trials]
     used = sum(len(trial.epochs) for trial in trials)
-    row: dict[str, Any] = {"seed": seed, "random": {"epochs": used, "best": max(values)}}
+    row: dict[str, Any] = {"seed": seed, "random": {"epochs": used} | winner(trials)}
     for name in ("asha", "asha_of_ray"):
         found = replay(
             trials,
@@ -201,6 +245,9 @@ def again(arguments: argparse.Namespace) -> None:
                 for trial_id, kept in row["curves"].items()
             ]
             rows.append(compare(row["seed"], trials, arguments, Path(folder)))
+        if arguments.confirm:
+            dataset, model = make_data(Path(folder), arguments.items, arguments.users)
+            confirm(rows, arguments, dataset, model, Path(folder))
     write(rows, arguments, {"start_up_seconds": before["start_up_seconds"]})
 
 
@@ -219,6 +266,11 @@ def write(rows: list[dict[str, Any]], arguments: argparse.Namespace, more: dict[
         equal = sum(row[name]["best"] >= row["random"]["best"] for row in rows)
         result[name] = {"at_least_as_good_as_random": f"{equal} of {len(rows)} seeds"}
         result[name] |= {key: mean(name, key) for key in ("share", "best", "random_in_as_many_epochs")}
+    decided = [row for row in rows if "confirmed" in row["random"]]
+    if decided:
+        result["confirmed, where choices differ"] = {
+            name: statistics.fmean(value for row in decided for value in row[name]["confirmed"]) for name in SEARCHES
+        }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result | more | {"seeds": rows}, indent=2) + "\n")
     print(json.dumps(result | more))
