@@ -27,3 +27,13 @@ def chromium() -> Iterator[Any]:
     instance = webdriver.Chrome(options=options, service=Service(driver))
     yield instance
     instance.quit()
+
+
+def load(driver: Any, url: str) -> None:
+    """Open a page and wait until its scripts have run: Chromedriver may return while the document is being read."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    driver.get("about:blank")  # or the wait could look at the page before
+    driver.get(url)
+    script = "return location.href === arguments[0] && document.readyState === 'complete'"
+    WebDriverWait(driver, 20).until(lambda _: driver.execute_script(script, url))

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from tests.browser.conftest import load
 from vlrank.config import EvaluateConfig, RetrieveConfig
 from vlrank.data import schemas
 from vlrank.data.dataset import Dataset
@@ -70,7 +71,7 @@ def report(shop: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def page(chromium: Any, report: Path) -> Iterator[Any]:
     chromium.set_window_size(1280, 1000)
-    chromium.get(report.as_uri())
+    load(chromium, report.as_uri())
     yield chromium
     assert problems(chromium) == []
 
@@ -184,7 +185,7 @@ def test_dark_mode_by_button_and_by_system(page: Any) -> None:
     page.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     )
-    page.refresh()
+    load(page, page.current_url)
     assert page.execute_script(theme) == "dark"
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
@@ -193,7 +194,7 @@ def test_a_phone_needs_no_sideways_scrolling(page: Any) -> None:
     metrics = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
-        page.refresh()
+        load(page, page.current_url)
         scroll_to_all_charts(page)
         assert page.execute_script("return document.documentElement.scrollWidth") <= 360
     finally:

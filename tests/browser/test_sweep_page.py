@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from tests.browser.conftest import load
 from tests.browser.test_report_page import count, problems, scroll_to_all_charts
 from vlrank.evaluation.report import render_sweep
 
@@ -29,7 +30,7 @@ def sweep(folder: Path, modes: dict[str, list[dict[str, Any]]]) -> Path:
 
 def test_all_plots_are_drawn_and_follow_the_mode(chromium: Any, tmp_path: Path) -> None:
     configs = [{"lr": 1e-4 * (1 + i), "batch_size": 8 * (1 + i % 3), "optim": "auto"} for i in range(7)]
-    chromium.get(sweep(tmp_path, {"caption": configs, "raw_image": configs[:3]}).as_uri())
+    load(chromium, sweep(tmp_path, {"caption": configs, "raw_image": configs[:3]}).as_uri())
     scroll_to_all_charts(chromium)
     assert count(chromium, ".plot .main-svg") >= 4
     lines = "return document.querySelectorAll('[data-plot=sweep-parallel] .scatterlayer .trace').length"
@@ -40,7 +41,7 @@ def test_all_plots_are_drawn_and_follow_the_mode(chromium: Any, tmp_path: Path) 
 
 
 def test_a_sweep_without_learning_rates_or_with_one_trial_has_a_page_too(chromium: Any, tmp_path: Path) -> None:
-    chromium.get(sweep(tmp_path, {"caption": [{"seed": 1}]}).as_uri())
+    load(chromium, sweep(tmp_path, {"caption": [{"seed": 1}]}).as_uri())
     scroll_to_all_charts(chromium)
     assert count(chromium, "[data-plot=sweep-heat], [data-sweep-mode]") == 0
     assert count(chromium, ".plot .main-svg") >= 3
