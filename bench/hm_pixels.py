@@ -1,6 +1,6 @@
 """Do pixels carry signal? ``raw_image`` trained on H&M purchases, beside the same model with pictures swapped.
 
-    python bench/hm_pixels.py --data HM --out bench/results/hm_pixels.json --lessons 1000 4000 [KEY=VALUE ...]
+    python bench/hm_pixels.py --data HM --out bench/results/hm_pixels.json --lessons 1000 3500 [KEY=VALUE ...]
     python bench/hm_pixels.py --data HM --out bench/results/hm_pixels.json --model QWEN3_VL_FOLDER [KEY=VALUE ...]
 
 ``HM`` holds ``interactions.csv``, ``items.jsonl`` and ``images/``. In the second dataset every item shows another
@@ -184,8 +184,7 @@ def ranks_of(dataset: Path, model: Path, out: Path, lists: int) -> np.ndarray:
             model=str(model),
             out=ranking,
             seed=seed,
-            as_mode=None if (model / "best.json").exists() else "raw_image",
-            ranking=RANKING,
+            **({} if (model / "best.json").exists() else {"as_mode": "raw_image", "ranking": RANKING}),
             engine={"name": "transformers"},
         )
         pipeline.run(config)

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vlrank.demo.base_models import corpus, picture_patches, save_model, train_tokenizer
-from vlrank.demo.pretrain import Bank, Family, Lessons, Row, fresh_model, teach
+from vlrank.demo.pretrain import END, PICTURES_PER_BATCH, TURNS, Bank, Family, Lessons, Row, fresh_model, teach
 from vlrank.generation.prompts import load_prompt
-from vlrank.reranking.modes import mode_spec
+from vlrank.reranking.modes import ItemMeta, mode_spec
 from vlrank.reranking.prompts import build_prompt, render_messages
 
 COLOURS = (
@@ -29,8 +29,6 @@ UNTITLED = "photo"
 """The text of an item that only its picture describes."""
 SIZES = {"hidden": 96, "layers": 3, "heads": 4, "vision_hidden": 128, "vision_layers": 3}
 _FEWEST = 20
-_END = "<|im_end|>"
-_TURNS = 6
 
 
 def words(title: str, categories: Sequence[str]) -> tuple[str, str]:
@@ -64,7 +62,7 @@ class PhotoLessons(Lessons):
             self._telling[tokenizer(f" {line(kind, colour)}", add_special_tokens=False)["input_ids"]] = True
 
     def _point(self, rng: np.random.Generator, longest: int, form: str, pictures: Bank) -> Row:
-        drawn = pictures or [self.things[i] for i in rng.choice(len(self.things), 72, replace=False)]
+        drawn = pictures or [self.things[i] for i in rng.choice(len(self.things), PICTURES_PER_BATCH, replace=False)]
         asked = ("both", "both", "kind", "colour")[int(rng.integers(4))]
 
         def key(thing: tuple[str, str, str]) -> tuple[str, ...]:
@@ -96,23 +94,20 @@ class PhotoLessons(Lessons):
         read = [read[at] for at in rng.permutation(len(read))]
 
         spec = mode_spec("raw_image" if pictures else "caption")
-        prompt = build_prompt(
-            spec, [{"text": text} for text in read], [self._meta(text, pictures) for text in told], 60
-        )
-        places = [int(rng.integers(n)) for _ in range(_TURNS if asked == "both" else 0)]
+        picture: ItemMeta = {"image_path": "photo"} if pictures else {}
+        metas: list[ItemMeta] = [{"text": text, **picture} for text in told]
+        prompt = build_prompt(spec, [{"text": text} for text in read], metas, 60)
+        places = [int(rng.integers(n)) for _ in range(TURNS if asked == "both" else 0)]
         row = self._ask(prompt, place, [(line(*drawn[shown[at]][:2]), at) for at in places])
         row.slots = shown if pictures else []
         return row
-
-    def _meta(self, text: str, pictures: Bank) -> Any:
-        return {"text": text, "image_path": "photo"} if pictures else {"text": text}
 
     def _describe(self, rng: np.random.Generator, pictures: Bank) -> Row:
         at = int(rng.integers(len(pictures)))
         row = Row([], [], [at])
         messages = load_prompt(None, "caption").messages(UNTITLED, with_image=True)
         self._add(row, render_messages(self.tokenizer, messages))
-        self._add(row, f" {line(*pictures[at][:2])}{_END}", learn=True)
+        self._add(row, f" {line(*pictures[at][:2])}{END}", learn=True)
         return row
 
 

@@ -189,15 +189,13 @@ def confirm(
 ) -> None:
     """Adds to the rows how the chosen settings do on fresh seeds; equal choices are equal."""
     for row in rows:
-        for trial_id in {row[name]["trial"] for name in SEARCHES}:
-            if len({row[name]["trial"] for name in SEARCHES}) == 1:
-                continue
+        chosen_trials = {row[name]["trial"] for name in SEARCHES}
+        for trial_id in chosen_trials if len(chosen_trials) > 1 else ():
             chosen = {key: row["curves"][trial_id][key] for key in ("lr", "batch_size")}
             seeds = {"seed": {"choice": [FRESH_SEED + number for number in range(arguments.confirm)]}}
-            config = sweep(arguments, dataset, model, folder / f"confirm-{row['seed']}-{trial_id}", chosen | seeds, 0)
-            run(config)
-            trials = [trial for trial in Sweep(config.out / "trials.jsonl") if trial.config["seed"] >= FRESH_SEED]
-            values = [trial.value for trial in trials]
+            out = folder / f"confirm-{row['seed']}-{trial_id}"
+            run(sweep(arguments, dataset, model, out, chosen | seeds, FRESH_SEED))
+            values = [trial.value for trial in Sweep(out / "trials.jsonl")]
             for name in SEARCHES:
                 if row[name]["trial"] == trial_id:
                     row[name]["confirmed"] = [round(value, 4) for value in values]

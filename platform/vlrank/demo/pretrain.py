@@ -51,8 +51,8 @@ PICTURES_PER_BATCH = 72
 """Pictures that go through the vision tower per step; all prompts of the batch show some of them."""
 
 _COLOURS = tuple(COLOURS)
-_END = "<|im_end|>"
-_TURNS = 6
+END = "<|im_end|>"
+TURNS = 6
 _PRINT_EVERY = 50
 
 
@@ -248,7 +248,7 @@ class Lessons:
         prompt = build_prompt(spec, history, metas, chars if form in ("caption", "semantic_summary") else 60)
 
         def turns() -> Iterator[tuple[str, int]]:
-            for _ in range(0 if wordless else _TURNS):
+            for _ in range(0 if wordless else TURNS):
                 at = int(rng.integers(n))
                 yield line(like(things[at])), at
 
@@ -284,7 +284,7 @@ class Lessons:
             start = len(row.ids)
             self._add(row, f" {question}")
             query = (start, len(row.ids))
-            self._add(row, f"{_END}\n<|im_start|>assistant\n")
+            self._add(row, f"{END}\n<|im_start|>assistant\n")
             self._answer(row, at, [query], lines)
         return row
 
@@ -295,7 +295,7 @@ class Lessons:
 
     def _answer(self, row: Row, place: int, read: list[Span], lines: list[Span]) -> None:
         start = len(row.ids)
-        self._add(row, f"{place + 1}{_END}", learn=True)
+        self._add(row, f"{place + 1}{END}", learn=True)
         row.answers += [(token, read, lines[place]) for token in range(start - 1, len(row.ids) - 1)]
 
     def _describe(self, rng: np.random.Generator, pictures: Bank) -> Row:
@@ -307,7 +307,7 @@ class Lessons:
         messages = load_prompt(None, what).messages(text, with_image=True)
         row = Row([], [], [thing.picture])
         self._add(row, render_messages(self.tokenizer, messages))
-        self._add(row, f"{meta[what]}{_END}", learn=True)  # type: ignore[literal-required]
+        self._add(row, f"{meta[what]}{END}", learn=True)  # type: ignore[literal-required]
         return row
 
 

@@ -100,8 +100,8 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         remove_orphans(home)
     device = ray.train.torch.get_device()
     on_gpu = device.type == "cuda"
-    if world == 1 and config.parallel == "ddp":
-        # There is no process group: Accelerate must not find the environment of one that this host's launcher made.
+    if not torch.distributed.is_initialized():
+        # No process group: Accelerate must not find the environment of one that this host's launcher made.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
