@@ -10,14 +10,16 @@ test user's target and 19 items at random, ``--lists`` times. The paired differe
 over its lists and seeds.
 
 Every item's text is its colour and kind (``black vest top``), or for a seeded half of the catalogue only ``photo``:
-what these are only pixels tell. A history is told in words, so a model must know what words look like. ``--lessons``
-teaches a small Qwen3-VL that from scratch (photo_lessons.py: so many steps without and with pictures of 32 x 32
-pixels); ``--model`` takes one that knows.
+what these are only pixels tell. Every list is ranked twice, the second time with the halves exchanged, so that no user
+counts for whether its target had a text. A history is told in words, so a model must know what words look like.
+``--lessons`` teaches a small Qwen3-VL that from scratch (photo_lessons.py: so many steps without and with pictures of
+32 x 32 pixels); ``--model`` takes one that knows.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import shutil
@@ -104,7 +106,11 @@ def make_datasets(data: Path, folder: Path) -> dict[str, Path]:
     rng = np.random.default_rng(0)
     untitled = rng.random(items.height) < 0.5
     names = zip(items["title"].to_list(), items["categories"].to_list(), strict=True)
-    texts = [UNTITLED if hidden else line(*words(*name)) for hidden, name in zip(untitled, names, strict=True)]
+    titles = [line(*words(*name)) for name in names]
+    texts, exchanged = (
+        [UNTITLED if hide else title for hide, title in zip(hidden, titles, strict=True)]
+        for hidden in (untitled, ~untitled)
+    )
     dataset.update_items(items := items.with_columns(pl.Series("text", texts)))
     shutil.copytree(own, swapped)
     ring = rng.permutation(items.height)
@@ -112,7 +118,16 @@ def make_datasets(data: Path, folder: Path) -> dict[str, Path]:
     order[ring] = np.roll(ring, 1)  # one cycle through all items: none keeps its own
     pictures = pl.Series("image_path", items["image_path"].to_list())[order.tolist()]
     Dataset.open(swapped).update_items(items.with_columns(pictures))
+    for folder in (own, swapped):
+        shutil.copytree(folder, exchanged_halves(folder))
+        other = Dataset.open(exchanged_halves(folder))
+        other.update_items(other.items().with_columns(pl.Series("text", exchanged)))
     return {"own": own, "swapped": swapped}
+
+
+def exchanged_halves(dataset: Path) -> Path:
+    """The same dataset, where the other half of the catalogue has a text."""
+    return dataset.with_name(f"{dataset.name}-exchanged")
 
 
 def lessons_model(data: Path, folder: Path, steps: tuple[int, int]) -> Path:
@@ -167,7 +182,7 @@ def train_and_rank(dataset: Path, model: Path, out: Path, seed: int, lists: int,
 
 
 def ranks_of(dataset: Path, model: Path, out: Path, lists: int) -> np.ndarray:
-    """The rank of every test user's target in each of its lists: int64 [users, lists]."""
+    """Each test user's target's rank in every list, then in each with halves exchanged: int64 [users, 2 * lists]."""
     import polars as pl
 
     from vlrank.config import RerankConfig, load_config
@@ -176,11 +191,11 @@ def ranks_of(dataset: Path, model: Path, out: Path, lists: int) -> np.ndarray:
 
     targets = {user: target for user, (_, target) in Dataset.open(dataset).histories("test").items()}
     columns = []
-    for seed in range(lists):
-        ranking = out.with_stem(f"{out.stem}-list-{seed}")
+    for shown, seed in itertools.product((dataset, exchanged_halves(dataset)), range(lists)):
+        ranking = out.with_stem(f"{out.stem}-{shown.name}-{seed}")
         config = load_config(
             RerankConfig,
-            dataset=dataset,
+            dataset=shown,
             model=str(model),
             out=ranking,
             seed=seed,

@@ -116,6 +116,11 @@ def test_a_repeatable_option_takes_several_values_up_to_the_next_option_or_overr
     assert _run(command, "data", "--rankings", "a", "b", "--out", "x", "--rankings", "c", "seed=3") == 0
     assert seen[0].rankings == (Path("a"), Path("b"), Path("c"))
     assert (seen[0].out, seen[0].seed) == (Path("x"), 3)
+    # What reports call a method may hold an equals sign.
+    command = stage_command("evaluate", EvaluateConfig, run, positional=["dataset"])
+    given = ["data", "--rankings", "a", "--out", "x", "--compare", "caption permutations=3", "caption fusion=0.4"]
+    assert _run(command, *given, "seed=3") == 0
+    assert (seen[1].compare, seen[1].seed) == (("caption permutations=3", "caption fusion=0.4"), 3)
 
 
 def test_failures_end_in_one_message(capsys: pytest.CaptureFixture[str]) -> None:

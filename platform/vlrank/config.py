@@ -235,6 +235,11 @@ class RankingConfig(Config):
     missing: Literal["drop", "text"] = Field(
         "drop", description="items without what the mode shows: left out, or shown by text"
     )
+    popularity_prior: bool | None = Field(
+        None,
+        description="multiply probabilities by an item's training interactions + 1; default where training drew its "
+        "negatives in proportion to them",
+    )
 
     @model_validator(mode="after")
     def _stride_fits(self) -> RankingConfig:
@@ -340,6 +345,17 @@ class TrainConfig(Config):
         if self.candidates != "ground_truth" and not self.candidates.startswith("retrieval:"):
             raise ValueError(f"candidates is ground_truth or retrieval:NAME, got {self.candidates!r}")
         return self
+
+    @property
+    def asked(self) -> RankingConfig:
+        """`ranking` as validation and the trained model follow it: with ``popularity_prior`` decided.
+
+        A retriever's lists are no draw by popularity, so the answers learned from them leave nothing out.
+        """
+        prior = self.ranking.popularity_prior
+        if prior is None:
+            prior = self.negative_sampling == "popularity" and self.candidates == "ground_truth"
+        return self.ranking.model_copy(update={"popularity_prior": prior})
 
 
 class TuneConfig(Config):

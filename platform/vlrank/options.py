@@ -39,7 +39,7 @@ class StageCommand(click.Command):
             elif current is None or fresh:
                 spread.append(arg)
                 fresh = False
-            elif "=" in arg:
+            elif _is_override(arg):
                 current = None
                 spread.append(arg)
             else:

@@ -91,7 +91,8 @@ def test_item_meta_has_text_picture_and_the_newest_generated_texts(dataset: Data
     dataset.add_generated("caption", [{"item_id": 1, "text": "old", **shard}, {"item_id": 2, "text": "two", **shard}])
     dataset.add_generated("caption", [{"item_id": 1, "text": "new", **shard}])
     meta = load_item_meta(dataset.path)
-    assert meta[1] == {"text": "text 1", "image_path": None, "caption": "new", "semantic_summary": None}
+    shown = {"text": "text 1", "image_path": None, "caption": "new", "semantic_summary": None}
+    assert meta[1] == {**shown, "popularity": 1}
     assert meta[2]["caption"] == "two"
     assert meta[3]["caption"] is None
     assert dataset.generated("semantic_summary") is None

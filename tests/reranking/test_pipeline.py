@@ -279,6 +279,26 @@ def test_rankings_equal_the_notebooks_and_a_second_run_does_nothing(
 
 
 @pytest.mark.stack
+def test_the_popularity_prior_reaches_the_rankings(
+    cluster: None, dataset: Dataset, model: Path, tmp_path: Path
+) -> None:
+    def ranked(name: str, **ranking: object) -> dict[int, dict[int, float]]:
+        out = tmp_path / name
+        run(config(dataset, model, out, candidates="found", ranking={"top_k": 20, **ranking}))
+        rows = pl.read_parquet(out).select("user_id", "item_ids", "scores").iter_rows()
+        return {user: dict(zip(items, scores, strict=True)) for user, items, scores in rows}
+
+    plain, weighted = ranked("plain.parquet"), ranked("weighted.parquet", popularity_prior=True)
+    assert plain.keys() == weighted.keys()
+    meta = dataset.item_meta()
+    for user, scores in plain.items():
+        items = list(scores)
+        product = np.exp([scores[item] for item in items]) * [meta[item]["popularity"] + 1 for item in items]
+        np.testing.assert_allclose(np.exp([weighted[user][item] for item in items]), product / product.sum(), rtol=1e-3)
+    assert " prior" in pl.read_parquet(tmp_path / "weighted.parquet")["source"][0]
+
+
+@pytest.mark.stack
 def test_a_bad_picture_costs_its_user_and_can_be_retried(
     cluster: None, shop: Dataset, tiny_vision_model: Path, tmp_path: Path
 ) -> None:

@@ -128,6 +128,20 @@ def test_averaging_is_over_probabilities() -> None:
     np.testing.assert_allclose(np.exp(mean), [0.7, 0.3], rtol=1e-6)
 
 
+def test_the_prior_weighs_in_every_window() -> None:
+    """A popular item at the tail of a long list is carried to its head, past windows that the model has no view on."""
+    prior = np.zeros(45)
+    prior[44] = 9.0
+    [flat] = rank_lists([45], model([np.zeros(45)]), priors=[prior])
+    assert isinstance(flat, Ranked)
+    assert flat.order == [44, *range(44)]
+    opinion = np.array([0.1, 0.2, 0.7])
+    [short] = rank_lists([3], lambda _: [np.log(opinion)], priors=[np.log([7.0, 1.0, 2.0])])
+    assert isinstance(short, Ranked)
+    assert short.order == [2, 0, 1]
+    np.testing.assert_allclose(np.exp(short.scores), np.array([1.4, 0.7, 0.2]) / 2.3, rtol=1e-5)
+
+
 def test_permutations_start_with_the_given_order() -> None:
     orders = permutations(6, 4, seed=3)
     assert orders[0] == [0, 1, 2, 3, 4, 5]

@@ -47,7 +47,7 @@ def test_a_mode_trains_and_its_best_checkpoint_ranks(
     )
     facts = json.loads((checkpoint / "vlrank.json").read_text())
     assert (facts["mode"], facts["method"]) == (mode, "full" if full else "lora")
-    assert RankingConfig(**facts["ranking"]) == config.ranking
+    assert RankingConfig(**facts["ranking"]) == config.asked
     assert not list(checkpoint.glob("*args.bin"))
     (events,) = (config.out / "logs").glob("events.out.tfevents.*")
     assert b"train/loss" in events.read_bytes()
@@ -93,7 +93,17 @@ def test_patience_and_a_metric_that_cannot_tell_models_apart(
     train = told_shop.train_sequences()
     val = {user: [target] for user, (_, target) in told_shop.histories("val").items()}
     # Nothing is learned at this rate, so the first evaluation stays the best one. Nine negatives make Recall@10 1.
-    config = settings("caption", lr=1e-12, epochs=6, patience=2, negatives=9, val_users=8, packing=True)
+    # The popularity prior puts targets first by itself: no reason to take guessing for an answer.
+    config = settings(
+        "caption",
+        lr=1e-12,
+        epochs=6,
+        patience=2,
+        negatives=9,
+        val_users=8,
+        packing=True,
+        negative_sampling="popularity",
+    )
     checkpoint = fit(train, val, told_shop.item_meta(), config)
     printed = " ".join(capsys.readouterr().err.split())
     assert "recall@10 is always 1 with 10 candidates; checkpoints are selected by ndcg@10" in printed
@@ -102,6 +112,7 @@ def test_patience_and_a_metric_that_cannot_tell_models_apart(
     assert all(line["guessing"] for line in read_history(config.out))
     assert checkpoint.name == "checkpoint-5"
     assert Path(checkpoint / "adapter_model.safetensors").is_file()
+    assert json.loads((checkpoint / "vlrank.json").read_text())["ranking"]["popularity_prior"] is True
 
 
 def test_a_run_that_has_blown_up_stops_and_keeps_nothing_of_it(settings: Callable[..., TrainConfig]) -> None:

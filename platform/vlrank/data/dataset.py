@@ -183,10 +183,13 @@ class Dataset:
 
         ``leave_one_out``: the sequence without its last two. ``temporal``: what happened before ``val_from``.
         """
+        table = self._train_table()
+        return dict(zip(table["user_id"].to_list(), table["items"].to_list(), strict=True))
+
+    def _train_table(self) -> pl.DataFrame:
         table = self._with_lengths()
         length = pl.col("n") - 2 if self._temporal is None else pl.col("n_train")
-        table = table.filter(length > 0).select("user_id", items=pl.col("item_ids").list.head(length))
-        return dict(zip(table["user_id"].to_list(), table["items"].to_list(), strict=True))
+        return table.filter(length > 0).select("user_id", items=pl.col("item_ids").list.head(length))
 
     def histories(self, split: Split) -> dict[int, tuple[list[int], int]]:
         """user_id -> (history, oldest first; target); users without history or target are left out.
@@ -239,9 +242,9 @@ class Dataset:
         )
 
     def item_meta(self) -> dict[int, ItemMeta]:
-        """item_id -> ``{"text", "image_path", "caption", "semantic_summary"}``; None where there is none.
+        """item_id -> ``{"text", "image_path", "caption", "semantic_summary", "popularity"}``; None where there is none.
 
-        Pictures are named by their absolute path, or by their URL.
+        Pictures are named by their absolute path, or by their URL. Popularity counts training interactions.
         """
         items = self.items().select("item_id", "text", "image_path")
         for what, column in (("caption", "caption"), ("semantic_summary", "semantic_summary")):
@@ -250,6 +253,10 @@ class Dataset:
             items = items.join(
                 texts.select("item_id", pl.col("text").alias(column)), on="item_id", how="left", maintain_order="left"
             )
+        taken = (
+            self._train_table().select(item_id=pl.col("items").explode()).group_by("item_id").agg(popularity=pl.len())
+        )
+        items = items.join(taken, on="item_id", how="left", maintain_order="left")
         root = self.path.resolve()
         return {
             item_id: {
@@ -257,8 +264,9 @@ class Dataset:
                 "image_path": str(root / image) if image else None,
                 "caption": caption or None,
                 "semantic_summary": summary or None,
+                "popularity": popularity or 0,
             }
-            for item_id, text, image, caption, summary in items.iter_rows()
+            for item_id, text, image, caption, summary, popularity in items.iter_rows()
         }
 
     # ---- changes and checks -----------------------------------------------------------------------------------------

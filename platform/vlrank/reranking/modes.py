@@ -17,6 +17,7 @@ class ItemMeta(TypedDict, total=False):
     image_path: str | None  # absolute, relative to the working directory, or a URL
     caption: str | None
     semantic_summary: str | None
+    popularity: int  # training interactions; for `RankingConfig.popularity_prior`
 
 
 Family = Literal["text", "vision"]

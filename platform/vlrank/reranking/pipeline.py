@@ -250,7 +250,7 @@ def _plan(
         considered = table.height
     if not listed:
         raise UserError(f"no {split} user of {dataset.path} can be ranked", "Check the dataset and its candidates.")
-    model, items_of = _fingerprint(folder, spec), _item_hashes(meta, spec, dataset.path.resolve())
+    model, items_of = _fingerprint(folder, spec), _item_hashes(meta, spec, folder.ranking, dataset.path.resolve())
     rows = []
     for user, candidates in listed.items():
         history = histories[user][0][-_reach(folder.ranking) :]
@@ -333,14 +333,15 @@ def _fingerprint(folder: ModelFolder, spec: ModeSpec) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _item_hashes(meta: Mapping[int, ItemMeta], spec: ModeSpec, root: Location) -> dict[int, str]:
+def _item_hashes(
+    meta: Mapping[int, ItemMeta], spec: ModeSpec, ranking: RankingConfig, root: Location
+) -> dict[int, str]:
     # A picture's file name is the hash of its content; where the dataset lies is no matter.
-    return {
-        item: hashlib.sha256(
-            f"{entry['text']}\0{str(entry.get(spec.shows)).removeprefix(f'{root}/')}".encode()
-        ).hexdigest()[:16]
-        for item, entry in meta.items()
-    }
+    def seen(entry: ItemMeta) -> str:
+        counted = entry["popularity"] if ranking.popularity_prior else ""
+        return f"{entry['text']}\0{str(entry.get(spec.shows)).removeprefix(f'{root}/')}\0{counted}"
+
+    return {item: hashlib.sha256(seen(entry).encode()).hexdigest()[:16] for item, entry in meta.items()}
 
 
 def _shards(config: RerankConfig, dataset: Dataset, split: Split) -> Shards:
@@ -577,6 +578,8 @@ def _source(config: RerankConfig, spec: ModeSpec, ranking: RankingConfig, weight
         parts.append(f"windows={ranking.window}/{ranking.stride}")
     if ranking.permutations > 1:
         parts.append(f"permutations={ranking.permutations}")
+    if ranking.popularity_prior:
+        parts.append("prior")
     if weight is not None:
         parts.append(f"fusion={weight:g}")
     return " ".join(parts)

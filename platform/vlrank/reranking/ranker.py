@@ -15,6 +15,7 @@ from vlrank.config import RankingConfig
 from vlrank.errors import UserError
 from vlrank.reranking.encoding import Encoded, Encoder
 from vlrank.reranking.modes import ItemMeta, ModeSpec, shows
+from vlrank.reranking.prior import log_prior
 from vlrank.reranking.windows import Ranked, Request, first_requests, rank_lists
 
 if TYPE_CHECKING:
@@ -111,6 +112,10 @@ class PromptMaker:
             listed[: self.ranking.top_k],
             len(user.candidates) - len(listed),
         )
+
+    def prior(self, lists: Lists) -> npt.NDArray[np.float64]:
+        """`log_prior` of the kept candidates: float64 [kept]."""
+        return log_prior(self._meta(item) for item in lists.kept)
 
     def encode(self, lists: Lists, indices: Sequence[int]) -> Encoded | Exception:
         """The prompt over these of the kept candidates, or why there is none: a broken picture, too many tokens."""
@@ -216,6 +221,7 @@ class Ranker:
             stride=ranking.stride,
             shuffles=ranking.permutations,
             seeds=[user.seed for user in users],
+            priors=[maker.prior(user) for user in lists] if ranking.popularity_prior else None,
         )
         result: list[Ranking | Exception] = []
         for i, outcome in enumerate(outcomes):

@@ -13,6 +13,7 @@ from vlrank.config import EngineConfig, RankingConfig, TrainConfig, load_config
 from vlrank.data.tables import atomic_write_json
 from vlrank.errors import UserError
 from vlrank.reranking.modes import ItemMeta, mode_spec
+from vlrank.reranking.prior import with_popularity
 from vlrank.reranking.ranker import PromptMaker, Ranker, Ranking, UserLists
 from vlrank.storage import Location, fetch_model, location
 
@@ -98,7 +99,8 @@ class Qwen3VLReranker:
         config = load_config(TrainConfig, **{"ranking": self.ranking.model_dump(), **given})
         self.close()
         self.model = str(fit(train_data, val_data, item_meta, config))
-        self.item_meta = item_meta
+        self.ranking = config.asked
+        self.item_meta = with_popularity(item_meta, train_data)
         return self
 
     def rerank(

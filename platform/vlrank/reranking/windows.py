@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vlrank.reranking.prior import with_prior
+
 
 def windows(n: int, size: int = 20, stride: int = 10) -> Iterator[tuple[int, int]]:
     """Half-open windows over ``n`` candidates, tail to head; the last one starts at 0.
@@ -110,6 +112,7 @@ def rank_lists(
     stride: int = 10,
     shuffles: int = 1,
     seeds: Sequence[int] | None = None,
+    priors: Sequence[npt.NDArray[np.float64]] | None = None,
 ) -> list[Ranked | Exception]:
     """Rank many candidate lists at once through sliding windows.
 
@@ -123,6 +126,7 @@ def rank_lists(
         stride: Step between windows.
         shuffles: Orders that each window is scored in; the probabilities are averaged.
         seeds: One per list, so that a list's shuffles do not depend on its neighbours; default 0.
+        priors: `log_prior` of each list's candidates, to multiply their probabilities with.
 
     Returns:
         Per list its ranking, or the first error that one of its prompts met.
@@ -155,6 +159,8 @@ def rank_lists(
                 continue
             start, stop = todo[i][wave]
             values = average_log_probs(rows)
+            if priors:
+                values = with_prior(values, priors[i][orders[i][start:stop]])
             best = stable_order(values)
             orders[i][start:stop] = [orders[i][start:stop][at] for at in best]
             scores[i][start:stop] = values[best]

@@ -12,6 +12,7 @@ import numpy as np
 from vlrank.config import TrainConfig
 from vlrank.errors import UserError
 from vlrank.reranking.modes import ItemMeta, ModeSpec, mode_spec
+from vlrank.reranking.prior import with_popularity
 from vlrank.storage import cache_folder
 from vlrank.training.samples import (
     Sample,
@@ -88,7 +89,7 @@ class TrainingData:
         splits = {
             user: ([*train.get(user, ()), *items[:-1]], items[-1]) for user, items in validation.items() if len(items)
         }
-        return cls(train, splits, item_meta)
+        return cls(train, splits, with_popularity(item_meta, train))
 
     def with_pictures(self, places: Mapping[str, str | None]) -> TrainingData:
         """The same with pictures in other places; None stands for those that cannot be used."""

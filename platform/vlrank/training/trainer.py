@@ -22,13 +22,14 @@ from vlrank.config import TrainConfig
 from vlrank.data.tables import DiskFull, disk_errors
 from vlrank.engines.transformers import score_labels
 from vlrank.errors import UserError
+from vlrank.reranking.prior import log_prior
 from vlrank.training.answers import token_losses
 from vlrank.training.batches import StepLoader, Steps, to_device
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import Plan
 from vlrank.training.model import Base, Trainable
 from vlrank.training.optim import MasterAdamW
-from vlrank.training.validation import encode_samples, rank_metrics, validation_ranks
+from vlrank.training.validation import encode_samples, rank_metrics, target_ranks, validation_scores
 
 CHECKPOINT_FILE = "vlrank.json"
 """In every checkpoint: mode, ranking settings, base model, family and method: enough to rank with it."""
@@ -241,13 +242,19 @@ class RerankTrainer(Trainer):
             # Unsloth's attention knows only causal rows; everything else reads the whole trie in one pass.
             return score_labels(model, self._encoder, prompts, tree=not self.base.unsloth)
 
+        priors = None
+        if self.config.asked.popularity_prior:
+            priors = [log_prior(self.plan.item_meta[item] for item in sample.candidates) for sample in own]
         with self.compute_loss_context_manager():
-            ranks = validation_ranks(own, self._validation_prompts, score, self._eval_tokens)
+            scores = validation_scores(self._validation_prompts, score, self._eval_tokens)
+        ranks = np.stack([target_ranks(own, scores, priors), target_ranks(own, scores)])
         if world > 1:
             parts: list[Any] = [None] * world
             dist.all_gather_object(parts, ranks.tolist())
-            ranks = np.concatenate([np.asarray(part) for part in parts])
-        metrics = rank_metrics(ranks, self.metric_names)
+            ranks = np.concatenate([np.asarray(part) for part in parts], axis=1)
+        metrics = rank_metrics(ranks[0], self.metric_names)
+        # Without the prior, by which even a model that guesses would put many targets first.
+        metrics["answered"] = float((ranks[1] == 1).mean())
         # A tie goes to the earlier checkpoint, here and where Ray Train decides which checkpoints to keep.
         metrics["selection"] = metrics[self.plan.metric] - 1e-9 * self.state.global_step
         self._meter.paused(time.perf_counter() - begun)
@@ -257,7 +264,7 @@ class RerankTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
         return prefixed
 
-    def guesses(self, loss: float, recall_at_1: float) -> bool:
+    def guesses(self, loss: float, answered: float) -> bool:
         """Whether neither loss nor validation tells this model from one that guesses a number.
 
         Knowing how answers look and nothing else costs ln(candidates) per answer (2.996 with 20). Hard negatives alone
@@ -265,14 +272,14 @@ class RerankTrainer(Trainer):
 
         Args:
             loss: Recent mean loss per learned token.
-            recall_at_1: Of the validation.
+            answered: Share of the validation users whose target the model itself puts first.
         """
         if self.config.loss != "answer":
             return False
         n = self.config.negatives + 1
         chance = math.log(n) / float(np.mean([len(label) for label in self._encoder.trie(n).labels]))
         noise = 2 * math.sqrt((n - 1) / n**2 / len(self.plan.validation))
-        return loss >= 0.98 * chance and recall_at_1 <= 1 / n + noise
+        return loss >= 0.98 * chance and answered <= 1 / n + noise
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -355,7 +362,7 @@ def write_checkpoint_facts(folder: Path, config: TrainConfig, base: Base) -> Non
     """Write `CHECKPOINT_FILE`."""
     facts = {
         "mode": config.mode,
-        "ranking": config.ranking.model_dump(mode="json"),
+        "ranking": config.asked.model_dump(mode="json"),
         "base_model": base.name,
         "family": base.family,
         "method": base.method,
@@ -521,7 +528,7 @@ class ReportCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Report."""
-        losses, recall = [loss for _, loss in self._loss], self._evaluated["recall@1"]
+        losses = [loss for _, loss in self._loss]
         metrics = {
             "epoch": math.ceil(round(state.epoch or 0, 6)),
             "epochs_done": round(state.epoch or 0, 6),
@@ -533,7 +540,8 @@ class ReportCallback(TrainerCallback):
             "value": self._evaluated[self._metric],
             "best": state.best_global_step == state.global_step,
             "validation_s": round(self._evaluated["seconds"], 3),
-            "guessing": bool(losses) and self._guesses(float(np.mean(losses[len(losses) // 2 :])), recall),
+            "guessing": bool(losses)
+            and self._guesses(float(np.mean(losses[len(losses) // 2 :])), self._evaluated["answered"]),
         }
         self._loss.clear()
         self._report(metrics, Path(args.output_dir) / f"checkpoint-{state.global_step}")

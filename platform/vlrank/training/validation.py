@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from vlrank.evaluation.metrics import evaluate_ranks
 from vlrank.reranking.encoding import PromptTooLong
+from vlrank.reranking.prior import with_prior
 from vlrank.training.samples import Sample
 
 if TYPE_CHECKING:
@@ -69,25 +70,42 @@ def encode_samples(
     return prompts, bad
 
 
-def validation_ranks(
-    samples: Sequence[Sample],
+def validation_scores(
     prompts: Sequence[Encoded | None],
     score: Callable[[list[Encoded]], list[npt.NDArray[np.float32]]],
     tokens_at_once: int,
-) -> npt.NDArray[np.float64]:
-    """Ranks of the targets, float64 [samples]; infinity where there is no prompt, so that all models face all users.
+) -> list[npt.NDArray[np.float32] | None]:
+    """Log-probabilities of every prompt's labels, None where there is no prompt.
 
     Args:
-        samples: Fixed validation samples.
         prompts: From `encode_samples`.
         score: Prompts -> log-probabilities of their labels, in one pass.
         tokens_at_once: Padded tokens per pass at most; a longer prompt goes alone.
     """
-    ranks = np.full(len(samples), np.inf)
+    scores: list[npt.NDArray[np.float32] | None] = [None] * len(prompts)
     present = [(i, prompt) for i, prompt in enumerate(prompts) if prompt is not None]
     for chunk in _passes(sorted(present, key=lambda pair: len(pair[1].ids)), tokens_at_once):
-        for (i, _), scores in zip(chunk, score([prompt for _, prompt in chunk]), strict=True):
-            ranks[i] = rank_of(scores, samples[i].label - 1)
+        for (i, _), answer in zip(chunk, score([prompt for _, prompt in chunk]), strict=True):
+            scores[i] = answer
+    return scores
+
+
+def target_ranks(
+    samples: Sequence[Sample],
+    scores: Sequence[npt.NDArray[np.float32] | None],
+    priors: Sequence[npt.NDArray[np.float64]] | None = None,
+) -> npt.NDArray[np.float64]:
+    """Ranks of the targets, float64 [samples]; infinity where there are no scores, so that all models face all users.
+
+    Args:
+        samples: Fixed validation samples.
+        scores: From `validation_scores`.
+        priors: `log_prior` of each sample's candidates.
+    """
+    ranks = np.full(len(samples), np.inf)
+    for i, (sample, answer) in enumerate(zip(samples, scores, strict=True)):
+        if answer is not None:
+            ranks[i] = rank_of(with_prior(answer, priors[i]) if priors else answer, sample.label - 1)
     return ranks
 
 
