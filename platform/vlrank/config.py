@@ -565,26 +565,38 @@ def load_config(
     return validate(kind, values)
 
 
-def validate(kind: type[C], values: Mapping[str, Any]) -> C:
-    """``kind(**values)`` with pydantic's errors turned into one `UserError` that names every wrong key."""
+def validate(kind: type[C], values: Mapping[str, Any], *, within: tuple[type[Config], str] | None = None) -> C:
+    """``kind(**values)`` with pydantic's errors turned into one `UserError` that names every wrong key.
+
+    Args:
+        kind: What to make.
+        values: Its fields.
+        within: The stage's config that this is a part of, and its key there.
+    """
+    stage, prefix = (within[0], f"{within[1]}.") if within else (kind, "")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         problems = [
-            _explain(kind, item["loc"], item["type"], item["msg"], item.get("input")) for item in error.errors()
+            _explain(kind, item["loc"], item["type"], item["msg"], item.get("input"), prefix) for item in error.errors()
         ]
-        raise UserError("\n".join(problems), f"`vlrank {_stage(kind)} --help` lists the options.") from None
+        listed = f"`vlrank {_stage(stage)} --help` lists the options."
+        if stage in (RankingConfig, EngineConfig):  # given in Python, to `Qwen3VLReranker`
+            listed = f"`vlrank.config.{stage.__name__}` lists the options."
+        raise UserError("\n".join(problems), listed) from None
 
 
 def _stage(kind: type[Config]) -> str:
     return kind.__name__.removesuffix("Config").lower()
 
 
-def _explain(kind: type[Config], loc: tuple[int | str, ...], error_type: str, message: str, value: Any) -> str:
-    key = ".".join(str(part) for part in loc)
+def _explain(
+    kind: type[Config], loc: tuple[int | str, ...], error_type: str, message: str, value: Any, prefix: str
+) -> str:
+    key = prefix + ".".join(str(part) for part in loc) if loc else ""
     message = message.removeprefix("Value error, ")  # pydantic's, for what our own validators say
     if error_type == "extra_forbidden":
-        near = difflib.get_close_matches(key, _keys(kind), n=1)
+        near = difflib.get_close_matches(key, _keys(kind, prefix), n=1)
         return f"unknown config key `{key}`" + (f", did you mean `{near[0]}`?" if near else "")
     if error_type == "missing":
         return f"config key `{key}` is required"

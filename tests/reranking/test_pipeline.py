@@ -218,7 +218,7 @@ def test_mistakes_are_named_before_anything_starts(
             do(config(dataset, model, out, **auto))
     with pytest.raises(UserError, match="between 0 and 1"):
         config(dataset, model, out, fusion_weight=1.5)
-    with pytest.raises(UserError, match="windw"):
+    with pytest.raises(UserError, match=r"`ranking.windw`, did you mean `ranking.window`\?\n`vlrank rerank --help`"):
         run(config(dataset, model, out, ranking={"windw": 5}))
     bare = tmp_path / "bare"
     shutil.copytree(shop.path, bare, ignore=shutil.ignore_patterns("semantic_summaries"))

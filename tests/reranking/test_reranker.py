@@ -52,6 +52,11 @@ def test_a_constant_model_keeps_the_retrievers_order() -> None:
     assert ranking.prompts == 5 * 3  # windows [31, 51) [21, 41) [11, 31) [1, 21) [0, 20), three orders each
 
 
+def test_a_wrong_setting_names_the_place_where_they_are_listed() -> None:
+    with pytest.raises(UserError, match=r"unknown config key `windw`.*\n`vlrank.config.RankingConfig` lists"):
+        Qwen3VLReranker("caption", windw=3)
+
+
 def test_a_prior_without_popularity_is_refused() -> None:
     with pytest.raises(UserError, match="popularity"):
         ranker(lambda n: np.zeros(n), popularity_prior=True).rank([UserLists([1], [2, 3])])

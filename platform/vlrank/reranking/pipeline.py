@@ -168,7 +168,8 @@ def _open(config: RerankConfig) -> tuple[Dataset, ModelFolder, ModeSpec]:
     if folder.mode is None:
         raise UserError(f"{folder.path} has no vlrank.json, so its mode is unknown", "Give as_mode=... as well.")
     spec = mode_spec(folder.mode)
-    ranking = validate(RankingConfig, merge(folder.ranking.model_dump(), config.ranking))
+    merged = merge(folder.ranking.model_dump(), config.ranking)
+    ranking = validate(RankingConfig, merged, within=(RerankConfig, "ranking"))
     if config.candidates == "ground_truth":
         # They come in random order: cut to top_k, a part of the users would lose the target.
         ranking = ranking.model_copy(update={"top_k": max(ranking.top_k, config.negatives + 1)})
