@@ -50,7 +50,7 @@ def test_probabilities_sum_to_one_again_and_equal_popularity_changes_no_order(pa
 
 def test_validation_ranks_as_reranking_does() -> None:
     samples = TrainingSamples({1: [1, 2, 3]}, np.arange(1, 9), negatives=2, seed=0)
-    [sample] = [samples.sample(0, 0)]
+    sample = samples.sample(0, 0)
     scores = np.log(np.array([0.4, 0.3, 0.3], dtype=np.float32))
     priors = np.zeros(3)
     priors[sample.label - 1] = 5.0
