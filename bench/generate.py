@@ -228,17 +228,18 @@ def raw(config: Any, options: argparse.Namespace, limit: int | None) -> dict[str
     patch_torchvision()
     from vllm import LLM, SamplingParams
 
-    from vlrank.generation import pipeline, stages
+    from vlrank.generation import job, pipeline
+    from vlrank.generation.writers.ray_llm import vllm_engine_kwargs
 
     work = pipeline._plan(config)
-    kwargs = stages.vllm_engine_kwargs(work.job, config.engine, float(gpu_count() > 0))
+    kwargs = vllm_engine_kwargs(work.job, config.engine, float(gpu_count() > 0))
     start = time.monotonic()
     llm = LLM(model=work.job.model, **kwargs)
     prompts = []
     wanted = work.wanted.head(limit or work.wanted.height)
     for row in wanted.to_dicts():
-        inputs = stages.prepare(row, work.job)
-        if inputs[stages.FAILED]:
+        inputs = job.prepare(row, work.job)
+        if inputs[job.FAILED]:
             continue
         prompt = {"prompt": inputs["prompt"]}
         if "multimodal_data" in inputs:

@@ -99,7 +99,7 @@ def run(items: int, options: argparse.Namespace) -> dict[str, Any]:
 
 def _stages(dataset: Any, side: int, delay: float) -> Any:
     def decode(row: dict[str, Any]) -> dict[str, Any]:
-        from vlrank.generation.stages import load_picture
+        from vlrank.generation.job import load_picture
 
         return {"__data": row | {"picture": load_picture(row["picture"], side)}}
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from vlrank.data.lists import Lists
 from vlrank.evaluation.compare import compare_ranks
-from vlrank.evaluation.lists import Lists
 from vlrank.evaluation.metrics import KS, evaluate_ranks
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vlrank.data.items import ItemMeta
 from vlrank.demo.base_models import corpus, picture_patches, save_model, train_tokenizer
 from vlrank.demo.pretrain import END, PICTURES_PER_BATCH, TURNS, Bank, Family, Lessons, Row, fresh_model, teach
 from vlrank.generation.prompts import load_prompt
-from vlrank.reranking.modes import ItemMeta, mode_spec
-from vlrank.reranking.prompts import build_prompt, render_messages
+from vlrank.prompting.modes import mode_spec
+from vlrank.prompting.prompts import build_prompt, render_messages
 
 COLOURS = (
     *("Black", "White", "Blue", "Beige", "Pink", "Red", "Green", "Khaki", "Grey", "Orange", "Yellow", "Brown"),

@@ -199,10 +199,10 @@ def raw(config: Any) -> dict[str, Any]:
 
     from vlrank.config import RankingConfig
     from vlrank.data.dataset import Dataset
-    from vlrank.engines.base import open_model
-    from vlrank.engines.vllm import engine_kwargs
-    from vlrank.reranking.encoding import Encoder
-    from vlrank.reranking.modes import mode_spec
+    from vlrank.engines.models import open_model
+    from vlrank.engines.vllm_scorer import engine_kwargs
+    from vlrank.prompting.encoding import Encoder
+    from vlrank.prompting.modes import mode_spec
     from vlrank.reranking.pipeline import sampled_candidates
 
     folder = replace(open_model(config.model, config.as_mode), ranking=RankingConfig(**config.ranking))

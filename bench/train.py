@@ -504,8 +504,8 @@ def real_lengths(args: argparse.Namespace) -> list[int]:
 
     from transformers import PreTrainedTokenizerFast
 
-    from vlrank.reranking.modes import mode_spec
-    from vlrank.reranking.prompts import build_prompt
+    from vlrank.prompting.modes import mode_spec
+    from vlrank.prompting.prompts import build_prompt
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file(args.config_dir)))
     with gzip.open(args.data / "items.jsonl.gz", "rt", encoding="utf-8") as file:

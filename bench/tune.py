@@ -29,7 +29,7 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler
 
 from vlrank.config import TuneConfig, load_config
-from vlrank.data.shop import make_products, make_shop
+from vlrank.demo.shop import make_products, make_shop
 from vlrank.tuning.halving import Halving
 from vlrank.tuning.run import run
 from vlrank.tuning.trials import Sweep, Trial

@@ -137,7 +137,7 @@ def test_urls_and_paths_are_told_apart() -> None:
 def test_a_config_keeps_urls_on_its_way_to_a_cluster() -> None:
     config = load_config(RerankConfig, dataset="s3://shop/beauty", model="s3://shop/run", out="s3://shop/r.parquet")
     assert RerankConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json")))) == config
-    from vlrank.submit import absolute_paths
+    from vlrank.paths import absolute_paths
 
     assert absolute_paths(config, None)["out"] == "s3://shop/r.parquet", "no --workdir is needed"
     with pytest.raises(UserError, match="`out`: only a local or shared folder"):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from vlrank import __version__
 from vlrank.config import DemoConfig
-from vlrank.jobs import STAGES, Stage, lazy
 from vlrank.options import main as run_command
 from vlrank.options import stage_command
+from vlrank.stages import STAGES, Stage, lazy
 from vlrank.submit import jobs_command, submit_command
+from vlrank.version import __version__
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

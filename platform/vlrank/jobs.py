@@ -14,47 +14,21 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 
-from vlrank.config import (
-    Config,
-    EvaluateConfig,
-    GenerateConfig,
-    PrepareConfig,
-    RerankConfig,
-    RetrieveConfig,
-    TrainConfig,
-    TuneConfig,
-    validate,
-)
+from vlrank.config import Config, validate
 from vlrank.console import Summary
 from vlrank.errors import UserError
 from vlrank.options import stage_command
+from vlrank.paths import WORKDIR, absolute_paths
 from vlrank.runtime import interrupt_on_sigterm
+from vlrank.stages import STAGES, lazy
 from vlrank.storage import Location
 
 C = TypeVar("C", bound=Config)
-
-Stage = tuple[type[Config], str, str | None]
-
-STAGES: dict[str, Stage] = {
-    "prepare": (PrepareConfig, "vlrank.data.prepare:run", "vlrank.data.prepare:plan"),
-    "generate": (GenerateConfig, "vlrank.generation.pipeline:run", "vlrank.generation.pipeline:plan"),
-    "retrieve": (RetrieveConfig, "vlrank.evaluation.retrieve:run", "vlrank.evaluation.retrieve:plan"),
-    "train": (TrainConfig, "vlrank.training.run:run", "vlrank.training.run:dry_run"),
-    "tune": (TuneConfig, "vlrank.tuning.run:run", "vlrank.tuning.run:plan"),
-    "rerank": (RerankConfig, "vlrank.reranking.pipeline:run", "vlrank.reranking.pipeline:plan"),
-    "evaluate": (EvaluateConfig, "vlrank.evaluation.run:run", "vlrank.evaluation.run:plan"),
-}
-"""Stages that can run as jobs: config, ``run`` and what ``--dry_run`` calls, imported when called."""
-
-
-WORKDIR = "VLRANK_WORKDIR"
-"""Environment variable: the folder that a job's relative paths are taken from."""
 
 
 def main(
@@ -129,8 +103,6 @@ def _in_workdir(config: C) -> C:
     Raises:
         UserError: no such folder; or none is given, a path is relative, and the current folder goes away with the job.
     """
-    from vlrank.submit import absolute_paths
-
     folder = os.environ.get(WORKDIR)
     if not folder and _UPLOADED not in Path.cwd().parts:
         return config
@@ -171,12 +143,6 @@ def _last_line(
     sys.stderr.flush()
     place = None if output is None else str(output)
     print(json.dumps({"status": status, "output": place, "counts": dict(counts or {}), "message": message}), flush=True)
-
-
-def lazy(target: str) -> Callable[[Any], Summary]:
-    """``"module:function"``, imported when called: `vlrank --help` loads neither torch nor Ray."""
-    module, _, function = target.partition(":")
-    return lambda config: getattr(import_module(module), function)(config)
 
 
 def _stage_main(argv: Sequence[str]) -> NoReturn:

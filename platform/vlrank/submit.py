@@ -26,12 +26,13 @@ from typing import Any
 import click
 import yaml
 
-from vlrank.config import Config, PrepareConfig, config_dir, read_yaml, validate
+from vlrank.config import Config, config_dir, read_yaml, validate
 from vlrank.console import Summary, console
 from vlrank.errors import UserError
-from vlrank.jobs import STAGES, WORKDIR
 from vlrank.options import stage_command
+from vlrank.paths import WORKDIR, absolute_paths
 from vlrank.runtime import CAPACITY
+from vlrank.stages import STAGES
 from vlrank.storage import location
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -97,7 +98,7 @@ def submit(
     """Submit a stage, unless the same job is running or has succeeded.
 
     Args:
-        stage: A key of `vlrank.jobs.STAGES`.
+        stage: A key of `vlrank.stages.STAGES`.
         config: The stage's config; relative paths are taken from ``workdir``.
         address: Of the cluster's dashboard, e.g. ``http://HEAD:8265``.
         environment: What the cluster offers.
@@ -156,40 +157,6 @@ def attempts(client: Any, name: str) -> list[tuple[int, Any]]:
     """(1, 2, ..., Ray's ``JobDetails``) of the jobs NAME, NAME-2, ..., in this order."""
     names = ((re.fullmatch(rf"{name}(?:-(\d+))?", job.submission_id or ""), job) for job in client.list_jobs())
     return sorted(((int(found[1] or 1), job) for found, job in names if found), key=lambda attempt: attempt[0])
-
-
-def absolute_paths(config: Config, workdir: str | None) -> dict[str, Any]:
-    """The config as plain values, with every path absolute.
-
-    A job's working directory is a temporary copy on one node: a relative path would be read from there, and its results
-    thrown away with it.
-
-    Raises:
-        UserError: a relative path, and no absolute ``workdir`` to take it from.
-    """
-    if workdir is not None and not workdir.startswith("/"):
-        raise UserError(f"--workdir {workdir!r} is not an absolute path", "Give a folder that every node sees.")
-
-    def resolved(key: str, path: Path) -> str:
-        if path.is_absolute():
-            return str(path)
-        if workdir is None:
-            raise UserError(
-                f"`{key}` is {path}, a relative path, which would lie in the job's temporary folder",
-                "Give an absolute path on storage that every node sees, or --workdir FOLDER.",
-            )
-        return str(Path(workdir) / path)
-
-    values = config.model_dump(mode="json", exclude_unset=True)
-    places = {key: getattr(config, key) for key in values}
-    if isinstance(config, PrepareConfig) and config.dataset_code:  # these have relative defaults
-        places |= {"raw_dir": config.raw_dir, "out": config.folder}
-    for key, value in places.items():
-        if isinstance(value, Path):
-            values[key] = resolved(key, value)
-        elif isinstance(value, tuple) and any(isinstance(part, Path) for part in value):
-            values[key] = [resolved(key, part) if isinstance(part, Path) else str(part) for part in value]
-    return values
 
 
 def package(folder: Path, values: Mapping[str, Any]) -> None:

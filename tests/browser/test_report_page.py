@@ -14,10 +14,10 @@ from tests.browser.conftest import load
 from vlrank.config import EvaluateConfig, RetrieveConfig
 from vlrank.data import schemas
 from vlrank.data.dataset import Dataset
+from vlrank.data.lists import Lists
 from vlrank.data.tables import write_parquet_atomic
-from vlrank.evaluation.lists import Lists
-from vlrank.evaluation.retrieve import run as retrieve
 from vlrank.evaluation.run import run
+from vlrank.retrieval.retrieve import run as retrieve
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><b>Mug</b> & \u2028 {{ 7*7 }}"
 

@@ -22,9 +22,10 @@ import yaml
 
 from vlrank.config import PrepareConfig, RetrieveConfig, TrainConfig, load_config
 from vlrank.data.dataset import Dataset
-from vlrank.data.shop import write_raw_shop
+from vlrank.demo.shop import write_raw_shop
 from vlrank.errors import UserError
-from vlrank.submit import Environment, absolute_paths, config_of, job_name, package
+from vlrank.paths import absolute_paths
+from vlrank.submit import Environment, config_of, job_name, package
 from vlrank.training.run import read_history
 
 from .nodes import Nodes

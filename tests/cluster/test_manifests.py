@@ -15,7 +15,7 @@ import yaml
 
 from vlrank import __version__
 from vlrank.config import EngineConfig, TrainConfig
-from vlrank.jobs import STAGES
+from vlrank.stages import STAGES
 from vlrank.submit import Environment
 
 ROOT = Path(__file__).resolve().parents[2]

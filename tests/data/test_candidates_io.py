@@ -19,7 +19,7 @@ from vlrank.data.candidates_io import (
 from vlrank.data.dataset import Dataset
 from vlrank.data.schemas import RANKINGS
 from vlrank.errors import UserError
-from vlrank.evaluation.importing import read_candidates
+from vlrank.retrieval.importing import read_candidates
 
 
 class Evil:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from vlrank.data.shop import draw
 from vlrank.demo import pretrain
 from vlrank.demo.base_models import corpus, make_demo_models, picture_patches, train_tokenizer
+from vlrank.demo.shop import draw
 from vlrank.generation.prompts import load_prompt
-from vlrank.reranking.prompts import render_messages
+from vlrank.prompting.prompts import render_messages
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from vlrank.config import RankingConfig
-from vlrank.reranking.encoding import Encoded, Encoder
-from vlrank.reranking.modes import ItemMeta
+from vlrank.data.items import ItemMeta
+from vlrank.prompting.encoding import Encoded, Encoder
 
 
 def brute_force(model: Any, encoder: Encoder, encoded: Encoded) -> np.ndarray:

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlrank.engines.base import open_model
-from vlrank.engines.transformers import load_model
-from vlrank.reranking.encoding import Encoded, Encoder
-from vlrank.reranking.modes import mode_spec
+from vlrank.engines.models import open_model
+from vlrank.engines.transformers_scorer import load_model
+from vlrank.prompting.encoding import Encoded, Encoder
+from vlrank.prompting.modes import mode_spec
 
 from .brute_force import RANKING, brute_force, text_items
 

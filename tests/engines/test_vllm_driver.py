@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlrank.engines import vllm
-from vlrank.engines.base import EngineDied
-from vlrank.engines.vllm import VllmEngine
-from vlrank.reranking.encoding import Encoded
-from vlrank.reranking.labels import LabelTrie
+from vlrank.engines import vllm_scorer
+from vlrank.engines.resources import EngineDied
+from vlrank.engines.vllm_scorer import VllmScorer
+from vlrank.prompting.encoding import Encoded
+from vlrank.prompting.labels import LabelTrie
 
 LONGEST = 256
 TRIE = LabelTrie(tuple((*(10 + int(d) for d in str(i)), 2) for i in range(1, 21)))  # two reads, the first of two nodes
@@ -52,7 +52,7 @@ class Core:
         )
 
 
-Start = Callable[[Core], VllmEngine]
+Start = Callable[[Core], VllmScorer]
 
 
 @pytest.fixture
@@ -63,11 +63,11 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Any:
     modules["vllm.v1.engine.exceptions"].EngineDeadError = EngineDeadError  # type: ignore[attr-defined]
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    vllm._label_params.cache_clear()
+    vllm_scorer._label_params.cache_clear()
     started = []
 
-    def engine(core: Core) -> VllmEngine:
-        made = VllmEngine.__new__(VllmEngine)
+    def engine(core: Core) -> VllmScorer:
+        made = VllmScorer.__new__(VllmScorer)
         made.vllm, made.in_flight, made.lora = core, 2, None  # type: ignore[assignment]
         made.requests = made.prompt_tokens = made.cached_tokens = 0
         made._inbox = queue.SimpleQueue()
@@ -81,14 +81,14 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Any:
         made._inbox.put(None)
         made._thread.join(5)
         assert not made._thread.is_alive()
-    vllm._label_params.cache_clear()
+    vllm_scorer._label_params.cache_clear()
 
 
 def prompt(length: int) -> Encoded:
     return Encoded([5] * length, (), (), TRIE)
 
 
-def outcome(engine: VllmEngine, encoded: Encoded) -> Any:
+def outcome(engine: VllmScorer, encoded: Encoded) -> Any:
     """What the caller gets; a timeout where nothing comes."""
     future = engine.submit(NO_ENCODER, encoded)
     return future.exception(timeout=5) or future.result()

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlrank.config import EngineConfig, Mode, RankingConfig
-from vlrank.engines import vllm
-from vlrank.engines.base import ModelFolder
-from vlrank.engines.vllm import Read, engine_kwargs, plan_reads
-from vlrank.reranking.labels import LabelTrie
+from vlrank.engines import vllm_args
+from vlrank.engines.models import ModelFolder
+from vlrank.engines.vllm_scorer import Read, engine_kwargs, plan_reads
+from vlrank.prompting.labels import LabelTrie
 
 END = 2
 
@@ -47,7 +47,7 @@ def test_more_choices_than_vllm_returns_are_asked_separately() -> None:
 def test_rerankers_side_by_side_do_not_measure_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each would count the other's memory as taken while both start; what pictures get is not for the cache."""
     (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
-    monkeypatch.setattr(vllm, "_gpu_memory", lambda: 80 * 2**30)
+    monkeypatch.setattr(vllm_args, "gpu_memory", lambda: 80 * 2**30)
 
     def cache(gpus: float | None, mode: Mode = "caption", **more: object) -> Any:
         model = ModelFolder(str(tmp_path), str(tmp_path), mode, RankingConfig(), "vision")

@@ -3,8 +3,8 @@
 import numpy as np
 import polars as pl
 
+from vlrank.data.lists import Lists
 from vlrank.evaluation.checks import Finding, check_candidates, check_order, check_times
-from vlrank.evaluation.lists import Lists
 
 
 def found(lists: dict[int, list[int]], targets: list[int], **options: object) -> dict[str, Finding]:

@@ -12,13 +12,13 @@ from vlrank.config import EvaluateConfig, RetrieveConfig, load_config
 from vlrank.data import schemas
 from vlrank.data.candidates_io import write_rankings
 from vlrank.data.dataset import Dataset
+from vlrank.data.lists import Lists
 from vlrank.data.tables import write_parquet_atomic
 from vlrank.errors import UserError
 from vlrank.evaluation.evaluate import _names, read_rankings
-from vlrank.evaluation.lists import Lists
 from vlrank.evaluation.metrics import ranking_metrics
-from vlrank.evaluation.retrieve import run as retrieve
 from vlrank.evaluation.run import plan, run
+from vlrank.retrieval.retrieve import run as retrieve
 
 RIVALS = ("identity", "random", "popularity")
 

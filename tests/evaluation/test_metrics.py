@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlrank.evaluation.lists import Lists
+from vlrank.data.lists import Lists
 from vlrank.evaluation.metrics import (
     bootstrap_interval,
     evaluate_rankings,

@@ -10,9 +10,9 @@ import pytest
 from vlrank.config import EvaluateConfig
 from vlrank.data import schemas
 from vlrank.data.dataset import Dataset
+from vlrank.data.lists import Lists
 from vlrank.data.tables import write_parquet_atomic
 from vlrank.errors import UserError
-from vlrank.evaluation.lists import Lists
 from vlrank.evaluation.report import _calibration, _run_curves, _script_json, _sweep
 from vlrank.evaluation.run import run
 

@@ -13,21 +13,13 @@ import pytest
 from PIL import Image, ImageOps
 
 from vlrank.config import EngineConfig
-from vlrank.engines.base import engine_name, weights_bytes
+from vlrank.engines.resources import engine_name, weights_bytes
 from vlrank.errors import UserError
-from vlrank.generation import stages
+from vlrank.generation.job import DATA, FAILED, Job, PictureError, judge, load_picture, prepare
 from vlrank.generation.prompts import load_prompt
-from vlrank.generation.stages import (
-    DATA,
-    FAILED,
-    Job,
-    PictureError,
-    _gpu_is_lost,
-    judge,
-    load_picture,
-    prepare,
-    vllm_engine_kwargs,
-)
+from vlrank.generation.writers import ray_llm
+from vlrank.generation.writers.ray_llm import vllm_engine_kwargs
+from vlrank.generation.writers.transformers import _gpu_is_lost
 
 CAPTION = Job(prompt=load_prompt("caption/v1", "caption"), model="m", model_name="m")
 SUMMARY = dataclasses.replace(CAPTION, prompt=load_prompt("semantic_summary/v1", "semantic_summary"))
@@ -211,7 +203,7 @@ def test_engines_on_half_a_gpu_take_half_its_memory() -> None:
 def test_engines_side_by_side_do_not_measure_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each would count the other's memory as taken while both start, and die or leave most of the GPU unused."""
     (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
-    monkeypatch.setattr(stages, "_gpu_memory", lambda gpus: 80 * 2**30)
+    monkeypatch.setattr(ray_llm, "_gpu_memory", lambda gpus: 80 * 2**30)
     kwargs = vllm_engine_kwargs(dataclasses.replace(CAPTION, model=str(tmp_path)), EngineConfig(), gpus=0.5)
     assert kwargs["kv_cache_memory_bytes"] == int(80 * 2**30 * 0.45) - 1000 - 3 * 2**30
     with pytest.raises(UserError, match=r"engine\.gpus=0\.04: 2\.9 GiB do not hold"):

@@ -18,13 +18,13 @@ from vlrank.config import EngineConfig, RankingConfig, RayConfig, RerankConfig, 
 from vlrank.data.dataset import Dataset
 from vlrank.data.schemas import CANDIDATES, RANKINGS
 from vlrank.data.tables import atomic_write_json
-from vlrank.engines import vllm
+from vlrank.engines import vllm_args
 from vlrank.errors import UserError
+from vlrank.prompting.modes import mode_spec
+from vlrank.reranker import Qwen3VLReranker
 from vlrank.reranking import pipeline
-from vlrank.reranking.modes import mode_spec
 from vlrank.reranking.pipeline import _open, _plan, _shards, _source, best_weight, plan, run, sampled_candidates
-from vlrank.reranking.ranker import UserLists
-from vlrank.reranking.reranker import Qwen3VLReranker, open_prompts
+from vlrank.reranking.ranker import UserLists, open_prompts
 from vlrank.storage import Location
 
 TRANSFORMERS = EngineConfig(name="transformers", cpus=1)
@@ -177,7 +177,7 @@ def test_histories_are_cut_to_a_short_engine(
     assert longest(name="transformers", max_model_len=512) == 4096
     assert longest(name="vllm", max_model_len=512) == 512 - 16
     assert longest(name="vllm", max_model_len=8192) == 4096
-    monkeypatch.setattr(vllm, "_context", lambda base: 1024)
+    monkeypatch.setattr(vllm_args, "_context", lambda base: 1024)
     assert longest(name="vllm") == 1024 - 16
 
 

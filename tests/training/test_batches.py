@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from vlrank.config import RankingConfig
 from vlrank.data.dataset import Dataset
-from vlrank.reranking.encoding import Encoder
-from vlrank.reranking.modes import mode_spec
+from vlrank.prompting.encoding import Encoder
+from vlrank.prompting.modes import mode_spec
 from vlrank.training.batches import StepLoader, Steps
 from vlrank.training.packing import batches, pack, row_length, share
 from vlrank.training.samples import TrainingSamples

@@ -16,9 +16,9 @@ import torch
 
 from vlrank.config import RankingConfig
 from vlrank.data.dataset import Dataset
-from vlrank.engines.transformers import score_labels
-from vlrank.reranking.encoding import Encoded, Encoder
-from vlrank.reranking.modes import mode_spec
+from vlrank.engines.transformers_scorer import score_labels
+from vlrank.prompting.encoding import Encoded, Encoder
+from vlrank.prompting.modes import mode_spec
 from vlrank.training.answers import AnswerHead, token_losses
 from vlrank.training.attention import compile_layers, use_packed_attention
 from vlrank.training.collate import MicroBatch, Row, answer_row, end_to_end, side_by_side

@@ -327,8 +327,8 @@ def test_resuming_keeps_bfloat16_adapters_and_their_masters(tiny_text_model: Pat
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
 
-    from vlrank.engines.base import open_model
-    from vlrank.engines.transformers import load_model
+    from vlrank.engines.models import open_model
+    from vlrank.engines.transformers_scorer import load_model
 
     def adapted() -> torch.nn.Module:
         model = load_model(open_model(tiny_text_model)).to(torch.bfloat16)

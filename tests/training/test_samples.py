@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlrank.data.items import ItemMeta
 from vlrank.errors import UserError
-from vlrank.reranking.modes import ItemMeta, mode_spec
+from vlrank.prompting.modes import mode_spec
 from vlrank.training.samples import (
     TrainingSamples,
     draw_outside,

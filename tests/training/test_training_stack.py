@@ -13,7 +13,7 @@ import yaml
 from vlrank.config import MODES, RankingConfig, TrainConfig
 from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
-from vlrank.reranking.modes import mode_spec
+from vlrank.prompting.modes import mode_spec
 from vlrank.training.model import resolve_base
 from vlrank.training.run import fit, read_history, run
 
@@ -53,9 +53,9 @@ def test_a_mode_trains_and_its_best_checkpoint_ranks(
     assert b"train/loss" in events.read_bytes()
     assert b"eval/recall_10" in events.read_bytes()
 
-    from vlrank.engines.base import open_model
-    from vlrank.engines.transformers import load_model, score_labels
-    from vlrank.reranking.encoding import Encoder
+    from vlrank.engines.models import open_model
+    from vlrank.engines.transformers_scorer import load_model, score_labels
+    from vlrank.prompting.encoding import Encoder
 
     folder = open_model(config.out)
     encoder = Encoder.load(

@@ -46,7 +46,7 @@ from vlrank.errors import UserError
 from vlrank.storage import BucketPath, Held, Location, claim, each, listing, location, remove_tree, upload_tree
 
 if TYPE_CHECKING:  # only the type: data does not need the rooms that are built on it
-    from vlrank.reranking.modes import ItemMeta
+    from vlrank.data.items import ItemMeta
 
 Split = Literal["val", "test"]
 What = Literal["caption", "semantic_summary"]

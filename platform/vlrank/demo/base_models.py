@@ -275,10 +275,10 @@ def make_demo_models(folder: Path) -> dict[str, Path]:
 
 def corpus() -> list[str]:
     """Texts with every word of the shop and of the prompts, for `train_tokenizer`."""
-    from vlrank.data.shop import COLOURS, PATTERNS, make_products
+    from vlrank.demo.shop import COLOURS, PATTERNS, make_products
     from vlrank.generation.prompts import load_prompt
-    from vlrank.reranking.modes import mode_spec
-    from vlrank.reranking.prompts import build_prompt
+    from vlrank.prompting.modes import mode_spec
+    from vlrank.prompting.prompts import build_prompt
 
     texts = [load_prompt(None, what).question("") for what in ("caption", "semantic_summary")]
     for product in make_products(200, seed=0):

@@ -34,7 +34,7 @@ from vlrank.config import (
 from vlrank.console import Summary, console
 from vlrank.data.tables import atomic_write_json
 from vlrank.errors import UserError
-from vlrank.reranking.modes import mode_spec
+from vlrank.prompting.modes import mode_spec
 from vlrank.runtime import ray_session
 
 C = TypeVar("C", bound=Config)
@@ -122,8 +122,8 @@ def _stages(config: DemoConfig, settings: dict[str, Any], out: Path, clock: _Clo
     """Everything from drawing the shop to rankings of the test users."""
     # Imported late: `vlrank --help` loads this module's siblings, and torch and Ray take seconds.
     from vlrank.data.prepare import run as prepare
-    from vlrank.data.shop import write_raw_shop
     from vlrank.demo.base_models import make_demo_models
+    from vlrank.demo.shop import write_raw_shop
     from vlrank.generation.pipeline import run as generate
     from vlrank.reranking.pipeline import run as rerank
     from vlrank.training.run import run as train

@@ -1,1 +1,1 @@
-"""Inference engines behind one small protocol: `base.Engine`."""
+"""Inference engines behind one small protocol: `scoring.LabelScorer`."""

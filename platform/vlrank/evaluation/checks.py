@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import scipy.sparse as sp
 
-from vlrank.evaluation.lists import Ints, Lists
+from vlrank.data.lists import Ints, Lists
 
 Level = Literal["error", "warning", "note"]
 

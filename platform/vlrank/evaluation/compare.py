@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vlrank.evaluation.lists import Floats
+from vlrank.data.lists import Floats
 from vlrank.evaluation.metrics import bootstrap_interval, clip_ranks, rank_values
 
 

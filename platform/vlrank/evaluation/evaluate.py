@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from vlrank.config import EvaluateConfig, Split
 from vlrank.console import progress
 from vlrank.data import schemas
 from vlrank.data.dataset import Dataset
+from vlrank.data.lists import Ints, Lists
 from vlrank.data.tables import read_parquet
 from vlrank.errors import UserError
-from vlrank.evaluation import baselines
 from vlrank.evaluation.checks import Finding, check_candidates, check_order, check_times
 from vlrank.evaluation.compare import Difference, compare_ranks, corrected
-from vlrank.evaluation.importing import read_candidates
-from vlrank.evaluation.lists import Ints, Lists
 from vlrank.evaluation.metrics import Metrics, evaluate_ranks, expected_random
+from vlrank.retrieval import baselines
+from vlrank.retrieval.importing import read_candidates
 from vlrank.storage import Location, fetch
 
 Protocol = Literal["ground_truth", "retrieval"]
@@ -397,9 +399,8 @@ def _evaluate_group(
         split,
         seed=config.seed,
         max_history=config.max_history,
-        embedding_model=config.embedding_model,
-        pointwise_model=config.pointwise_model,
-        pointwise_mode=config.pointwise_mode,
+        embed=_embedder(config),
+        ask=_questioner(config),
     )
     for rival in config.baselines:
         if rival == RETRIEVER and not ordered:
@@ -588,3 +589,19 @@ def _categories(items: pl.DataFrame) -> np.ndarray:
 def _frequent(values: np.ndarray, count: int) -> list[str]:
     names, sizes = np.unique(values.astype(str), return_counts=True)
     return [str(name) for name in names[np.argsort(-sizes, kind="stable")][:count]]
+
+
+def _embedder(config: EvaluateConfig) -> Callable[[Sequence[str]], NDArray[np.float32]] | None:
+    if config.embedding_model is None:
+        return None
+    from vlrank.reranking.embeddings import embed_texts
+
+    return partial(embed_texts, config.embedding_model)
+
+
+def _questioner(config: EvaluateConfig) -> Callable[[Sequence[baselines.Pair]], NDArray[np.float32]] | None:
+    if config.pointwise_model is None:
+        return None
+    from vlrank.reranking.pointwise import yes_log_probs
+
+    return partial(yes_log_probs, config.pointwise_model, config.pointwise_mode, max_history=config.max_history)

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from vlrank.evaluation.lists import Floats, Ints, Lists
+from vlrank.data.lists import Floats, Ints, Lists
 
 KS = (1, 5, 10, 20, 50)
 METRICS = ("recall", "hit_rate", "ndcg", "mrr", "map")

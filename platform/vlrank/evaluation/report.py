@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 
-import vlrank
 from vlrank.config import EvaluateConfig
 from vlrank.console import progress
 from vlrank.data.dataset import Dataset
+from vlrank.data.lists import Ints, Lists
 from vlrank.errors import UserError
 from vlrank.evaluation.checks import Finding
 from vlrank.evaluation.compare import Difference
 from vlrank.evaluation.evaluate import RETRIEVER, Group, Method, main_metrics
-from vlrank.evaluation.lists import Ints, Lists
 from vlrank.evaluation.metrics import LABELS, label
 from vlrank.storage import Location, fetch
+from vlrank.version import __version__
 
 _NAMES = {
     "identity": "retriever's order",
@@ -91,7 +91,7 @@ def _page(data: Mapping[str, Any], **more: Any) -> str:
     page = environment.from_string((templates / "report.html.j2").read_text(encoding="utf-8"))
     return page.render(
         **more,
-        version=vlrank.__version__,
+        version=__version__,
         data=data,
         data_json=_script_json(data),
         css=(templates / "report.css").read_text(encoding="utf-8"),

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import vlrank
 from vlrank.config import EvaluateConfig
 from vlrank.console import Summary, console
 from vlrank.data.dataset import Dataset
@@ -21,6 +20,7 @@ from vlrank.errors import UserError
 from vlrank.evaluation.compare import Difference
 from vlrank.evaluation.evaluate import RETRIEVER, Group, Method, compare_methods, evaluate, main_metrics, read_rankings
 from vlrank.evaluation.metrics import label
+from vlrank.version import __version__
 
 
 def plan(config: EvaluateConfig) -> Summary:
@@ -67,7 +67,7 @@ def as_json(
 ) -> dict[str, Any]:
     """What ``metrics.json`` holds: every number of the report, each under its protocol."""
     return {
-        "vlrank": vlrank.__version__,
+        "vlrank": __version__,
         "dataset": {
             "name": dataset.path.resolve().name,
             "counts": dataset.manifest.get("counts", {}),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlrank.data.tables import atomic_write_text
-from vlrank.generation.stages import PictureError, load_picture
+from vlrank.generation.job import PictureError, load_picture
 from vlrank.storage import Location
 
 _STYLE = """

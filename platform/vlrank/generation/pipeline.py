@@ -21,10 +21,11 @@ from vlrank.console import Summary, console
 from vlrank.data import schemas
 from vlrank.data.dataset import GENERATED_FOLDERS, Dataset
 from vlrank.data.tables import file_sha256
-from vlrank.engines.base import engine_gpus, engine_name
+from vlrank.engines.resources import engine_gpus, engine_name
 from vlrank.errors import UserError
+from vlrank.generation.job import Job
 from vlrank.generation.prompts import Prompt, load_prompt
-from vlrank.generation.stages import Job, build
+from vlrank.generation.writing import build
 from vlrank.runtime import ray_session
 from vlrank.storage import Location, is_url, remove_tree
 

@@ -13,7 +13,7 @@ import yaml
 
 from vlrank.config import What
 from vlrank.errors import UserError
-from vlrank.reranking.prompts import plain
+from vlrank.prompting.prompts import plain
 
 FOLDER = Path(__file__).parent / "prompts"
 Image = Literal["required", "optional", "none"]

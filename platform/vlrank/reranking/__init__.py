@@ -1,1 +1,1 @@
-"""Modes, prompts, label tries and windows (pure), the reranker, and bulk reranking."""
+"""Windows, the ranker on one engine, rivals that need a model, and the bulk job."""

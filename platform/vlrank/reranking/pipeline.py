@@ -30,14 +30,15 @@ from vlrank.config import EngineConfig, RankingConfig, RerankConfig, Split, merg
 from vlrank.console import Summary
 from vlrank.data.candidates_io import write_rankings
 from vlrank.data.dataset import Dataset
+from vlrank.data.items import ItemMeta
 from vlrank.data.schemas import RANKINGS
 from vlrank.data.tables import atomic_write_json, file_size
-from vlrank.engines.base import EngineDied, ModelFolder, engine_gpus, engine_name, on_this_node, open_model
+from vlrank.engines.models import ModelFolder, on_this_node, open_model
+from vlrank.engines.resources import EngineDied, engine_gpus, engine_name
 from vlrank.errors import UserError
-from vlrank.reranking.encoding import PREPARATION
-from vlrank.reranking.modes import ItemMeta, ModeSpec, mode_spec, shows
-from vlrank.reranking.ranker import Ranking, UserLists
-from vlrank.reranking.reranker import open_prompts, open_ranker
+from vlrank.prompting.encoding import PREPARATION
+from vlrank.prompting.modes import ModeSpec, mode_spec, shows
+from vlrank.reranking.ranker import Ranking, UserLists, open_prompts, open_ranker
 from vlrank.reranking.windows import fuse, stable_order, windows
 from vlrank.runtime import ray_session
 from vlrank.storage import Location, listing, location
@@ -177,7 +178,7 @@ def _open(config: RerankConfig) -> tuple[Dataset, ModelFolder, ModeSpec]:
     path, base = (str(Path(name).resolve()) if Path(name).is_dir() else name for name in (folder.path, folder.base))
     folder = replace(folder, path=path, base=base, ranking=ranking)
     if engine_name(config.engine) == "vllm":
-        from vlrank.engines.vllm import max_prompt_tokens
+        from vlrank.engines.vllm_args import max_prompt_tokens
 
         # The history gives way here too: the engine would only refuse the users.
         update = {"max_prompt_tokens": max_prompt_tokens(folder, config.engine)}

@@ -6,20 +6,22 @@ import pickle
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vlrank.config import RankingConfig
+from vlrank.config import EngineConfig, RankingConfig
+from vlrank.data.items import ItemMeta
+from vlrank.engines.models import ModelFolder, on_this_node
+from vlrank.engines.resources import engine_name
+from vlrank.engines.scoring import LabelScorer, open_scorer
 from vlrank.errors import UserError
-from vlrank.reranking.encoding import Encoded, Encoder
-from vlrank.reranking.modes import ItemMeta, ModeSpec, shows
-from vlrank.reranking.prior import log_prior
+from vlrank.prompting.encoding import Encoded, Encoder
+from vlrank.prompting.modes import ModeSpec, mode_spec, shows
+from vlrank.prompting.prior import log_prior
 from vlrank.reranking.windows import Ranked, Request, first_requests, rank_lists
-
-if TYPE_CHECKING:
-    from vlrank.engines.base import Engine
 
 Float32 = npt.NDArray[np.float32]
 
@@ -177,7 +179,7 @@ class Ranker:
             an engine that may be called from several threads.
     """
 
-    engine: Engine
+    engine: LabelScorer
     prompts: PromptMaker
     threads: int = 1
     group: int = field(default=32, kw_only=True)
@@ -235,3 +237,27 @@ class Ranker:
             else:
                 result.append(outcome)
         return result
+
+
+def open_ranker(folder: ModelFolder, config: EngineConfig, item_meta: Mapping[int, ItemMeta]) -> Ranker:
+    """Load tokenizer and engine of a model whose mode is known."""
+    folder = on_this_node(folder)
+    prompts = open_prompts(folder, item_meta)
+    return Ranker(open_scorer(folder, config), prompts, threads=4 if engine_name(config) == "vllm" else 1)
+
+
+def open_prompts(folder: ModelFolder, item_meta: Mapping[int, ItemMeta]) -> PromptMaker:
+    """The tokenizer of a model whose mode is known and whose folder is on this node."""
+    from vlrank.compat import patch_torchvision
+
+    assert folder.mode is not None
+    patch_torchvision()
+    spec = mode_spec(folder.mode)
+    encoder = Encoder.load(tokenizer_folder(folder), spec, folder.ranking)
+    return PromptMaker(encoder, spec, folder.ranking, item_meta)
+
+
+def tokenizer_folder(folder: ModelFolder) -> str:
+    """Where a model's tokenizer lies: beside its weights, else with its base model."""
+    own = ("tokenizer_config.json", "tokenizer.json")
+    return folder.path if any((Path(folder.path) / name).is_file() for name in own) else folder.base

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vlrank.reranking.prior import with_prior
+from vlrank.prompting.prior import with_prior
 
 
 def windows(n: int, size: int = 20, stride: int = 10) -> Iterator[tuple[int, int]]:

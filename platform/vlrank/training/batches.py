@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vlrank.reranking.encoding import PromptTooLong
+from vlrank.prompting.encoding import PromptTooLong
 from vlrank.training.collate import ANSWER_ROOM, MicroBatch, Pictures, Row, answer_row, end_to_end, side_by_side
 from vlrank.training.packing import batches, pack, share
 from vlrank.training.samples import Sample, TrainingSamples
 
 if TYPE_CHECKING:
-    from vlrank.reranking.encoding import Encoder
-    from vlrank.reranking.modes import ItemMeta
+    from vlrank.data.items import ItemMeta
+    from vlrank.prompting.encoding import Encoder
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-    from vlrank.reranking.encoding import Encoded, Encoder, Grid
+    from vlrank.prompting.encoding import Encoded, Encoder, Grid
 
 Pictures = Callable[[Sequence[str]], "torch.Tensor"]
 """Paths -> their ``pixel_values`` (pixels or cached features), concatenated."""

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlrank.config import TrainConfig
+from vlrank.data.items import ItemMeta
 from vlrank.errors import UserError
-from vlrank.reranking.modes import ItemMeta, ModeSpec, mode_spec
-from vlrank.reranking.prior import with_popularity
+from vlrank.prompting.modes import ModeSpec, mode_spec
+from vlrank.prompting.prior import with_popularity
 from vlrank.storage import cache_folder
 from vlrank.training.samples import (
     Sample,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlrank.config import TrainConfig
 from vlrank.errors import UserError
-from vlrank.reranking.modes import Family, ModeSpec, mode_spec
+from vlrank.prompting.modes import Family, ModeSpec, mode_spec
 from vlrank.storage import Location, fetch_model, is_url, location
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.structure import core
@@ -20,7 +20,7 @@ from vlrank.training.structure import core
 if TYPE_CHECKING:
     import torch
 
-    from vlrank.reranking.encoding import Encoder
+    from vlrank.prompting.encoding import Encoder
     from vlrank.training.answers import AnswerHead
 
 FOLDERS: dict[Family, str] = {"text": "qwen3vl_rerank", "vision": "qwen3vl_rerank_vl"}
@@ -110,7 +110,7 @@ def resolve_base(config: TrainConfig) -> Base:
 
 
 def _stored_quantised(folder: str) -> bool:
-    from vlrank.engines.base import read_json
+    from vlrank.engines.models import read_json
 
     config = Path(folder) / "config.json"
     return config.is_file() and "quantization_config" in read_json(config)
@@ -118,7 +118,7 @@ def _stored_quantised(folder: str) -> bool:
 
 def _model_folder(given: Location, spec: ModeSpec) -> Location:
     """The folder with the weights: of a run of `vlrank train` that of its best checkpoint."""
-    from vlrank.engines.base import best_checkpoint, read_json
+    from vlrank.engines.models import best_checkpoint, read_json
 
     folder = best_checkpoint(given)
     if not (folder / "config.json").is_file():
@@ -148,7 +148,7 @@ def load_trainable(config: TrainConfig, base: Base, device: torch.device) -> Tra
     import torch
     from transformers import AutoProcessor
 
-    from vlrank.reranking.encoding import Encoder
+    from vlrank.prompting.encoding import Encoder
     from vlrank.training.answers import AnswerHead
 
     spec = mode_spec(config.mode)
@@ -297,7 +297,7 @@ def tower_key(model: Any, encoder: Encoder, paths: Sequence[str]) -> str:
     """Names what cached features depend on: the tower's weights, the picture preparation and the pictures."""
     import torch
 
-    from vlrank.reranking.encoding import PREPARATION
+    from vlrank.prompting.encoding import PREPARATION
 
     digest = hashlib.sha256()
     tower = core(model).model.visual

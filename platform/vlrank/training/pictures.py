@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlrank.data.tables import atomic_write_json, disk_errors
-from vlrank.reranking.encoding import Encoder
+from vlrank.prompting.encoding import Encoder
 
 if TYPE_CHECKING:
     import torch

@@ -19,9 +19,9 @@ import yaml
 from vlrank.config import TrainConfig
 from vlrank.console import Summary, console, progress
 from vlrank.data.dataset import Dataset
+from vlrank.data.items import ItemMeta
 from vlrank.data.tables import atomic_write_json, atomic_write_text, file_size
 from vlrank.errors import UserError
-from vlrank.reranking.modes import ItemMeta
 from vlrank.runtime import cluster_gpus, cluster_resources, ray_session
 from vlrank.storage import BucketPath, Location, listing, location, remove_tree
 from vlrank.training.data import TrainingData, display_name, plan

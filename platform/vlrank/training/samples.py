@@ -13,8 +13,9 @@ from typing import Literal
 
 import numpy as np
 
+from vlrank.data.items import ItemMeta
 from vlrank.errors import UserError
-from vlrank.reranking.modes import ItemMeta, ModeSpec, shows
+from vlrank.prompting.modes import ModeSpec, shows
 
 Split = tuple[list[int], int]
 """History (oldest first) and target of one user."""

@@ -20,9 +20,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from vlrank.config import TrainConfig
 from vlrank.data.tables import DiskFull, disk_errors
-from vlrank.engines.transformers import score_labels
+from vlrank.engines.transformers_scorer import score_labels
 from vlrank.errors import UserError
-from vlrank.reranking.prior import log_prior
+from vlrank.prompting.prior import log_prior
 from vlrank.training.answers import token_losses
 from vlrank.training.batches import StepLoader, Steps, to_device
 from vlrank.training.collate import ANSWER_ROOM

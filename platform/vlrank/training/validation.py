@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vlrank.evaluation.metrics import evaluate_ranks
-from vlrank.reranking.encoding import PromptTooLong
-from vlrank.reranking.prior import with_prior
+from vlrank.prompting.encoding import PromptTooLong
+from vlrank.prompting.prior import with_prior
 from vlrank.training.samples import Sample
 
 if TYPE_CHECKING:
-    from vlrank.reranking.encoding import Encoded, Encoder
-    from vlrank.reranking.modes import ItemMeta
+    from vlrank.data.items import ItemMeta
+    from vlrank.prompting.encoding import Encoded, Encoder
 
 
 def rank_metrics(ranks: npt.ArrayLike, metrics: Sequence[str]) -> dict[str, float]:

@@ -287,7 +287,7 @@ def _prepare_pictures(
     """Encoders for validation and training, the picture loader, and the data without unreadable pictures."""
     import torch.distributed as dist
 
-    from vlrank.reranking.encoding import Encoder
+    from vlrank.prompting.encoding import Encoder
     from vlrank.training.model import accept_features, tower_key
     from vlrank.training.pictures import FeatureEncoder, Pixels, compute_features
 

@@ -1,0 +1,144 @@
+"""Which model a folder holds: run folders, checkpoints, adapters, plain models, hub names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from vlrank.config import Mode, RankingConfig
+from vlrank.errors import UserError
+from vlrank.prompting.modes import Family, mode_spec
+from vlrank.storage import BucketPath, Location, fetch_model, location
+
+_LIKE_A_FOLDER = (".", "~", "runs/")  # the hub has no such names
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model as engines load it.
+
+    Attributes:
+        path: Folder (or Hugging Face name) with the weights, or with the adapter.
+        base: The base model of an adapter; equal to ``path`` where there is none.
+        mode: What it was trained for; None for a plain base model.
+        ranking: How it was trained to be asked; defaults for a plain base model.
+        family: ``vision`` or ``text``.
+        details: The rest of ``vlrank.json``.
+    """
+
+    path: str
+    base: str
+    mode: Mode | None
+    ranking: RankingConfig
+    family: Family
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether ``path`` is a PEFT adapter on ``base``."""
+        return self.path != self.base
+
+
+def open_model(model: str | Location, mode: str | None = None) -> ModelFolder:
+    """Find the model in a run folder (its best checkpoint), a checkpoint folder, a plain model folder or a hub name.
+
+    Args:
+        model: Where it is; a URL stays one until `on_this_node`.
+        mode: Needed for models that were not trained by vlrank; must agree with ``vlrank.json`` otherwise.
+
+    Raises:
+        UserError: nothing usable there.
+    """
+    path = location(model)
+    if path.is_dir():
+        path = best_checkpoint(path)
+    elif (
+        isinstance(path, BucketPath)
+        or path.is_absolute()
+        or str(model).startswith(_LIKE_A_FOLDER)
+        or str(model).count("/") > 1
+    ):
+        raise UserError(f"model folder {model} does not exist", "Give a run folder of `vlrank train` or a checkpoint.")
+    else:
+        spec = mode_spec(mode) if mode else None
+        return ModelFolder(
+            str(model), str(model), spec.name if spec else None, RankingConfig(), spec.family if spec else "text"
+        )
+    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} holds no model: neither config.json nor adapter_config.json",
+            "Give a run folder of `vlrank train` or a checkpoint.",
+        )
+    details = read_json(path / "vlrank.json") if (path / "vlrank.json").is_file() else {}
+    trained_for = details.get("mode")
+    if mode is not None and trained_for is not None and mode != trained_for:
+        raise UserError(
+            f"{path} was trained in mode {trained_for}, not {mode}", f"Leave the mode out, or use {trained_for}."
+        )
+    base = _adapter_base(path, details) if (path / "adapter_config.json").is_file() else str(path)
+    try:
+        ranking = RankingConfig(**details.get("ranking", {}))
+    except ValidationError as error:
+        raise UserError(
+            f"{path / 'vlrank.json'} has ranking settings of another version: {error.errors()[0]['msg']}"
+        ) from None
+    name = trained_for or mode
+    return ModelFolder(
+        str(path), base, mode_spec(name).name if name else None, ranking, _family(base, details), details
+    )
+
+
+def best_checkpoint(path: Location) -> Location:
+    """The best checkpoint of a run folder; any other folder itself.
+
+    Raises:
+        UserError: a run without a first evaluation, or one whose checkpoint is gone.
+    """
+    best = path / "best.json"
+    if not best.is_file():
+        if (path / "config.yaml").is_file():
+            raise UserError(
+                f"run {path} has no best.json: its training has not got to a first evaluation", "Train it on."
+            )
+        return path
+    checkpoint = path / str(read_json(best).get("checkpoint"))
+    if not checkpoint.is_dir():
+        raise UserError(f"{best} names {checkpoint}, which does not exist", "Restore the folder, or train again.")
+    return checkpoint
+
+
+def _adapter_base(path: Location, details: dict[str, Any]) -> str:
+    base = details.get("base_model") or read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{path / 'adapter_config.json'} does not name its base model", "Set base_model_name_or_path.")
+    return str(base)
+
+
+def _family(base: str, details: dict[str, Any]) -> Family:
+    if details.get("family") in ("vision", "text"):
+        return "vision" if details["family"] == "vision" else "text"
+    config = location(base) / "config.json"
+    return "vision" if config.is_file() and "vision_config" in read_json(config) else "text"
+
+
+def read_json(path: Location) -> dict[str, Any]:
+    """The object in a model folder's file.
+
+    Raises:
+        UserError: it cannot be read, is no JSON or no object.
+    """
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds a {type(loaded).__name__}, expected an object")
+    return loaded
+
+
+def on_this_node(model: ModelFolder) -> ModelFolder:
+    """The model as engines can load it: what lies in a bucket comes into this node's cache, once."""
+    return replace(model, path=fetch_model(model.path), base=fetch_model(model.base))

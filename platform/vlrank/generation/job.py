@@ -1,0 +1,212 @@
+"""One generation job: what workers need to know, how a row is prepared, how an answer is judged.
+
+Rows travel in one column of dictionaries, ``__data``, as `ray.data.llm` has it, whatever the engine: a picture exists
+as pixels only between its preparation and the engine, a few blocks at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlrank.bulk import ENGINE_SECONDS, ERROR, ERROR_TYPE, RETRY, TOKENS_IN, TOKENS_OUT
+from vlrank.errors import UserError
+from vlrank.generation.prompts import Prompt
+from vlrank.generation.quality import problem
+from vlrank.storage import fetch
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DATA = "__data"
+FAILED = "__inference_error__"  # ray.data.llm skips rows in which this is not ""
+PREPARE_CPUS = 0.9  # not 1, or Ray Data runs the step inside the engine's actor, one picture after the other
+_RETRY_TEMPERATURE = 0.7  # another seed changes nothing in greedy decoding
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that workers need to know.
+
+    Attributes:
+        prompt: The question.
+        model: Hugging Face name or absolute folder; goes to the engine and into the rows.
+        model_name: As it stands in the rows' ``model`` column.
+        revision: Branch, tag or commit of a Hugging Face model.
+        adapter: LoRA adapter folder.
+        sees: Whether the model takes pictures.
+        max_tokens, temperature, seed, image_side, language: As in `GenerateConfig`.
+        gate: Whether texts have to pass the quality gate.
+        attempt: 0 in the first pass; later passes sample with another seed.
+        last: Rejected texts go to the quarantine instead of into another pass.
+    """
+
+    prompt: Prompt
+    model: str
+    model_name: str
+    revision: str | None = None
+    adapter: str | None = None
+    sees: bool = True
+    max_tokens: int = 96
+    temperature: float = 0.0
+    seed: int = 0
+    image_side: int = 448
+    language: str = "en"
+    gate: bool = True
+    attempt: int = 0
+    last: bool = True
+
+    def shows_picture(self, path: str | None) -> bool:
+        """Whether the prompt for an item with this picture carries it."""
+        return self.sees and self.prompt.image != "none" and path is not None
+
+    @property
+    def effective_temperature(self) -> float:
+        """Of this attempt."""
+        return self.temperature if self.attempt == 0 else max(self.temperature, _RETRY_TEMPERATURE)
+
+
+class PictureError(Exception):
+    """A picture that cannot be used; the class name of the reason is the first argument."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind, self.message = kind, message
+
+
+def load_picture(path: str, side: int) -> Image.Image:
+    """Decode a picture: RGB, upright, at most ``side`` pixels on the longer side, transparency on white.
+
+    Raises:
+        PictureError: ``PictureMissing`` or ``PictureBroken``.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(fetch(path)) as file:
+            file.draft("RGB", (side, side))  # JPEG: decode at a half, a quarter or an eighth where that is enough
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            picture = picture.convert("RGB")
+    except FileNotFoundError:
+        raise PictureError("PictureMissing", f"{path} does not exist") from None
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # decoders have errors of many kinds for bad files
+        raise PictureError("PictureBroken", f"{path}: {error}") from None
+    picture.thumbnail((side, side), Image.Resampling.BICUBIC)
+    return picture
+
+
+@functools.lru_cache(maxsize=2)
+def load_tokenizer(model: str, revision: str | None) -> Any:
+    """Cached."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model, revision=revision)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rendered(model: str, revision: str | None, prompt: Prompt, text: str, with_image: bool) -> str:
+    """The prompt after the chat template; captions ask the same question of every picture, hence the cache."""
+    tokenizer = load_tokenizer(model, revision)
+    messages = prompt.messages(text, with_image=with_image)
+    rendered: str = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    return rendered
+
+
+def prepare(row: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """What an engine needs for one row; ``__inference_error__`` says why a row cannot be asked.
+
+    Args:
+        row: ``item_id``, ``text``, ``picture`` (absolute path or None), ``picture_hash``.
+        job: The job.
+    """
+    with_image = job.shows_picture(row["picture"])
+    text = (row["text"] or "") if "{text}" in job.prompt.template else ""
+    inputs: dict[str, Any] = {FAILED: "", "prompt": None, "sampling_params": None, "with_image": with_image}
+    try:
+        if with_image:
+            picture = load_picture(row["picture"], job.image_side)
+            inputs["multimodal_data"] = {"image": picture}
+            # The content's hash is known: the engine need not compute one of its own over the pixels.
+            inputs["multimodal_uuids"] = {"image": f"{row['picture_hash']}-{job.image_side}"}
+        elif not text.strip():
+            raise PictureError("NothingToDescribe", "the item has neither a picture nor text")
+    except PictureError as error:
+        return {**inputs, FAILED: failure(error.kind, error.message)}
+    inputs["prompt"] = _rendered(job.model, job.revision, job.prompt, text, with_image)
+    inputs["sampling_params"] = _sampling(job, row["item_id"])
+    if job.adapter:
+        inputs["model"] = job.adapter  # another name than the engine's: ray.data.llm takes it for a LoRA adapter
+    return inputs
+
+
+def failure(kind: str, message: str) -> str:
+    """What stands in FAILED."""
+    return f"{kind}: {message}"
+
+
+def _sampling(job: Job, item_id: int) -> dict[str, Any]:
+    """vLLM's SamplingParams. The seed depends on the item alone, so a resumed run equals an unbroken one."""
+    params: dict[str, Any] = {"temperature": job.effective_temperature, "max_tokens": job.max_tokens}
+    if job.effective_temperature > 0:
+        digest = hashlib.sha256(f"{job.seed}:{job.attempt}:{item_id}".encode()).digest()
+        params["seed"] = int.from_bytes(digest[:4], "little")
+    if job.prompt.json_schema is not None:
+        params["structured_outputs"] = {"json": json.dumps(job.prompt.json_schema)}
+    return params
+
+
+def judge(batch: dict[str, Any], job: Job) -> dict[str, list[Any]]:
+    """From an engine's rows to the rows of `schemas.GENERATED` with the columns that `vlrank.bulk` reads."""
+    rows = [_judged(row, job) for row in batch[DATA].tolist()]
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
+def _judged(row: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    kind, message, again, text = "", "", False, ""
+    if row[FAILED]:
+        kind, _, message = str(row[FAILED]).partition(": ")
+    else:
+        # Half a character at the end (bytes of a cut-off answer) is U+FFFD in transformers and nothing in vLLM.
+        text = " ".join(str(row["generated_text"]).replace("\ufffd", "").split())
+        cut_off = row["num_generated_tokens"] >= job.max_tokens
+        if job.prompt.json_field is not None:
+            text, kind, message = _field(text, job.prompt.json_field)
+        if job.gate and not kind:
+            reason = problem(
+                text, question=job.prompt.question(row["text"] or ""), cut_off=cut_off, language=job.language
+            )
+            if reason:
+                kind, message = f"Quality.{reason}", text[:500]
+        again = bool(kind) and not job.last
+    return {
+        "item_id": row["item_id"],
+        "text": text,
+        "model": job.model_name,
+        "prompt_id": job.prompt.prompt_id,
+        "input_hash": row["input_hash"],
+        ERROR_TYPE: kind,
+        ERROR: message,
+        RETRY: again,
+        TOKENS_IN: int(row.get("num_input_tokens") or 0),
+        TOKENS_OUT: int(row.get("num_generated_tokens") or 0),
+        ENGINE_SECONDS: max(0.0, float(row.get("time_taken_llm") or 0.0)),
+    }
+
+
+def _field(text: str, name: str) -> tuple[str, str, str]:
+    try:
+        value = json.loads(text)[name]
+    except (ValueError, KeyError, TypeError) as error:
+        return "", "Quality.not_json", f"{type(error).__name__}: {text[:400]}"
+    return (", ".join(map(str, value)) if isinstance(value, list) else str(value)), "", ""

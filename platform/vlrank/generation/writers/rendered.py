@@ -1,0 +1,185 @@
+"""vLLM fed with pictures that CPU processes have prepared: the way past the one process that limits picture throughput.
+
+Whoever holds a vLLM engine (``LLM.generate``, the actor of `ray.data.llm`) resizes, normalises and patches its pictures
+in one process; on an H100 that process stops at 100 pictures a second while the GPU waits. Here a pool of workers runs
+vLLM's own renderer (tokeniser, image processor, placeholders), and the engine's process receives what that made, which
+`AsyncLLM.generate` accepts as it is. `render_workers` in the config switches it on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import math
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from vlrank.bulk import ENGINE_PROCESS
+from vlrank.config import EngineConfig
+from vlrank.engines.resources import engine_gpus, vllm_env
+from vlrank.generation.job import DATA, FAILED, PREPARE_CPUS, Job, prepare
+from vlrank.generation.writers.ray_llm import concurrent_batches, vllm_engine_kwargs
+
+if TYPE_CHECKING:
+    import ray.data
+
+
+def rendered_vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig, render_workers: int) -> ray.data.Dataset:
+    """The stages; rows in and out as in `writing.build`.
+
+    Args:
+        dataset: Rows as in `writing.build`.
+        job: The job.
+        engine: The engines.
+        render_workers: CPU processes that prepare pictures.
+    """
+    from ray.data import ActorPoolStrategy
+
+    gpus = engine_gpus(engine)
+    kwargs = {"model": job.model, **vllm_engine_kwargs(job, engine, gpus)}
+    environment = {"runtime_env": {"env_vars": vllm_env(gpus)}}
+    concurrent = concurrent_batches(kwargs, engine.batch_size)
+    dataset = dataset.map_batches(
+        Renderer,
+        fn_constructor_kwargs={"job": job, "engine_kwargs": kwargs},
+        batch_size=min(32, engine.batch_size),
+        compute=ActorPoolStrategy(size=render_workers),
+        num_cpus=PREPARE_CPUS,
+        **environment,
+    )
+    return dataset.map_batches(
+        RenderedVllm,
+        fn_constructor_kwargs={"job": job, "engine_kwargs": kwargs},
+        batch_size=engine.batch_size,
+        # One actor works on several batches at once, so that the engine never runs dry between two.
+        compute=ActorPoolStrategy(
+            size=engine.replicas,
+            max_tasks_in_flight_per_actor=2 * concurrent,
+            max_concurrent_calls_per_actor=concurrent,
+        ),
+        num_cpus=engine.cpus,
+        num_gpus=math.ceil(gpus * engine.tensor_parallel_size) if gpus >= 1 else gpus,
+        zero_copy_batch=True,
+        **environment,
+        **ENGINE_PROCESS,
+    )
+
+
+class Renderer:
+    """vLLM's renderer without an engine: pixels and prompt become what an engine core takes."""
+
+    def __init__(self, job: Job, engine_kwargs: dict[str, Any]) -> None:
+        from vlrank.compat import patch_torchvision
+
+        patch_torchvision()
+        # Ray hides the GPUs from this worker; vLLM asks the driver what they are when it makes its configuration. No
+        # CUDA context is created here.
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        import torch
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.renderers import renderer_from_config
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        torch.set_num_threads(1)
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        self.job = job
+        config = AsyncEngineArgs(**engine_kwargs).create_engine_config()
+        self.renderer = renderer_from_config(config)
+        self.parse = functools.partial(parse_model_prompt, config.model_config)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Rows as in `writing.build` -> rows with ``engine_input``."""
+        names = list(batch)
+        rows = [dict(zip(names, values, strict=True)) for values in zip(*(batch[name] for name in names), strict=True)]
+        return {DATA: [self._render(row) for row in rows]}
+
+    def _render(self, row: dict[str, Any]) -> dict[str, Any]:
+        row = row | {"item_id": int(row["item_id"])}
+        row |= prepare(row, self.job)
+        pictures, uuids = row.pop("multimodal_data", None), row.pop("multimodal_uuids", None)
+        if row[FAILED]:
+            return row
+        prompt: dict[str, Any] = {"prompt": row["prompt"]}
+        if pictures:
+            prompt |= {"multi_modal_data": pictures, "multi_modal_uuids": uuids}
+        try:
+            (rendered,) = self.renderer.render_cmpl([self.parse(prompt)])
+        except Exception as error:  # e.g. a picture 300 times as wide as high: the row's fault, not the run's
+            return row | {FAILED: f"{type(error).__name__}: {error}"}
+        if pictures and uuids:
+            # Without a prefix cache vLLM counts pictures per renderer: two workers' pictures would share a name, and
+            # the engine would show one in place of the other. The content's name is the same everywhere.
+            rendered["mm_hashes"] = {"image": [uuids["image"]]}
+        return row | {"engine_input": rendered, "prompt": None}
+
+
+class RenderedVllm:
+    """An engine that takes rendered prompts; an actor whose batches overlap."""
+
+    def __init__(self, job: Job, engine_kwargs: dict[str, Any]) -> None:
+        from vlrank.compat import patch_torchvision
+
+        patch_torchvision()
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.job = job
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_kwargs))
+        # More requests than the engine can run only cost memory.
+        self.room = asyncio.Semaphore(math.ceil(1.1 * self.engine.vllm_config.scheduler_config.max_num_seqs))
+        self.asked = 0
+
+    async def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Rows with ``engine_input`` get ``generated_text``, ``num_input_tokens``, ``num_generated_tokens``."""
+        rows = batch[DATA].tolist()
+        await asyncio.gather(*(self._answer(row) for row in rows if not row[FAILED]))
+        return {DATA: rows}
+
+    async def _answer(self, row: dict[str, Any]) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        rendered = row.pop("engine_input")
+        self.asked += 1
+        try:
+            async with self.room:
+                start = time.monotonic()
+                answer = None
+                async for output in self.engine.generate(
+                    rendered, self._params(row), f"{row['item_id']}-{self.asked}", lora_request=self._lora()
+                ):
+                    answer = output
+        except EngineDeadError:
+            os._exit(
+                1
+            )  # Ray starts the actor anew and repeats its tasks; an exception would come back to a dead engine
+        except Exception as error:
+            row[FAILED] = f"{type(error).__name__}: {error}"
+            return
+        assert answer is not None
+        row["time_taken_llm"] = time.monotonic() - start
+        row["num_input_tokens"] = len(answer.prompt_token_ids or ())
+        row["num_generated_tokens"] = len(answer.outputs[0].token_ids)
+        row["generated_text"] = answer.outputs[0].text
+
+    def _params(self, row: dict[str, Any]) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+        params = dict(row["sampling_params"])
+        if "structured_outputs" in params:
+            params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
+        return SamplingParams(**params, output_kind=RequestOutputKind.FINAL_ONLY)
+
+    def _lora(self) -> Any:
+        if self.job.adapter is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest("adapter", 1, self.job.adapter)
+
+    def __del__(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.shutdown()

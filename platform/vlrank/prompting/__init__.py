@@ -1,0 +1,1 @@
+"""Modes, prompts, label tries and token encoding: pure, without torch and Ray."""

@@ -1,0 +1,345 @@
+"""From a user's history and candidates to token ids and pixels: one code path for training, validation and reranking.
+
+Pictures are prepared once per file and reused: a popular item appears in thousands of prompts. They are scaled once,
+from the file to the size that the model sees, and cut into patches here: 1.5 ms for 256x256 pixels, a tenth of what the
+model's own processor takes. Neither torch nor Ray is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from vlrank.config import RankingConfig
+from vlrank.data.items import ItemMeta
+from vlrank.errors import UserError
+from vlrank.prompting.labels import LabelTrie
+from vlrank.prompting.modes import ModeSpec
+from vlrank.prompting.prompts import Prompt, build_prompt, render
+from vlrank.storage import fetch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Grid = tuple[int, int, int]
+"""Patches of a picture: (frames, rows, columns), as in Qwen's ``image_grid_thw``."""
+
+PREPARATION = "draft 2x, bicubic, small"
+"""How pictures get their size; part of the name of everything that is computed from them and kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One prompt, ready for a model.
+
+    Attributes:
+        ids: Token ids up to where the answer begins; a picture's placeholder is repeated once per visual token.
+        image_paths: Pictures in the order of their placeholders; empty in text modes.
+        grids: One per picture.
+        trie: The labels "1".."N" and how to read them.
+        history_cut: History items left out from the oldest side so that the prompt fits.
+    """
+
+    ids: list[int]
+    image_paths: tuple[str, ...]
+    grids: tuple[Grid, ...]
+    trie: LabelTrie
+    history_cut: int = 0
+
+    @property
+    def n_candidates(self) -> int:
+        """N."""
+        return self.trie.n
+
+    def answer_ids(self, label: int) -> list[int]:
+        """Token ids of the answer, ``label`` counted from 0 (candidate 1 is label 0); the end token is last."""
+        return list(self.trie.labels[label])
+
+
+class PromptTooLong(ValueError):
+    """Even without any history the candidates and the question exceed the limit; the row is quarantined."""
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class _Recent(Generic[K, V]):
+    """The ``size`` most recently used values of a function."""
+
+    def __init__(self, make: Callable[[K], V], size: int) -> None:
+        self.make, self.size, self.values = make, size, OrderedDict[K, V]()
+
+    def __call__(self, key: K) -> V:
+        if key in self.values:
+            self.values.move_to_end(key)
+        else:
+            self.values[key] = self.make(key)
+            if len(self.values) > self.size:
+                self.values.popitem(last=False)
+        return self.values[key]
+
+
+class Encoder:
+    """Turns prompts into token ids and pixels with one model's tokenizer and image processor.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        spec: The mode.
+        ranking: Lengths: ``max_history``, ``max_item_chars``, ``max_prompt_tokens``, ``max_image_pixels``.
+        image_processor: Qwen-VL's; needed in raw_image only.
+        cached_pictures: Prepared pictures kept in memory (about 1.2 MB each at 224x224).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        spec: ModeSpec,
+        ranking: RankingConfig,
+        image_processor: Any = None,
+        cached_pictures: int = 512,
+    ) -> None:
+        if spec.pixels and image_processor is None:
+            raise UserError(
+                f"mode {spec.name} feeds pictures, but the model has no image processor", "Use a Qwen3-VL model."
+            )
+        self.tokenizer, self.spec, self.ranking, self.image_processor = tokenizer, spec, ranking, image_processor
+        self._tries: dict[int, LabelTrie] = {}
+        self._grids: dict[str, Grid] = {}
+        self._pixels = _Recent(self._prepare, cached_pictures)
+        self.image_token_id: int | None = None
+        if image_processor is not None:
+            self.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+            repeats = image_processor.temporal_patch_size * image_processor.patch_size**2
+            self._mean, self._std = (
+                np.repeat(np.asarray(values, dtype=np.float32) / np.float32(image_processor.rescale_factor), repeats)
+                for values in (image_processor.image_mean, image_processor.image_std)
+            )
+
+    @classmethod
+    def load(cls, folder: str | Path, spec: ModeSpec, ranking: RankingConfig, **kwargs: Any) -> Encoder:
+        """The encoder of a model folder or Hugging Face name.
+
+        Raises:
+            UserError: no tokenizer there, or no image processor where the mode needs one.
+        """
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        # Prompts come one by one: handing each to a pool of threads took up to 45 ms of waiting on a busy machine.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            if not tokenizer("1", add_special_tokens=False)["input_ids"]:
+                raise ValueError("its vocabulary is empty")  # so it is without tokenizer.json
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"model {folder} has no tokenizer that can be loaded: {str(error).splitlines()[0]}",
+                "Copy tokenizer.json and tokenizer_config.json of its base model into the folder.",
+            ) from None
+        processor = None
+        if spec.pixels:
+            try:
+                processor = AutoImageProcessor.from_pretrained(folder)
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(
+                    f"model {folder} has no image processor for mode {spec.name}: {str(error).splitlines()[0]}",
+                    "Use a Qwen3-VL model folder with preprocessor_config.json.",
+                ) from None
+        return cls(tokenizer, spec, ranking, processor, **kwargs)
+
+    def trie(self, n: int) -> LabelTrie:
+        """The labels "1".."n" in this tokenizer."""
+        if n not in self._tries:
+            self._tries[n] = LabelTrie.of(self.tokenizer, n)
+        return self._tries[n]
+
+    def encode(self, history: Sequence[ItemMeta], candidates: Sequence[ItemMeta]) -> Encoded:
+        """One prompt. History is cut to ``max_history`` and then, oldest first, until ``max_prompt_tokens`` holds.
+
+        Raises:
+            PromptTooLong: the candidates and the question alone are too long.
+            OSError: a picture cannot be read.
+        """
+        recent = list(history)[-self.ranking.max_history :]
+
+        def encoded(cut: int) -> Encoded:
+            prompt = build_prompt(self.spec, recent[cut:], candidates, self.ranking.max_item_chars)
+            return self.encode_prompt(prompt, history_cut=cut)
+
+        whole = encoded(0)
+        if self._fits(whole):
+            return whole
+        low, high = 1, len(recent)  # the smallest cut that fits
+        if not recent or not self._fits(encoded(high)):
+            bare = encoded(len(recent))
+            raise PromptTooLong(
+                f"{len(candidates)} candidates and the question take {len(bare.ids)} tokens, "
+                f"more than max_prompt_tokens {self.ranking.max_prompt_tokens}; lower window or max_item_chars"
+            )
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._fits(encoded(middle)) else (middle + 1, high)
+        return encoded(low)
+
+    def encode_prompt(self, prompt: Prompt, history_cut: int = 0) -> Encoded:
+        """Token ids of a prompt as it stands, without a length limit."""
+        trie = self.trie(prompt.n_candidates)
+        ids = list(self.tokenizer(render(self.tokenizer, prompt), add_special_tokens=False)["input_ids"])
+        if trie.drop:
+            ids = ids[: -trie.drop]
+        if not self.spec.pixels:
+            return Encoded(ids, (), (), trie, history_cut)
+        grids = tuple(self.grid(path) for path in prompt.image_paths)
+        return Encoded(self._expand(ids, grids), prompt.image_paths, grids, trie, history_cut)
+
+    def grid(self, path: str) -> Grid:
+        """Patches of a picture once prepared, from the file's header alone.
+
+        Raises:
+            OSError: as `load_picture`.
+        """
+        if path not in self._grids:
+            from PIL import Image
+            from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+            with _picture_errors(path), Image.open(fetch(path)) as image:
+                width, height = _shrunk(*_upright_size(image), self.ranking.max_image_pixels)
+            processor = self.image_processor
+            patch = processor.patch_size
+            rows, columns = smart_resize(
+                height,
+                width,
+                factor=patch * processor.merge_size,
+                min_pixels=self.picture_size["shortest_edge"],
+                max_pixels=self.picture_size["longest_edge"],
+            )
+            self._grids[path] = (1, rows // patch, columns // patch)
+        return self._grids[path]
+
+    @property
+    def picture_size(self) -> dict[str, int]:
+        """Least and most pixels of a prepared picture, as image processors take them (``size``)."""
+        size = self.image_processor.size
+        # Qwen3-VL's own least, 256x256, would scale up again what ``max_image_pixels`` has scaled down.
+        least = min(size["shortest_edge"], self.ranking.max_image_pixels)
+        return {"shortest_edge": least, "longest_edge": size["longest_edge"]}
+
+    def visual_tokens(self, grid: Grid) -> int:
+        """Tokens of a picture in the prompt."""
+        return int(np.prod(grid)) // self.image_processor.merge_size**2
+
+    def pixels(self, path: str) -> npt.NDArray[np.float32]:
+        """A prepared picture, float32 [patches, patch values], as Qwen's ``pixel_values``; kept for the next prompt."""
+        return self._pixels(path)
+
+    def patches(self, path: str) -> npt.NDArray[np.uint8]:
+        """`pixels` before normalisation, uint8 [patches, patch values], and not kept.
+
+        Patches are in the order in which the tower merges them, values in the order channel, frame, row, column; a
+        picture is a film of equal frames.
+        """
+        processor = self.image_processor
+        patch, merge = processor.patch_size, processor.merge_size
+        _, rows, columns = self.grid(path)
+        values = np.asarray(self.picture(path)).reshape(
+            rows // merge, merge, patch, columns // merge, merge, patch, 3
+        )  # [row of blocks, row in block, y, column of blocks, column in block, x, channel]
+        frames = np.repeat(
+            values.transpose(0, 3, 1, 4, 6, 2, 5)[..., None, :, :], processor.temporal_patch_size, axis=5
+        )
+        return frames.reshape(rows * columns, -1)
+
+    def normalised(self, patches: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """`patches` as the tower takes them: float32, mean and deviation as the model's processor says."""
+        return np.asarray((patches - self._mean) / self._std, dtype=np.float32)
+
+    def picture(self, path: str) -> Image:
+        """A picture as the model sees it: RGB, upright, in the size of its grid."""
+        _, rows, columns = self.grid(path)
+        patch = self.image_processor.patch_size
+        return load_picture(path, (columns * patch, rows * patch))
+
+    def positions(self, encoded: Encoded) -> npt.NDArray[np.int64]:
+        """Rotary positions [3, T] (time, row, column) as Qwen3-VL's ``get_rope_index``; equal rows for text.
+
+        The next token after the prompt has position ``positions.max() + 1`` in all rows.
+        """
+        ids = np.asarray(encoded.ids)
+        if not encoded.grids:
+            return np.tile(np.arange(len(ids)), (3, 1))
+        rows = np.empty((3, len(ids)), dtype=np.int64)
+        merge, grids = self.image_processor.merge_size, iter(encoded.grids)
+        i = position = 0
+        while i < len(ids):
+            if ids[i] == self.image_token_id:
+                frames, height, width = (size // merge if axis else size for axis, size in enumerate(next(grids)))
+                length = frames * height * width
+                rows[:, i : i + length] = np.indices((frames, height, width)).reshape(3, -1) + position
+                position += max(height, width)
+                i += length
+            else:
+                rows[:, i] = position
+                position, i = position + 1, i + 1
+        return rows
+
+    def _fits(self, encoded: Encoded) -> bool:
+        return len(encoded.ids) <= self.ranking.max_prompt_tokens
+
+    def _expand(self, ids: list[int], grids: tuple[Grid, ...]) -> list[int]:
+        if ids.count(self.image_token_id) != len(grids):  # type: ignore[arg-type]
+            raise UserError(
+                f"the chat template shows {ids.count(self.image_token_id)} of {len(grids)} pictures",  # type: ignore[arg-type]
+                "Use a Qwen3-VL model folder with its own chat_template.jinja.",
+            )
+        expanded, left = [], iter(grids)
+        for token in ids:
+            expanded += [token] * (self.visual_tokens(next(left)) if token == self.image_token_id else 1)
+        return expanded
+
+    def _prepare(self, path: str) -> npt.NDArray[np.float32]:
+        return self.normalised(self.patches(path))
+
+
+def load_picture(path: str, size: tuple[int, int]) -> Image:
+    """A picture from a file: RGB, upright as its EXIF says, ``size`` (width, height) whatever its proportions.
+
+    Raises:
+        OSError: missing, cut off or not a picture.
+    """
+    from PIL import Image, ImageOps
+
+    with _picture_errors(path), Image.open(fetch(path)) as opened:
+        opened.draft("RGB", (2 * max(size), 2 * max(size)))  # JPEG: larger ones are decoded at a fraction
+        image = ImageOps.exif_transpose(opened).convert("RGB")
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+@contextmanager
+def _picture_errors(path: str) -> Iterator[None]:
+    """One kind of error for all that decoders raise on bad files: SyntaxError, struct.error, and whatever else."""
+    try:
+        yield
+    except (OSError, MemoryError, UserError):
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _upright_size(image: Image) -> tuple[int, int]:
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the EXIF orientations that swap the sides
+    return (image.height, image.width) if turned else image.size
+
+
+def _shrunk(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    if width * height <= max_pixels:
+        return width, height
+    scale = (max_pixels / (width * height)) ** 0.5
+    return max(1, int(width * scale)), max(1, int(height * scale))

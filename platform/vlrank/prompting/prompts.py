@@ -1,0 +1,111 @@
+"""The ranking prompt and its chat template, in one place for training, validation and reranking.
+
+The history comes before the candidates so that prompts of one user share a prefix that engines can reuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlrank.data.items import ItemMeta
+from vlrank.prompting.modes import ModeSpec
+
+INSTRUCTIONS = (
+    "You are a recommendation ranking assistant.\n\n"
+    "Choose exactly ONE item the user is most likely to interact with next."
+)
+
+
+END_PROBE = "42"
+"""A stand-in answer: rendering it shows what the chat template writes after one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question to a reranker: which of N numbered candidates comes next?
+
+    Attributes:
+        messages: Chat messages as `apply_chat_template` takes them, one user message.
+        image_paths: Pictures in the order of the ``{"type": "image"}`` parts; empty in text modes.
+        n_candidates: N; the answers are "1".."N".
+    """
+
+    messages: list[dict[str, Any]]
+    image_paths: tuple[str, ...]
+    n_candidates: int
+
+
+def item_line(spec: ModeSpec, item: ItemMeta, max_chars: int, *, with_shown: bool = True) -> str:
+    """One item in one line: its text, and what the mode shows of it, e.g. ``Mug (Image: a red mug)``.
+
+    Line breaks are folded, because a line is what separates candidates. The text gives way before the shown part when
+    the line is longer than ``max_chars``.
+    """
+    text = plain(item["text"])
+    shown = item.get(spec.shows) if with_shown and spec.label else None
+    if not shown:
+        return text[:max_chars].rstrip()
+    suffix = f" ({spec.label}: {plain(str(shown))})"
+    room = max(0, max_chars - len(suffix))
+    return (text[:room].rstrip() + suffix)[:max_chars]
+
+
+def plain(text: str) -> str:
+    """An item's text in one line. It is data: it must not be able to end the message or to pose as a picture."""
+    return " ".join(text.replace("<|", "< |").split())
+
+
+def build_prompt(
+    spec: ModeSpec, history: Sequence[ItemMeta], candidates: Sequence[ItemMeta], max_item_chars: int = 400
+) -> Prompt:
+    """The prompt for one user.
+
+    Args:
+        spec: The mode.
+        history: What the user took, oldest first, already cut to ``max_history``.
+        candidates: The items to choose from, in the order in which they are numbered from 1.
+        max_item_chars: Longest line of one item.
+    """
+    lines = [f"- {item_line(spec, item, max_item_chars)}" for item in history]
+    head = f"{INSTRUCTIONS}\n\nUser history:\n" + "\n".join(lines) + "\n\nCandidate items:\n"
+    tail = f"\n\nAnswer with only one number (1-{len(candidates)})."
+    numbered = [f"{i}. {item_line(spec, item, max_item_chars)}" for i, item in enumerate(candidates, start=1)]
+    if not spec.pixels:
+        content: Any = head + "\n".join(numbered) + tail
+        return Prompt([{"role": "user", "content": content}], (), len(candidates))
+    # An item without a picture (`missing: text`) is shown by its line alone; text runs are joined so that the rendered
+    # prompt does not depend on how it was cut into parts.
+    content, images, text = [], [], head
+    for item, line in zip(candidates, numbered, strict=True):
+        if path := item.get("image_path"):
+            content += [{"type": "text", "text": text}, {"type": "image"}]
+            images.append(path)
+            text = ""
+        text += line + "\n"
+    content.append({"type": "text", "text": text.rstrip("\n") + tail})
+    return Prompt(
+        [{"role": "user", "content": [part for part in content if part.get("text") != ""]}],
+        tuple(images),
+        len(candidates),
+    )
+
+
+def render(tokenizer: Any, prompt: Prompt) -> str:
+    """The prompt's text up to where the answer begins, through the model's own chat template.
+
+    Args:
+        tokenizer: A tokenizer or processor; image parts become the template's single image placeholders.
+    """
+    return render_messages(tokenizer, prompt.messages)
+
+
+def render_messages(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    """Chat messages as text, ending where the answer begins. Base models without a chat template get the plain text."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n\n".join(message["content"] for message in messages) + "\n\nAnswer:\n"
+    text: str = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    return text

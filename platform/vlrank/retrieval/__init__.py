@@ -1,0 +1,1 @@
+"""First-stage retrievers and candidate lists of other programs."""

@@ -1,0 +1,148 @@
+"""``vlrank retrieve``: candidate lists for validation and test, from a built-in retriever or a file."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+from scipy.stats import binomtest
+
+from vlrank.config import RetrieveConfig, Split
+from vlrank.console import Summary, console
+from vlrank.data.dataset import Dataset
+from vlrank.data.lists import Lists
+from vlrank.errors import UserError
+from vlrank.retrieval import baselines
+from vlrank.retrieval.importing import read_candidates
+from vlrank.storage import fetch, location
+
+RETRIEVERS = ("popularity", "item_knn", "als")
+SPLITS: tuple[Split, ...] = ("val", "test")
+Tables = dict[Split, Lists]
+
+_KS = (1, 5, 10, 20)
+
+
+def plan(config: RetrieveConfig) -> Summary:
+    """What `run` would do."""
+    dataset = Dataset.open(config.dataset)
+    name = _name(config)
+    users = {split: len(dataset.histories(split)) for split in SPLITS}
+    lines: dict[str, object] = {
+        "method": config.method,
+        "users": ", ".join(f"{split} {count:,}" for split, count in users.items()),
+        "items": dataset.n_items,
+        "candidates per user": config.top_k,
+        "replaces": f"candidates/{name}" if name in dataset.candidate_names() else "nothing",
+    }
+    return Summary(f"retrieve (dry run): {name}", lines, dataset.path / "candidates" / f"{name}.parquet")
+
+
+def run(config: RetrieveConfig) -> Summary:
+    """Write ``candidates/NAME`` and measure how many targets they hold.
+
+    Retrievers learn from the training part only. What the user already had before the target is excluded: for val the
+    training part, for test the training part and the validation item.
+
+    Raises:
+        UserError: unknown method, unreadable file, or no user to retrieve for.
+    """
+    dataset = Dataset.open(config.dataset)
+    name = _name(config)
+    if config.method in RETRIEVERS:
+        tables, rejected, lines = _retrieve(dataset, config)
+    else:
+        tables, rejected, lines = _import(dataset, config)
+    if not any(len(table.users) for table in tables.values()):
+        raise UserError(f"{dataset.path} has no user to retrieve for", "Users need at least three interactions.")
+    frame = pl.concat([lists.to_frame(split=split) for split, lists in tables.items()])
+    path = dataset.write_candidates(name, frame.select("split", "user_id", "item_ids", "scores"))
+    if rejected:
+        dataset.add_quarantine(f"retrieve-{name}", rejected, replace=True)
+    for split, lists in tables.items():
+        lines |= _facts(dataset, split, lists, config.top_k)
+    counts = {"users": len(frame), "candidates": int(frame["item_ids"].list.len().sum()), "quarantined": len(rejected)}
+    return Summary(f"retrieve: {name}", lines, path, counts)
+
+
+def _name(config: RetrieveConfig) -> str:
+    if config.name:
+        return config.name
+    return config.method if config.method in RETRIEVERS else location(config.method).stem
+
+
+def _retrieve(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[dict[str, str]], dict[str, object]]:
+    tables: Tables = {}
+    for split in SPLITS:
+        evidence = baselines.Evidence.of(dataset, split, seed=config.seed)
+        users = np.fromiter(evidence.histories, np.int64, len(evidence.histories))
+        if len(users):
+            console.print(f"{config.method}: {len(users):,} {split} users, {dataset.n_items:,} items")
+            tables[split] = baselines.retrieve(config.method, evidence, users, config.top_k)
+    return tables, [], {"method": config.method}
+
+
+def _import(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[dict[str, str]], dict[str, object]]:
+    path = location(config.method)
+    if not path.is_file():
+        raise UserError(
+            f"retrieval method {config.method!r} is neither {', '.join(RETRIEVERS)} nor a file",
+            f"Example: vlrank retrieve {dataset.path} --method item_knn",
+        )
+    imported = read_candidates(fetch(path), dataset, split=config.split, ids=config.ids)
+    tables: Tables = {}
+    strangers: list[dict[str, str]] = []
+    duplicates = seen = 0
+    for split in SPLITS:
+        table = imported.table.filter(pl.col("split") == split)
+        if table.is_empty():
+            continue
+        histories = dataset.histories(split)
+        strangers += [
+            {"key": str(user), "error_type": "NoTarget", "message": f"user_id {user} has no {split} target"}
+            for user in table["user_id"].to_list()
+            if user not in histories
+        ]
+        lists = Lists.from_frame(table.filter(pl.col("user_id").is_in(list(histories))))
+        again = lists.duplicates()
+        duplicates += int(again.sum())
+        lists = lists.keep(~again)
+        if config.exclude_history:
+            past = Lists.from_dict({user: history for user, (history, _) in histories.items()})
+            known = past.contains(np.repeat(lists.users, lists.lengths), lists.items)
+            seen += int(known.sum())
+            lists = lists.keep(~known)
+        tables[split] = lists.head(config.top_k)
+    lines: dict[str, object] = {
+        "imported": str(path),
+        "duplicates removed": duplicates,
+        "history items removed": seen if config.exclude_history else "kept (exclude_history=false)",
+    }
+    rejected = [*imported.rejected, *strangers]
+    if rejected:
+        lines["not used (see quarantine)"] = len(rejected)
+    return tables, rejected, lines
+
+
+def _facts(dataset: Dataset, split: Split, lists: Lists, top_k: int) -> dict[str, object]:
+    """Recall of the candidates over all users of the split; users without a list are misses.
+
+    The interval is Wilson's (1927): recall of single targets is a proportion.
+    """
+    histories = dataset.histories(split)
+    if not histories:
+        return {}
+    users = np.fromiter(histories, np.int64, len(histories))
+    targets = np.fromiter((target for _, target in histories.values()), np.int64, len(histories))
+    ranks = lists.for_users(users).rank_of(targets)
+    hits = {k: int(((ranks > 0) & (ranks <= k)).sum()) for k in _KS if k <= top_k}
+    k = max(hits)
+    interval = binomtest(hits[k], len(users)).proportion_ci(method="wilson")
+    facts: dict[str, object] = {
+        f"{split} users": f"{len(users):,} ({len(lists.users):,} with candidates)",
+        f"{split} Recall": "  ".join(f"@{k} {count / len(users):.4f}" for k, count in hits.items()),
+        f"{split} Recall@{k} 95% interval": f"{interval.low:.4f} to {interval.high:.4f}",
+    }
+    short = int((lists.lengths < top_k).sum())
+    if short:
+        facts[f"{split} lists shorter than {top_k}"] = short
+    return facts
