@@ -2,7 +2,7 @@
 
 from vlrank.config import RerankConfig
 from vlrank.jobs import main
-from vlrank.reranking.pipeline import plan, run
+from vlrank.reranking.pipeline import dry_run, run
 
 if __name__ == "__main__":
-    main(run, RerankConfig, plan=plan)
+    main(run, RerankConfig, dry_run=dry_run)

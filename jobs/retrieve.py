@@ -2,7 +2,7 @@
 
 from vlrank.config import RetrieveConfig
 from vlrank.jobs import main
-from vlrank.retrieval.retrieve import plan, run
+from vlrank.retrieval.retrieve import dry_run, run
 
 if __name__ == "__main__":
-    main(run, RetrieveConfig, plan=plan)
+    main(run, RetrieveConfig, dry_run=dry_run)

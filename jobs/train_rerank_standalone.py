@@ -59,7 +59,7 @@ def adapt(given: dict[str, Any]) -> dict[str, Any]:
 
 def job(argv: Sequence[str] | None = None) -> NoReturn:
     """Train one reranker."""
-    main(run, TrainConfig, argv, plan=dry_run, aliases=ALIASES, adapt=adapt, extra=EXTRA)
+    main(run, TrainConfig, argv, dry_run=dry_run, aliases=ALIASES, adapt=adapt, extra=EXTRA)
 
 
 if __name__ == "__main__":

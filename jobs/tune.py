@@ -2,7 +2,7 @@
 
 from vlrank.config import TuneConfig
 from vlrank.jobs import main
-from vlrank.tuning.run import plan, run
+from vlrank.tuning.run import dry_run, run
 
 if __name__ == "__main__":
-    main(run, TuneConfig, plan=plan)
+    main(run, TuneConfig, dry_run=dry_run)

@@ -79,7 +79,7 @@ def test_dry_run_calls_the_plan_and_not_the_stage(capsys: Capture) -> None:
         raise AssertionError("must not run")
 
     code, line = outcome(
-        capsys, stage, [*ARGV, "--dry_run"], plan=lambda config: Summary("Would evaluate", {}, None, {})
+        capsys, stage, [*ARGV, "--dry_run"], dry_run=lambda config: Summary("Would evaluate", {}, None, {})
     )
     assert (code, line["message"]) == (0, "Would evaluate")
     code, line = outcome(capsys, stage, [*ARGV, "--dry_run"])

@@ -23,13 +23,13 @@ def cli() -> None:
 
 
 _COMMANDS: dict[str, Stage] = {"demo": (DemoConfig, "vlrank.demo.run:run", None), **STAGES}
-for name, (config_type, run, plan) in _COMMANDS.items():
+for name, (config_type, run, dry_run) in _COMMANDS.items():
     cli.add_command(
         stage_command(
             name,
             config_type,
             lazy(run),
-            plan=lazy(plan) if plan else None,
+            dry_run=lazy(dry_run) if dry_run else None,
             positional=["dataset"] if "dataset" in config_type.model_fields else [],
         )
     )

@@ -36,7 +36,7 @@ def main(
     config_type: type[C],
     argv: Sequence[str] | None = None,
     *,
-    plan: Callable[[C], Summary] | None = None,
+    dry_run: Callable[[C], Summary] | None = None,
     aliases: Mapping[str, Sequence[str]] | None = None,
     adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     extra: Sequence[click.Parameter] = (),
@@ -47,7 +47,7 @@ def main(
         stage: The stage's ``run``.
         config_type: The stage's config; its fields are the flags.
         argv: Arguments, by default the process's own.
-        plan: What ``--dry_run`` calls instead of ``stage``.
+        dry_run: What ``--dry_run`` calls instead of ``stage``.
         aliases, adapt, extra: Historic flags, see `vlrank.options.stage_command`.
     """
 
@@ -60,7 +60,7 @@ def main(
         name,
         config_type,
         at_home(stage),
-        plan=at_home(plan) if plan else None,
+        dry_run=at_home(dry_run) if dry_run else None,
         positional=positional,
         aliases=aliases,
         adapt=adapt,
@@ -148,8 +148,8 @@ def _last_line(
 def _stage_main(argv: Sequence[str]) -> NoReturn:
     if not argv or argv[0] not in STAGES:
         raise SystemExit(f"usage: python -m vlrank.jobs {'|'.join(STAGES)} [OPTIONS]")
-    config_type, run, plan = STAGES[argv[0]]
-    main(lazy(run), config_type, argv[1:], plan=lazy(plan) if plan else None)
+    config_type, run, dry_run = STAGES[argv[0]]
+    main(lazy(run), config_type, argv[1:], dry_run=lazy(dry_run) if dry_run else None)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def stage_command(
     config_type: type[C],
     run: Callable[[C], Summary],
     *,
-    plan: Callable[[C], Summary] | None = None,
+    dry_run: Callable[[C], Summary] | None = None,
     positional: Sequence[str] = (),
     aliases: Mapping[str, Sequence[str]] | None = None,
     hidden: Sequence[str] = (),
@@ -65,7 +65,7 @@ def stage_command(
         name: Command name.
         config_type: The stage's config model.
         run: The stage; gets a checked config, returns what it did.
-        plan: Says what ``run`` would do, without doing it.
+        dry_run: What ``--dry_run`` calls instead of ``run``: says what ``run`` would do.
         positional: Fields given by position rather than by option.
         aliases: Other option names of a field, e.g. ``{"lr": ["--rerank_lr"]}``.
         hidden: Fields without an option of their own.
@@ -84,16 +84,16 @@ def stage_command(
     params.append(
         click.Option(["--config", "config_file"], type=click.Path(path_type=Path), help="YAML file of these keys.")
     )
-    params.append(click.Option(["--dry_run"], is_flag=True, help="Say what would run, and on how much data."))
+    params.append(click.Option(["--dry_run", "dry"], is_flag=True, help="Say what would run, and on how much data."))
     params.append(click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]..."))
 
-    def callback(config_file: Path | None, dry_run: bool, overrides: tuple[str, ...], **given: Any) -> Summary:
+    def callback(config_file: Path | None, dry: bool, overrides: tuple[str, ...], **given: Any) -> Summary:
         # An override given where a positional is expected (`vlrank train lr=1e-3 --config c.yaml`) is an override.
         moved = [given.pop(key) for key in positional if isinstance(given.get(key), str) and _is_override(given[key])]
         values = adapt(given) if adapt else given
         config = load_config(config_type, file=config_file, overrides=[*moved, *overrides], **values)
-        if dry_run:
-            return plan(config) if plan else _generic_dry_run(name, config)
+        if dry:
+            return dry_run(config) if dry_run else _generic_dry_run(name, config)
         return run(config)
 
     return StageCommand(
@@ -116,7 +116,7 @@ def _is_override(word: str) -> bool:
 
 def _generic_dry_run(name: str, config: Config) -> Summary:
     keys = {key: value for key, value in config.model_dump(mode="json").items() if value is not None}
-    return Summary(f"{name}: dry run, nothing was done; the config is valid", lines=keys)
+    return Summary(f"{name} (dry run): the config is valid", lines=keys)
 
 
 def _is_nested(annotation: Any) -> bool:

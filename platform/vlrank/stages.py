@@ -21,13 +21,13 @@ from vlrank.console import Summary
 Stage = tuple[type[Config], str, str | None]
 
 STAGES: dict[str, Stage] = {
-    "prepare": (PrepareConfig, "vlrank.data.prepare:run", "vlrank.data.prepare:plan"),
-    "generate": (GenerateConfig, "vlrank.generation.pipeline:run", "vlrank.generation.pipeline:plan"),
-    "retrieve": (RetrieveConfig, "vlrank.retrieval.retrieve:run", "vlrank.retrieval.retrieve:plan"),
+    "prepare": (PrepareConfig, "vlrank.data.prepare:run", "vlrank.data.prepare:dry_run"),
+    "generate": (GenerateConfig, "vlrank.generation.pipeline:run", "vlrank.generation.pipeline:dry_run"),
+    "retrieve": (RetrieveConfig, "vlrank.retrieval.retrieve:run", "vlrank.retrieval.retrieve:dry_run"),
     "train": (TrainConfig, "vlrank.training.run:run", "vlrank.training.run:dry_run"),
-    "tune": (TuneConfig, "vlrank.tuning.run:run", "vlrank.tuning.run:plan"),
-    "rerank": (RerankConfig, "vlrank.reranking.pipeline:run", "vlrank.reranking.pipeline:plan"),
-    "evaluate": (EvaluateConfig, "vlrank.evaluation.run:run", "vlrank.evaluation.run:plan"),
+    "tune": (TuneConfig, "vlrank.tuning.run:run", "vlrank.tuning.run:dry_run"),
+    "rerank": (RerankConfig, "vlrank.reranking.pipeline:run", "vlrank.reranking.pipeline:dry_run"),
+    "evaluate": (EvaluateConfig, "vlrank.evaluation.run:run", "vlrank.evaluation.run:dry_run"),
 }
 """Stages that can run as jobs; their functions are imported when they are called."""
 

@@ -257,7 +257,7 @@ def config_of(stage: str, argv: Sequence[str]) -> Config:
         return Summary(stage)
 
     positional = ["dataset"] if "dataset" in config_type.model_fields else []
-    command = stage_command(stage, config_type, catch, plan=catch, positional=positional)
+    command = stage_command(stage, config_type, catch, dry_run=catch, positional=positional)
     command.main(args=list(argv), prog_name=f"vlrank submit {stage}", standalone_mode=False)
     if not caught:
         raise SystemExit(0)  # --help

@@ -15,7 +15,7 @@ import pytest
 from vlrank.config import PrepareConfig, load_config
 from vlrank.data import amazon
 from vlrank.data.amazon import NetworkError, RemoteFile, download, files_of, locate
-from vlrank.data.prepare import plan, run
+from vlrank.data.prepare import dry_run, run
 from vlrank.errors import UserError
 
 CONTENT = bytes(range(256)) * 1000
@@ -167,5 +167,5 @@ def test_gift_cards_by_their_code(tmp_path: Path, shared_data: Path) -> None:
         "raw_dir": shared_data,
         "out": tmp_path / "ds",
     }
-    assert "about 2,972 rows" in str(plan(load_config(PrepareConfig, **options)).lines["reviews"])
+    assert "about 2,972 rows" in str(dry_run(load_config(PrepareConfig, **options)).lines["reviews"])
     assert run(load_config(PrepareConfig, **options)).counts["users"] > 400

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from vlrank.config import PrepareConfig, load_config
 from vlrank.data.dataset import Dataset
-from vlrank.data.prepare import plan, run
+from vlrank.data.prepare import dry_run, run
 from vlrank.errors import UserError
 
 
@@ -329,7 +329,7 @@ def test_wrong_options_are_one_message(tmp_path: Path) -> None:
 
 def test_plan_says_what_would_be_read(tmp_path: Path) -> None:
     options = toy(tmp_path, [row("u", "a", n) for n in range(100)])
-    summary = plan(load_config(PrepareConfig, **options))
+    summary = dry_run(load_config(PrepareConfig, **options))
     assert "100" in str(summary.lines["reviews"])
     assert not (tmp_path / "ds").exists()
 

@@ -17,7 +17,7 @@ from vlrank.data.tables import write_parquet_atomic
 from vlrank.errors import UserError
 from vlrank.evaluation.evaluate import _names, read_rankings
 from vlrank.evaluation.metrics import ranking_metrics
-from vlrank.evaluation.run import plan, run
+from vlrank.evaluation.run import dry_run, run
 from vlrank.retrieval.retrieve import run as retrieve
 
 RIVALS = ("identity", "random", "popularity")
@@ -307,7 +307,7 @@ def test_rankings_of_another_dataset_are_refused(data: Dataset, tmp_path: Path) 
 
 def test_a_dry_run_names_what_it_found(data: Dataset, tmp_path: Path) -> None:
     file = reranked(data, tmp_path / "r.parquet", "qwen3vl/caption", 1)
-    lines = plan(EvaluateConfig(dataset=data.path, rankings=(file,), out=tmp_path / "out")).lines
+    lines = dry_run(EvaluateConfig(dataset=data.path, rankings=(file,), out=tmp_path / "out")).lines
     assert "test, 80 users" in str(lines["caption"])
     assert not (tmp_path / "out").exists()
 

@@ -18,7 +18,7 @@ from vlrank.config import EngineConfig, GenerateConfig, RayConfig
 from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
 from vlrank.generation import pipeline
-from vlrank.generation.pipeline import plan, run
+from vlrank.generation.pipeline import dry_run, run
 from vlrank.runtime import ray_session
 
 MISSING, BROKEN, WITHOUT = 3, 5, 7
@@ -75,7 +75,7 @@ def test_a_dry_run_tries_where_all_nodes_can_see_it_and_leaves_nothing(
     monkeypatch.setattr(pipeline, "engine_gpus", lambda _: 0)
     before = set(dataset.path.rglob("*"))  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match="no GPU") if error else nullcontext():
-        plan(config(dataset, tiny_vision_model))
+        dry_run(config(dataset, tiny_vision_model))
     for place in (trials[0].folder, trials[0].quarantine):
         assert place.parent.parent == dataset.path
         assert place.parent.name.startswith(".dryrun-")
@@ -210,7 +210,7 @@ def test_a_dry_run_estimates_from_real_items_and_commits_nothing(
 ) -> None:
     monkeypatch.setattr(pipeline, "ESTIMATE_ROWS", 8)
     before = {path for path in dataset.path.rglob("*") if path.is_file()}
-    summary = plan(config(dataset, tiny_vision_model))
+    summary = dry_run(config(dataset, tiny_vision_model))
     assert summary.counts["pending"] == 20
     assert summary.counts["sampled"] == 8
     assert "time, estimated" in summary.lines

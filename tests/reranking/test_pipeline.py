@@ -23,7 +23,7 @@ from vlrank.errors import UserError
 from vlrank.prompting.modes import mode_spec
 from vlrank.reranker import Qwen3VLReranker
 from vlrank.reranking import pipeline
-from vlrank.reranking.pipeline import _open, _plan, _shards, _source, best_weight, plan, run, sampled_candidates
+from vlrank.reranking.pipeline import _open, _plan, _shards, _source, best_weight, dry_run, run, sampled_candidates
 from vlrank.reranking.ranker import UserLists, open_prompts
 from vlrank.storage import Location
 
@@ -104,7 +104,7 @@ def test_the_fusion_weight_is_the_best_on_validation() -> None:
 
 
 def test_a_dry_run_says_how_much(dataset: Dataset, model: Path, tmp_path: Path) -> None:
-    summary = plan(config(dataset, model, tmp_path / "r.parquet", candidates="found"))
+    summary = dry_run(config(dataset, model, tmp_path / "r.parquet", candidates="found"))
     # 25 candidates: windows [5, 25) and [0, 20).
     assert summary.counts == {"users": 12, "pending": 12, "prompts": 24, "skipped": 0}
     assert not (tmp_path / "r.parquet.shards").exists()
@@ -122,7 +122,7 @@ def test_more_negatives_than_top_k_cost_no_user_its_target(dataset: Dataset, mod
         assert len(kept) == 31
         assert histories[user][1] in kept
     # 31 candidates: windows [11, 31), [1, 21) and [0, 20).
-    assert plan(settings).counts["prompts"] == 3 * work.wanted.height
+    assert dry_run(settings).counts["prompts"] == 3 * work.wanted.height
     assert "windows=20/10" in _source(settings, spec, folder.ranking, None)
 
 
@@ -208,12 +208,12 @@ def test_mistakes_are_named_before_anything_starts(
     with pytest.raises(UserError, match="needs a retriever's scores"):
         run(config(dataset, model, out, fusion_weight=0.5))
     auto = {"candidates": "found", "fusion_weight": "auto"}
-    for do in (plan, run):  # said at the end, it would cost all the users ranked by then
+    for do in (dry_run, run):  # said at the end, it would cost all the users ranked by then
         with pytest.raises(UserError, match="on split val"):
             do(config(dataset, model, out, split="val", **auto))
     found = dataset.candidates("found")
     dataset.write_candidates("found", found.filter(pl.col("split") == "test"))
-    for do in (plan, run):
+    for do in (dry_run, run):
         with pytest.raises(UserError, match=r"hold no val users\n.*vlrank retrieve"):
             do(config(dataset, model, out, **auto))
     with pytest.raises(UserError, match="between 0 and 1"):
@@ -264,7 +264,7 @@ def test_rankings_equal_the_notebooks_and_a_second_run_does_nothing(
     again = run(config(dataset, model, out, candidates="found"))
     assert (again.counts["done"], again.counts["reused"]) == (0, 12)
     assert pl.read_parquet(out).equals(table)
-    changed = plan(config(dataset, model, out, candidates="found", ranking={"max_history": 2}))
+    changed = dry_run(config(dataset, model, out, candidates="found", ranking={"max_history": 2}))
     assert changed.counts["pending"] == 12  # another question is noticed
 
     # The model's scores are kept: only the validation users are new.

@@ -12,7 +12,7 @@ from vlrank.config import RetrieveConfig
 from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
 from vlrank.retrieval.importing import read_candidates
-from vlrank.retrieval.retrieve import plan, run
+from vlrank.retrieval.retrieve import dry_run, run
 
 
 @pytest.fixture
@@ -164,6 +164,6 @@ def test_an_unknown_method_is_no_file_either(data: Dataset) -> None:
 
 
 def test_a_dry_run_writes_nothing(data: Dataset) -> None:
-    lines: dict[str, Any] = dict(plan(RetrieveConfig(dataset=data.path, method="als")).lines)
+    lines: dict[str, Any] = dict(dry_run(RetrieveConfig(dataset=data.path, method="als")).lines)
     assert lines["users"] == "val 80, test 80"
     assert data.candidate_names() == []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vlrank.config import MODES, TuneConfig, load_config
 from vlrank.errors import UserError
-from vlrank.tuning.run import Slot, concurrency, mode_plan, plan, trial_resources
+from vlrank.tuning.run import Slot, concurrency, dry_run, mode_plan, trial_resources
 from vlrank.tuning.space import RandInt, Uniform, default_point, nested, parse_space, plan_points, sampled_points
 
 
@@ -148,7 +148,7 @@ def test_workers_never_share_a_gpu() -> None:
 
 
 def test_a_dry_run_lists_trials_and_what_asha_is_expected_to_save(tmp_path: Path) -> None:
-    summary = plan(config(out=tmp_path / "sweep", modes="caption", trials=9, train={"epochs": 9}))
+    summary = dry_run(config(out=tmp_path / "sweep", modes="caption", trials=9, train={"epochs": 9}))
     # 9 trials to epoch 1, 3 to epoch 3, 1 to epoch 9: 9 + 3 * 2 + 1 * 6 = 21 of 81.
     assert summary.lines["expected epochs"] == "21 of 81, 8 trials stopped by ASHA"
     assert summary.counts == {"trials": 9, "expected_epochs": 21}

@@ -25,10 +25,11 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from vlrank.config import Split, What
 from vlrank.data import schemas
 from vlrank.data.tables import (
     Table,
@@ -47,9 +48,6 @@ from vlrank.storage import BucketPath, Held, Location, claim, each, listing, loc
 
 if TYPE_CHECKING:  # only the type: data does not need the rooms that are built on it
     from vlrank.data.items import ItemMeta
-
-Split = Literal["val", "test"]
-What = Literal["caption", "semantic_summary"]
 
 GENERATED_FOLDERS: dict[str, str] = {"caption": "captions", "semantic_summary": "semantic_summaries"}
 _TABLES = {"items.parquet": schemas.ITEMS, "sequences.parquet": schemas.SEQUENCES}

@@ -54,7 +54,7 @@ from vlrank.storage import fetch, remove_tree
 _NOT_OPTIONS = {"reviews", "meta", "out", "dataset_code", "release", "raw_dir", "download", "overwrite", "use_image"}
 _NOT_OPTIONS |= {"retry_failed", "pictures", "ray"}
 
-_ROWS_PER_SECOND = 100_000  # an order of magnitude for `plan`; bench/results/kcore.json has measurements
+_ROWS_PER_SECOND = 100_000  # an order of magnitude for `dry_run`; bench/results/kcore.json has measurements
 
 _CLEAN_ITEMS = pa.schema(
     [
@@ -96,7 +96,7 @@ def run(config: PrepareConfig) -> Summary:
     return describe(dataset, title, time.monotonic() - started)
 
 
-def plan(config: PrepareConfig) -> Summary:
+def dry_run(config: PrepareConfig) -> Summary:
     """What `run` would read, with an estimate from the first block of each file; reads and writes nothing else."""
     if config.dataset_code is not None:
         try:
@@ -104,7 +104,7 @@ def plan(config: PrepareConfig) -> Summary:
         except UserError as error:
             if not config.download:
                 raise
-            return Summary("prepare: dry run", {"would download first": error.remedy})
+            return Summary("prepare (dry run)", {"would download first": error.remedy})
         config = config.model_copy(update={"reviews": (reviews,), "meta": (meta,)})
     lines: dict[str, object] = {}
     total = 0
@@ -117,7 +117,7 @@ def plan(config: PrepareConfig) -> Summary:
     lines["pictures"] = "copied or downloaded" if _wants_pictures(config) else "no (--use_image)"
     lines["estimate"] = f"{max(1, round(total / _ROWS_PER_SECOND)):,} s without pictures"
     state = "exists" if (config.folder / "manifest.json").is_file() else "new"
-    return Summary("prepare: dry run, nothing was done", lines | {"dataset": f"{config.folder} ({state})"})
+    return Summary("prepare (dry run)", lines | {"dataset": f"{config.folder} ({state})"})
 
 
 def _with_files(config: PrepareConfig) -> PrepareConfig:

@@ -23,7 +23,7 @@ from vlrank.evaluation.metrics import label
 from vlrank.version import __version__
 
 
-def plan(config: EvaluateConfig) -> Summary:
+def dry_run(config: EvaluateConfig) -> Summary:
     """What `run` would do."""
     dataset = Dataset.open(config.dataset)
     runs = read_rankings(config.rankings, dataset, config.split)

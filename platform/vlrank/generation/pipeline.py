@@ -76,7 +76,7 @@ def run(config: GenerateConfig) -> Summary:
     return Summary(f"generate: {config.what} for {config.dataset}", lines, output, counts)
 
 
-def plan(config: GenerateConfig) -> Summary:
+def dry_run(config: GenerateConfig) -> Summary:
     """``--dry_run``: what `run` would do, with an estimate from a few real items; commits nothing.
 
     Raises:

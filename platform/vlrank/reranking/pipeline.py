@@ -135,7 +135,7 @@ def run(config: RerankConfig) -> Summary:
     return Summary(f"rerank: {config.split} users of {config.dataset}", lines, config.out, counts)
 
 
-def plan(config: RerankConfig) -> Summary:
+def dry_run(config: RerankConfig) -> Summary:
     """What a run would do: users and prompts."""
     dataset, folder, spec = _open(config)
     _check_output(config, dataset)

@@ -22,7 +22,7 @@ Tables = dict[Split, Lists]
 _KS = (1, 5, 10, 20)
 
 
-def plan(config: RetrieveConfig) -> Summary:
+def dry_run(config: RetrieveConfig) -> Summary:
     """What `run` would do."""
     dataset = Dataset.open(config.dataset)
     name = _name(config)

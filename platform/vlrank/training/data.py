@@ -16,8 +16,8 @@ from vlrank.prompting.modes import ModeSpec, mode_spec
 from vlrank.prompting.prior import with_popularity
 from vlrank.storage import cache_folder
 from vlrank.training.samples import (
+    HistoryAndTarget,
     Sample,
-    Split,
     TrainingSamples,
     Usable,
     keep_usable,
@@ -41,7 +41,7 @@ class TrainingData:
     """
 
     sequences: Mapping[int, Sequence[int]]
-    validation: Mapping[int, Split]
+    validation: Mapping[int, HistoryAndTarget]
     item_meta: Mapping[int, ItemMeta]
     pools: Mapping[int, Sequence[int]] = field(default_factory=dict)
 

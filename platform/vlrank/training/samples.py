@@ -17,7 +17,7 @@ from vlrank.data.items import ItemMeta
 from vlrank.errors import UserError
 from vlrank.prompting.modes import ModeSpec, shows
 
-Split = tuple[list[int], int]
+HistoryAndTarget = tuple[list[int], int]
 """History (oldest first) and target of one user."""
 
 
@@ -245,7 +245,7 @@ def draw_outside(rng: np.random.Generator, items: np.ndarray, taken: frozenset[i
 
 
 def validation_samples(
-    histories: Mapping[int, Split],
+    histories: Mapping[int, HistoryAndTarget],
     train_sequences: Mapping[int, Sequence[int]],
     item_ids: np.ndarray,
     *,

@@ -493,7 +493,7 @@ def _conclude(
     return Summary(f"tune: {config.dataset}", lines, config.out, counts)
 
 
-def plan(config: TuneConfig) -> Summary:
+def dry_run(config: TuneConfig) -> Summary:
     """``--dry_run``: the trials, what they would hold and how many ASHA is expected to stop. Starts nothing.
 
     Raises:
@@ -530,7 +530,7 @@ def plan(config: TuneConfig) -> Summary:
     unknown = "unknown until a first trial has run"
     lines[unit] = round(total_hours, 3) if measured else unknown
     counts = {"trials": sum(len(mode.points) for mode in plans), "expected_epochs": round(total_epochs)}
-    return Summary("tune: dry run, nothing was started", lines, None, counts)
+    return Summary(f"tune (dry run): {config.dataset}", lines, None, counts)
 
 
 def _gpus_here() -> int:
