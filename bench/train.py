@@ -269,7 +269,7 @@ def model_flops(model: Any, lengths: list[int], *, learned: int, lora: bool, pic
         lora: The base weights are frozen.
         pictures: Patches that go through the vision tower (forward only, it is frozen).
     """
-    from vlrank.training.structure import core
+    from vlrank.engines.structure import core
 
     config = core(model).config.get_text_config()
     width, head_dim = config.hidden_size, config.head_dim
@@ -294,11 +294,11 @@ def build(name: str, args: argparse.Namespace) -> Work:
     """The work of a variant."""
     import torch
 
+    from vlrank.engines.structure import core
     from vlrank.training.answers import AnswerHead, token_losses
     from vlrank.training.attention import compile_layers, use_packed_attention
     from vlrank.training.batches import to_device
     from vlrank.training.lora import fuse_lora
-    from vlrank.training.structure import core
 
     random.seed(0)
     family, variant = name.split("/")
@@ -380,8 +380,8 @@ def build(name: str, args: argparse.Namespace) -> Work:
 
 def row_tokens(variant: str, model: Any, batches: list[list[Any]]) -> int:
     """Length of packed rows, chosen as training does."""
+    from vlrank.engines.structure import weights
     from vlrank.training.packing import free_memory, launch_tokens, row_length, row_limit
-    from vlrank.training.structure import weights
 
     if variant == "8bit-gc":
         return LENGTH + ANSWER

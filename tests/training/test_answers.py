@@ -16,11 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3VLForConditionalGeneration
 
 from tests.training.test_lora import adapted
+from vlrank.engines.structure import core, decoder_layers
 from vlrank.training.answers import AnswerHead, LastLayer, attend, token_losses
 from vlrank.training.attention import compile_layers, use_packed_attention
 from vlrank.training.collate import MicroBatch, Row, end_to_end, side_by_side
 from vlrank.training.lora import fuse_lora
-from vlrank.training.structure import core, decoder_layers
 
 
 def rows(*lengths: int, answer: int = 2) -> list[Row]:

@@ -16,6 +16,7 @@ import torch
 
 from vlrank.config import RankingConfig
 from vlrank.data.dataset import Dataset
+from vlrank.engines.structure import decoder_layers
 from vlrank.engines.transformers_scorer import score_labels
 from vlrank.prompting.encoding import Encoded, Encoder
 from vlrank.prompting.modes import mode_spec
@@ -24,7 +25,6 @@ from vlrank.training.attention import compile_layers, use_packed_attention
 from vlrank.training.collate import MicroBatch, Row, answer_row, end_to_end, side_by_side
 from vlrank.training.model import accept_features
 from vlrank.training.pictures import Pixels, compute_features
-from vlrank.training.structure import decoder_layers
 
 TOLERANCE = 1e-5
 LENGTHS = (3, 11, 5, 14)  # candidates per prompt: answers of one and of two digits

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import rotate_half
 
-from vlrank.training.structure import core, decoder_layers
+from vlrank.engines.structure import core, decoder_layers
 
 _KNOWN = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("qwen3", "qwen3_vl", "llama"))
 """Modules whose decoder layers compute what `LastLayer` computes. Unsloth puts functions of its own into them."""

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlrank.config import TrainConfig
+from vlrank.engines.structure import core
 from vlrank.errors import UserError
 from vlrank.prompting.modes import Family, ModeSpec, mode_spec
 from vlrank.storage import Location, fetch_model, is_url, location
 from vlrank.training.collate import ANSWER_ROOM
-from vlrank.training.structure import core
 
 if TYPE_CHECKING:
     import torch

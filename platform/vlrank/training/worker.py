@@ -88,9 +88,9 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         hide_extras(bitsandbytes=not base.in_4bit and "8bit" not in config.optim)
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
+    from vlrank.engines.structure import blocks, core, weights
     from vlrank.training.batches import Steps
     from vlrank.training.model import load_trainable
-    from vlrank.training.structure import blocks, core, weights
     from vlrank.training.trainer import Outcome, ReportCallback, RerankTrainer, patience_spent
 
     set_seed(config.seed)
