@@ -13,8 +13,9 @@ from PIL import Image
 
 from vlrank.config import RankingConfig
 from vlrank.data.items import ItemMeta
+from vlrank.data.picture import read_rgb
 from vlrank.errors import UserError
-from vlrank.prompting.encoding import Encoder, PromptTooLong, load_picture
+from vlrank.prompting.encoding import Encoder, PromptTooLong
 from vlrank.prompting.modes import mode_spec
 from vlrank.prompting.prompts import build_prompt, item_line, render
 
@@ -200,13 +201,6 @@ def test_no_picture_is_scaled_up_beyond_max_image_pixels(tiny_vision_model: Path
         assert encoder.picture(str(path)).size == (224, 224)
 
 
-def test_a_broken_picture_is_an_os_error(tmp_path: Path) -> None:
-    path = tmp_path / "broken.jpg"
-    path.write_bytes(b"not a picture")
-    with pytest.raises(OSError, match="broken"):
-        load_picture(str(path), (224, 224))
-
-
 def test_whatever_a_decoder_raises_is_an_os_error(
     tiny_vision_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +211,7 @@ def test_whatever_a_decoder_raises_is_an_os_error(
     intact = path.read_bytes()
     chunk = intact.index(b"IDAT", intact.index(b"IDAT") + 4)
     path.write_bytes(intact[:chunk] + b"\0\1\2\3" + intact[chunk + 4 :])
-    for read in (encoder.grid, lambda name: load_picture(name, (224, 224))):
+    for read in (encoder.grid, read_rgb):
         with pytest.raises(OSError, match=r"damaged\.png: SyntaxError"):
             read(str(path))
     bomb = tmp_path / "bomb.png"

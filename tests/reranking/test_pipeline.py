@@ -315,7 +315,7 @@ def test_a_bad_picture_costs_its_user_and_can_be_retried(
     assert first.counts["done"] + first.counts["quarantined"] == 6
     [folder] = (path / "quarantine").glob("rerank-r-test-*")
     reasons = data.quarantine(folder.name)
-    assert set(reasons["error_type"]) <= {"UnidentifiedImageError", "OSError"}
+    assert set(reasons["error_type"]) == {"PictureBroken"}
     victim.write_bytes(intact)
     assert run(settings).counts["done"] == 0
     retried = run(settings.model_copy(update={"retry_failed": True}))

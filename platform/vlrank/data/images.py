@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from vlrank.config import PicturesConfig, RayConfig
+from vlrank.data.picture import is_strip, open_picture, orientation, to_rgb
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _MIN_SIDE = 8  # shops answer with one-pixel pictures where they have none
-_MAX_ASPECT = 200  # Qwen-VL's image processor refuses longer strips
 _REDIRECTS = {301, 302, 303, 307, 308}
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _MAX_PAUSE_S = 120.0
@@ -90,12 +90,12 @@ def normalise(data: bytes, max_pixels: int) -> tuple[bytes, str]:
     Raises:
         PictureError: not a picture, damaged, or outside the limits.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            picture: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            picture = open_picture(io.BytesIO(data), _FORMATS)
     except Image.DecompressionBombError as error:
         raise PictureError("TooManyPixels", str(error)) from None
     except Exception as error:
@@ -106,16 +106,16 @@ def normalise(data: bytes, max_pixels: int) -> tuple[bytes, str]:
     width, height = picture.size
     if width * height > max_pixels:
         raise PictureError("TooManyPixels", f"{width} x {height} pixels, at most {max_pixels} are allowed")
-    if min(width, height) < _MIN_SIDE or max(width, height) >= _MAX_ASPECT * min(width, height):
+    if min(width, height) < _MIN_SIDE or is_strip(width, height):
         raise PictureError("BadShape", f"{width} x {height} pixels: a placeholder or a strip, not a product's picture")
     source_format = picture.format
     try:
         picture.load()
-        upright = ImageOps.exif_transpose(picture)
-        as_it_is = picture.mode == "RGB" and not getattr(picture, "is_animated", False) and _orientation(picture) == 1
-        if as_it_is and source_format in ("JPEG", "PNG"):
+        transparent = picture.has_transparency_data
+        plain = picture.mode == "RGB" and not transparent and not getattr(picture, "is_animated", False)
+        if plain and orientation(picture) == 1 and source_format in ("JPEG", "PNG"):
             return data, "jpg" if source_format == "JPEG" else "png"
-        rgb, transparent = _to_rgb(upright)
+        rgb = to_rgb(picture)
     except Exception as error:  # decoders raise all sorts of things on hostile data
         raise PictureError("Undecodable", f"{source_format}: {type(error).__name__}: {error}") from None
     buffer = io.BytesIO()
@@ -124,24 +124,6 @@ def normalise(data: bytes, max_pixels: int) -> tuple[bytes, str]:
         return buffer.getvalue(), "jpg"
     rgb.save(buffer, "PNG")
     return buffer.getvalue(), "png"
-
-
-def _orientation(picture: Any) -> int:
-    from PIL import ExifTags
-
-    return int(picture.getexif().get(ExifTags.Base.Orientation, 1) or 1)
-
-
-def _to_rgb(picture: Any) -> tuple[Any, bool]:
-    from PIL import Image
-
-    if picture.mode.startswith("I"):  # 16 bits per pixel: PIL would clip instead of scale
-        return picture.convert("I").point(lambda value: value / 256).convert("L").convert("RGB"), False
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
-        ground = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(ground, layer).convert("RGB"), True
-    return picture.convert("RGB"), False
 
 
 # ---- fetching -------------------------------------------------------------------------------------------------------

@@ -21,12 +21,13 @@ from vlrank.config import EvaluateConfig
 from vlrank.console import progress
 from vlrank.data.dataset import Dataset
 from vlrank.data.lists import Ints, Lists
+from vlrank.data.picture import UnreadablePicture, read_rgb
 from vlrank.errors import UserError
 from vlrank.evaluation.checks import Finding
 from vlrank.evaluation.compare import Difference
 from vlrank.evaluation.evaluate import RETRIEVER, Group, Method, main_metrics
 from vlrank.evaluation.metrics import LABELS, label
-from vlrank.storage import Location, fetch
+from vlrank.storage import Location
 from vlrank.version import __version__
 
 _NAMES = {
@@ -339,17 +340,13 @@ def _cut(text: str) -> str:
 
 
 def _thumbnail(path: Location) -> str | None:
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(fetch(path)) as image:
-            image.draft("RGB", (_PICTURE_SIZE, _PICTURE_SIZE))  # a JPEG decoded at a fraction of its size
-            small = ImageOps.exif_transpose(image).convert("RGB")
-            small.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE))
-            buffer = io.BytesIO()
-            small.save(buffer, "WEBP", quality=68)
-    except (OSError, ValueError):
+        small = read_rgb(path, at_least=_PICTURE_SIZE)
+    except UnreadablePicture:
         return None  # a damaged picture is no reason to have no report
+    small.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE))
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=68)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

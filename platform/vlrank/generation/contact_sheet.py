@@ -8,8 +8,9 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vlrank.data.picture import PictureMissing, UnreadablePicture
 from vlrank.data.tables import atomic_write_text
-from vlrank.generation.job import PictureError, load_picture
+from vlrank.generation.job import load_picture
 from vlrank.storage import Location
 
 _STYLE = """
@@ -80,8 +81,8 @@ def _picture(card: Card) -> str:
         return "no picture"
     try:
         picture = load_picture(card.picture, 320)
-    except PictureError as error:
-        return html.escape("picture missing" if error.kind == "PictureMissing" else "picture cannot be read")
+    except UnreadablePicture as error:
+        return "picture missing" if isinstance(error, PictureMissing) else "picture cannot be read"
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=82)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlrank.bulk import ENGINE_SECONDS, ERROR, ERROR_TYPE, RETRY, TOKENS_IN, TOKENS_OUT
-from vlrank.errors import UserError
+from vlrank.data.picture import UnreadablePicture, read_rgb
 from vlrank.generation.prompts import Prompt
 from vlrank.generation.quality import problem
-from vlrank.storage import fetch
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,37 +69,16 @@ class Job:
         return self.temperature if self.attempt == 0 else max(self.temperature, _RETRY_TEMPERATURE)
 
 
-class PictureError(Exception):
-    """A picture that cannot be used; the class name of the reason is the first argument."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(kind, message)
-        self.kind, self.message = kind, message
-
-
 def load_picture(path: str, side: int) -> Image.Image:
-    """Decode a picture: RGB, upright, at most ``side`` pixels on the longer side, transparency on white.
+    """A picture as `read_rgb` reads it, at most ``side`` pixels on the longer side.
 
     Raises:
-        PictureError: ``PictureMissing`` or ``PictureBroken``.
+        UnreadablePicture: ``PictureMissing`` or ``PictureBroken``.
     """
-    from PIL import Image, ImageOps
+    from PIL.Image import Resampling
 
-    try:
-        with Image.open(fetch(path)) as file:
-            file.draft("RGB", (side, side))  # JPEG: decode at a half, a quarter or an eighth where that is enough
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = picture.convert("RGB")
-    except FileNotFoundError:
-        raise PictureError("PictureMissing", f"{path} does not exist") from None
-    except (MemoryError, UserError):
-        raise
-    except Exception as error:  # decoders have errors of many kinds for bad files
-        raise PictureError("PictureBroken", f"{path}: {error}") from None
-    picture.thumbnail((side, side), Image.Resampling.BICUBIC)
+    picture = read_rgb(path, at_least=side)
+    picture.thumbnail((side, side), Resampling.BICUBIC)
     return picture
 
 
@@ -133,16 +111,15 @@ def prepare(row: Mapping[str, Any], job: Job) -> dict[str, Any]:
     with_image = job.shows_picture(row["picture"])
     text = (row["text"] or "") if "{text}" in job.prompt.template else ""
     inputs: dict[str, Any] = {FAILED: "", "prompt": None, "sampling_params": None, "with_image": with_image}
-    try:
-        if with_image:
-            picture = load_picture(row["picture"], job.image_side)
-            inputs["multimodal_data"] = {"image": picture}
-            # The content's hash is known: the engine need not compute one of its own over the pixels.
-            inputs["multimodal_uuids"] = {"image": f"{row['picture_hash']}-{job.image_side}"}
-        elif not text.strip():
-            raise PictureError("NothingToDescribe", "the item has neither a picture nor text")
-    except PictureError as error:
-        return {**inputs, FAILED: failure(error.kind, error.message)}
+    if with_image:
+        try:
+            inputs["multimodal_data"] = {"image": load_picture(row["picture"], job.image_side)}
+        except UnreadablePicture as error:
+            return {**inputs, FAILED: failure(type(error).__name__, str(error))}
+        # The content's hash is known: the engine need not compute one of its own over the pixels.
+        inputs["multimodal_uuids"] = {"image": f"{row['picture_hash']}-{job.image_side}"}
+    elif not text.strip():
+        return {**inputs, FAILED: failure("NothingToDescribe", "the item has neither a picture nor text")}
     inputs["prompt"] = _rendered(job.model, job.revision, job.prompt, text, with_image)
     inputs["sampling_params"] = _sampling(job, row["item_id"])
     if job.adapter:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -20,11 +19,11 @@ import numpy.typing as npt
 
 from vlrank.config import RankingConfig
 from vlrank.data.items import ItemMeta
+from vlrank.data.picture import PictureBroken, read_rgb, upright_size
 from vlrank.errors import UserError
 from vlrank.prompting.labels import LabelTrie
 from vlrank.prompting.modes import ModeSpec
 from vlrank.prompting.prompts import Prompt, build_prompt, render
-from vlrank.storage import fetch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -166,7 +165,7 @@ class Encoder:
 
         Raises:
             PromptTooLong: the candidates and the question alone are too long.
-            OSError: a picture cannot be read.
+            UnreadablePicture: a picture cannot be read.
         """
         recent = list(history)[-self.ranking.max_history :]
 
@@ -204,23 +203,24 @@ class Encoder:
         """Patches of a picture once prepared, from the file's header alone.
 
         Raises:
-            OSError: as `load_picture`.
+            UnreadablePicture: no picture, or a strip that the image processor refuses.
         """
         if path not in self._grids:
-            from PIL import Image
             from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-            with _picture_errors(path), Image.open(fetch(path)) as image:
-                width, height = _shrunk(*_upright_size(image), self.ranking.max_image_pixels)
+            width, height = _shrunk(*upright_size(path), self.ranking.max_image_pixels)
             processor = self.image_processor
             patch = processor.patch_size
-            rows, columns = smart_resize(
-                height,
-                width,
-                factor=patch * processor.merge_size,
-                min_pixels=self.picture_size["shortest_edge"],
-                max_pixels=self.picture_size["longest_edge"],
-            )
+            try:
+                rows, columns = smart_resize(
+                    height,
+                    width,
+                    factor=patch * processor.merge_size,
+                    min_pixels=self.picture_size["shortest_edge"],
+                    max_pixels=self.picture_size["longest_edge"],
+                )
+            except ValueError as error:
+                raise PictureBroken(path, str(error)) from None
             self._grids[path] = (1, rows // patch, columns // patch)
         return self._grids[path]
 
@@ -262,10 +262,13 @@ class Encoder:
         return np.asarray((patches - self._mean) / self._std, dtype=np.float32)
 
     def picture(self, path: str) -> Image:
-        """A picture as the model sees it: RGB, upright, in the size of its grid."""
+        """A picture as the model sees it: RGB, upright, in the size of its grid whatever its proportions."""
+        from PIL.Image import Resampling
+
         _, rows, columns = self.grid(path)
-        patch = self.image_processor.patch_size
-        return load_picture(path, (columns * patch, rows * patch))
+        size = (columns * self.image_processor.patch_size, rows * self.image_processor.patch_size)
+        image = read_rgb(path, at_least=2 * max(size))
+        return image if size == image.size else image.resize(size, Resampling.BICUBIC)
 
     def positions(self, encoded: Encoded) -> npt.NDArray[np.int64]:
         """Rotary positions [3, T] (time, row, column) as Qwen3-VL's ``get_rope_index``; equal rows for text.
@@ -306,36 +309,6 @@ class Encoder:
 
     def _prepare(self, path: str) -> npt.NDArray[np.float32]:
         return self.normalised(self.patches(path))
-
-
-def load_picture(path: str, size: tuple[int, int]) -> Image:
-    """A picture from a file: RGB, upright as its EXIF says, ``size`` (width, height) whatever its proportions.
-
-    Raises:
-        OSError: missing, cut off or not a picture.
-    """
-    from PIL import Image, ImageOps
-
-    with _picture_errors(path), Image.open(fetch(path)) as opened:
-        opened.draft("RGB", (2 * max(size), 2 * max(size)))  # JPEG: larger ones are decoded at a fraction
-        image = ImageOps.exif_transpose(opened).convert("RGB")
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
-
-
-@contextmanager
-def _picture_errors(path: str) -> Iterator[None]:
-    """One kind of error for all that decoders raise on bad files: SyntaxError, struct.error, and whatever else."""
-    try:
-        yield
-    except (OSError, MemoryError, UserError):
-        raise
-    except Exception as error:
-        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
-
-
-def _upright_size(image: Image) -> tuple[int, int]:
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the EXIF orientations that swap the sides
-    return (image.height, image.width) if turned else image.size
 
 
 def _shrunk(width: int, height: int, max_pixels: int) -> tuple[int, int]:
