@@ -1,7 +1,7 @@
 # Everything runs in .venv, made from a complete list of pins: constraints-cpu.txt (make venv) or constraints-gpu.txt (make gpu).
 # It is made again when the pins change. Variables:
 #   PYTHON=PATH      take this Python instead of the newest supported one that starts
-#   TORCH_INDEX=URL  a package index that offers CPU builds of torch, beside your own: half the download for make venv
+#   TORCH_INDEX=URL  a package index that offers CPU builds of torch, beside your own: a third of the download for make venv
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -21,8 +21,8 @@ PYTHON ?= $(shell for version in $(VERSIONS); do for python in python$$version p
 .PHONY: help venv gpu demo test lint bench clean
 
 help:
-	@echo "make venv   make .venv without a GPU: 5 minutes, 8 GB, or 4 GB where a CPU build of torch is offered (TORCH_INDEX=URL)"
-	@echo "make gpu    make .venv for an NVIDIA GPU: driver 580 or newer, 12 GB"
+	@printf "make venv   make .venv without a GPU: 3.7 GB to download, 8 GB of disk; where a CPU build of torch is offered\n            (pip settings, or TORCH_INDEX=URL), 1.3 and 4 GB\n"
+	@echo "make gpu    make .venv for an NVIDIA GPU: driver 580 or newer, 3.8 GB to download, 12 GB of disk"
 	@echo "make demo   the whole platform on an embedded shop, without a GPU"
 	@echo "make test   lint and the whole test suite"
 	@echo "make lint   ruff and mypy"
@@ -37,15 +37,15 @@ $(CPU): constraints-cpu.txt pyproject.toml
 	$(call new_venv,$(GPU))
 	@if $(PIP) --dry-run --ignore-installed --no-deps --report - --constraint constraints-cpu.txt torch | grep -q '"version": "[0-9.]*+cpu"'; \
 	then echo "installing a CPU build of torch (0.2 GB to download) ..."; \
-	else echo "installing torch with its CUDA libraries (3 GB to download): no index offers a CPU build; make TORCH_INDEX=URL names one ..."; fi
+	else echo "installing torch with its CUDA libraries (2.7 GB to download): no index offers a CPU build; make TORCH_INDEX=URL names one ..."; fi
 	$(PIP) --constraint constraints-cpu.txt torch
-	@echo "installing the pinned stack: Ray, transformers, vLLM, Unsloth ... (1 GB to download, 2 minutes) ..."
+	@echo "installing the pinned stack: Ray, transformers, vLLM, Unsloth ... (1 GB to download, about 2 minutes) ..."
 	$(PIP) --no-deps --requirement constraints-cpu.txt
 	$(call finish)
 
 $(GPU): constraints-gpu.txt pyproject.toml
 	$(call new_venv,$(CPU))
-	@echo "installing the pinned stack: torch with CUDA 13, Ray, transformers, vLLM, Unsloth ... (6 GB to download) ..."
+	@echo "installing the pinned stack: torch with CUDA 13, Ray, transformers, vLLM, Unsloth ... (3.8 GB to download) ..."
 	$(PIP) --no-deps --requirement constraints-gpu.txt
 	$(call finish)
 

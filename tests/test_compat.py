@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,24 @@ def test_a_cuda_torch_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     compat._declare_operators()
     assert defined == []
     assert not compat.needs_pth()
+
+
+@pytest.mark.parametrize(("build", "needed"), [("cu130", True), ("cpu", False)])
+def test_a_cpu_build_of_torchvision_declares_its_own_operators(
+    build: str, needed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Declared twice, its compiled library ends the process."""
+    import torch
+
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").touch()
+    (tmp_path / "torchvision/version.py").write_text(f"__version__ = '0.28.0+{build}'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    defined: list[str] = []
+    monkeypatch.setattr(torch.library, "define", lambda name, schema: defined.append(name))
+    compat._declare_operators()
+    assert bool(defined) == compat.needs_pth() == needed
 
 
 def test_hidden_vllm_looks_absent_and_a_loaded_one_is_refused() -> None:

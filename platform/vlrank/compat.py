@@ -1,7 +1,7 @@
 """Remedies for mixed stacks, each in one place; they do nothing where they are not needed.
 
-1. **torchvision without CUDA.** torchvision is published as a CUDA build only; beside a CPU torch its compiled
-   operators cannot load, and ``import torchvision`` fails because ``torchvision::nms`` is unknown. Declaring the two
+1. **torchvision without CUDA.** PyPI has torchvision as a CUDA build only; beside a CPU torch its compiled operators
+   cannot load, and ``import torchvision`` fails because ``torchvision::nms`` is unknown. Declaring the two
    operators that torchvision registers fake kernels for makes the import work; image processors need nothing else of
    it. The declaration has to come before the import in *every* process (vLLM and Ray start their own), so set-up writes
    a ``.pth`` file into the environment: ``python -m vlrank.compat``.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import re
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -44,10 +45,10 @@ class _DeclareBeforeImport(importlib.abc.MetaPathFinder):
 
 
 def _declare_operators() -> None:
+    if not needs_pth():  # a torchvision that registers its operators itself must not find them declared
+        return
     import torch
 
-    if torch.version.cuda is not None or torch.version.hip is not None:
-        return
     for name, schema in _OPERATORS:
         try:
             torch.library.define(name, schema)
@@ -68,12 +69,16 @@ def pth_file() -> Path:
 
 
 def needs_pth() -> bool:
-    """Whether this environment pairs a CPU torch with torchvision."""
-    if importlib.util.find_spec("torchvision") is None or importlib.util.find_spec("torch") is None:
+    """Whether this environment pairs a CPU torch with a CUDA build of torchvision."""
+    torchvision = importlib.machinery.PathFinder.find_spec("torchvision")
+    if torchvision is None or torchvision.origin is None or importlib.util.find_spec("torch") is None:
         return False
     import torch
 
-    return torch.version.cuda is None and torch.version.hip is None
+    # torchvision's metadata does not name the build, and importing it is what fails.
+    build = re.search(r"__version__ = .[\w.]+\+(\w+)", (Path(torchvision.origin).parent / "version.py").read_text())
+    cuda_build = build is not None and build[1].startswith("cu")
+    return cuda_build and torch.version.cuda is None and torch.version.hip is None
 
 
 def install() -> Path | None:
