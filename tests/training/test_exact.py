@@ -121,7 +121,7 @@ def compiled_layers(case: Case, backend: Any) -> Iterator[None]:
     finally:
         for layer in decoder_layers(case.model):
             layer._compiled_call_impl = None
-        del decoder_layers(case.model)[-1].keys_and_values  # the compiled one, the class's is behind it
+        del decoder_layers(case.model)[-1].narrow.keys_and_values  # the compiled one, the class's is behind it
 
 
 def test_padded_batch_with_answer_only_logits_equals_plain(case: Case) -> None:

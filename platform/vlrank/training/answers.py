@@ -40,12 +40,7 @@ class AnswerHead:
         self.index: torch.Tensor | None = None
         self._picked = False
         core(model).get_output_embeddings().register_forward_pre_hook(self._select)
-        if last_layer and _narrowable(model):
-            layer = decoder_layers(model)[-1]
-            # Named like the layer's own class, by which sharding finds it.
-            layer.__class__ = type(type(layer).__name__, (LastLayer, type(layer)), {})
-            layer.answers = self
-            layer.self_attn.queries_apart = True
+        self._last = LastLayer(decoder_layers(model)[-1], self) if last_layer and _narrowable(model) else None
 
     def _select(self, module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self.index is None or self._picked:
@@ -63,60 +58,57 @@ class AnswerHead:
     def at(self, index: torch.Tensor) -> Iterator[None]:
         """Within the block logits are [1, n, vocabulary], of ``index`` (int64 [n]) into the flattened batch."""
         self.index, self._picked = index, False
+        if self._last is not None:  # there is little to recompute, and in the backward pass the places are gone
+            self._last.layer.gradient_checkpointing = False
         try:
             yield
         finally:
             self.index = None
 
 
-class LastLayer(nn.Module):
-    """Mixed into the class of the last decoder layer: computes it at the answers' places alone.
+class LastLayer:
+    """Takes over the forward pass of a model's last decoder layer: computed at the answers' places alone.
 
-    Keys and values are those of all places. Without places, with many of them, or with a mask (as in validation) it is
-    the layer that it was.
+    Keys and values are those of all places. Without places, with many of them, or with a mask (as in validation) the
+    layer's own forward pass runs.
+
+    Args:
+        layer: Of a class in `_KNOWN`. Its ``forward`` is replaced, and ``narrow`` names this object.
+        answers: Knows the places.
     """
 
-    answers: AnswerHead
-    self_attn: Any
-    input_layernorm: nn.Module
-    post_attention_layernorm: nn.Module
-    mlp: nn.Module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the layer's, but not checkpointed: there is little to recompute, and by then the places are gone."""
-        if self._is_narrow(*args, **kwargs):
-            return nn.Module.__call__(self, *args, **kwargs)
-        return super().__call__(*args, **kwargs)
+    def __init__(self, layer: Any, answers: AnswerHead) -> None:
+        self.layer, self.answers, self.whole = layer, answers, layer.forward
+        layer.forward, layer.narrow = self.forward, self
+        layer.self_attn.queries_apart = True
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[B, T, hidden] -> [1, n, hidden] of the places, or [B, T, hidden]."""
         if not self._is_narrow(hidden_states, *args, **kwargs):
-            whole: torch.Tensor = super().forward(hidden_states, *args, **kwargs)
+            whole: torch.Tensor = self.whole(hidden_states, *args, **kwargs)
             return whole
+        layer, attention = self.layer, self.layer.self_attn
         shape = hidden_states.shape[:2]
         cos, sin = (part.expand(*shape, -1) for part in kwargs["position_embeddings"])
         key, value = self.keys_and_values(hidden_states, cos, sin)
         index = self.answers.pick()
         hidden, cos, sin = (part.flatten(0, 1)[index].unsqueeze(0) for part in (hidden_states, cos, sin))
-        attention = self.self_attn
-        query = _rotated(
-            _heads(attention.q_proj(self.input_layernorm(hidden)), attention, getattr(attention, "q_norm", None)),
-            cos,
-            sin,
-        )
+        projected = attention.q_proj(layer.input_layernorm(hidden))
+        query = _rotated(_heads(projected, attention, getattr(attention, "q_norm", None)), cos, sin)
         begin = _beginnings(index, shape[1], kwargs.get("packed_cu_seqlens"))
         hidden = hidden + attention.o_proj(attend(query, key, value, begin, index, attention.scaling))
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        narrow: torch.Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return narrow
 
     def keys_and_values(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T, hidden] -> twice [B, key-value heads, T, head dim]; the part that is worth compiling."""
-        attention, normed = self.self_attn, self.input_layernorm(hidden)
+        attention, normed = self.layer.self_attn, self.layer.input_layernorm(hidden)
         key = _heads(attention.k_proj(normed), attention, getattr(attention, "k_norm", None))
         return _rotated(key, cos, sin), _heads(attention.v_proj(normed), attention, None)
 
-    def compile_narrow(self, backend: str | Callable[..., Any], dynamic: bool) -> None:
+    def compile(self, backend: str | Callable[..., Any], dynamic: bool) -> None:
         """Compile what is computed at all places."""
         compiled = torch.compile(self.keys_and_values, dynamic=dynamic, backend=backend)
         self.keys_and_values = compiled  # type: ignore[method-assign]

@@ -20,7 +20,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlrank.engines import varlen
 from vlrank.engines.structure import decoder_layers
-from vlrank.training.answers import LastLayer
 
 NAME = "vlrank_packed"
 
@@ -106,8 +105,5 @@ def compile_layers(model: Any, backend: str | Callable[..., Any] = "inductor", *
     """
     layers = decoder_layers(model)
     for layer in layers:
-        if isinstance(layer, LastLayer):
-            layer.compile_narrow(backend, dynamic)
-        else:
-            layer.compile(dynamic=dynamic, backend=backend)
+        getattr(layer, "narrow", layer).compile(dynamic=dynamic, backend=backend)
     return len(layers)
