@@ -6,7 +6,6 @@ Which fields the public data sets use is told in `vlrank.data.sources`.
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -16,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from vlrank.data.delimited import record_blocks
 from vlrank.data.rawfiles import Rejects, decode, excerpt, line_blocks, open_raw, parse_record, printable, records
 from vlrank.data.sources import (
     RawOptions,
@@ -29,6 +29,8 @@ from vlrank.data.sources import (
     read_header,
 )
 from vlrank.data.text import MAX_RAW_CHARS, clean_brand, clean_categories, clean_text, clean_title
+
+_ROLES = ("item", "title", "brand", "categories", "description", "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def items(
     Raises:
         UserError: missing or damaged file, no item column.
     """
-    names = {role: options.names(role) for role in ("item", "title", "brand", "categories", "description", "image")}
+    names = {role: options.names(role) for role in _ROLES}
     root = options.image_root or path.parent
     for number, record in _item_records(path, wanted, options, rejects):
         key = f"{path}:{number}"
@@ -72,7 +74,7 @@ def _item_records(
     if kind == "json":
         yield from _json_items(path, wanted, options, rejects)
     elif kind == "delimited":
-        yield from _delimited_items(path, options, rejects)
+        yield from _delimited_items(path, wanted, options, rejects)
     else:
         yield from _parquet_items(path, wanted, options)
 
@@ -95,45 +97,35 @@ def _json_items(
             rejects.add(f"{path}:{number}", "BadMetadata", f"{error}; the line: {excerpt(line)}")
 
 
-def _delimited_items(path: Path, options: RawOptions, rejects: Rejects) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Rows of a delimited file; quoted values may span lines. Keys are the line in which a row ends."""
-    csv.field_size_limit(options.max_line_bytes)
+def _delimited_items(
+    path: Path, wanted: Set[str], options: RawOptions, rejects: Rejects
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows of a delimited file; keys are the line in which a row begins."""
+    with open_raw(path, rejects, allow_truncated=options.allow_truncated) as stream:
+        blocks = line_blocks(stream, options.max_line_bytes)
+        dialect, roles, blocks = read_header(path, blocks, options, {"item"}, _ROLES)
+        names, id_place = [plain_name(column) for column in dialect.header], dialect.header.index(roles["item"])
 
-    def text() -> Iterator[str]:
-        with open_raw(path, rejects, allow_truncated=options.allow_truncated) as stream:
-            for number, lines in line_blocks(stream, options.max_line_bytes):
-                for offset, line in enumerate(lines):
-                    if isinstance(line, int):
-                        rejects.add(f"{path}:{number + offset}", "LineTooLong", f"{line} bytes")
-                        yield "\n"  # keeps the line numbers
-                    else:
-                        yield decode(line) + "\n"
+        def is_row(line: bytes) -> bool:
+            try:
+                return dialect.split(line)[id_place] in wanted
+            except ValueError:
+                return False
 
-    lines = text()
-    wanted_roles = ("item", "title", "brand", "categories", "description", "image")
-    layout = read_header(path, [next(lines, "").encode()], options, {"item"}, wanted_roles)
-    quoting: Any = csv.QUOTE_MINIMAL if layout.quoting else csv.QUOTE_NONE
-    rows = csv.reader(lines, delimiter=layout.delimiter, quoting=quoting)
-    names = [plain_name(column) for column in layout.header]
-    while True:
-        try:
-            values = next(rows, None)
-        except csv.Error as error:
-            rejects.add(f"{path}:{rows.line_num + 1}", "BadMetadata", str(error))
-            continue
-        if values is None:
-            return
-        if len(values) == len(names):
-            yield rows.line_num + 1, dict(zip(names, values, strict=True))
-        elif values:
-            problem = f"{len(values)} columns, expected {len(names)}; the row: {excerpt(str(values)[:1000])}"
-            rejects.add(f"{path}:{rows.line_num + 1}", "BadMetadata", problem)
+        for found in record_blocks(blocks, dialect, is_row, options.max_line_bytes):
+            for number, record in zip(found.numbers, found.records, strict=True):
+                if isinstance(record, int):
+                    rejects.add(f"{path}:{number}", "LineTooLong", f"{record} bytes")
+                elif record.strip():
+                    try:
+                        yield number, dict(zip(names, dialect.split(record), strict=True))
+                    except ValueError as error:
+                        rejects.add(f"{path}:{number}", "BadMetadata", f"{error}; the row: {excerpt(record)}")
 
 
 def _parquet_items(path: Path, wanted: Set[str], options: RawOptions) -> Iterator[tuple[int, Mapping[str, Any]]]:
     file = open_parquet(path)
-    wanted_roles = ("item", "title", "brand", "categories", "description", "image")
-    roles = find_roles(path, file.schema_arrow.names, options, {"item"}, wanted_roles)
+    roles = find_roles(path, file.schema_arrow.names, options, {"item"}, _ROLES)
     number = 1
     for batch in file.iter_batches(batch_size=65_536, columns=list(roles.values())):
         ids = parquet_column(path, "item", batch.column(roles["item"])).to_pylist()

@@ -10,12 +10,11 @@
 
 Sources: McAuley et al. 2015 (2014 files), Ni et al. 2019 (2018 files), Hou et al. 2024 (2023 files), RecBole's "atomic
 files" (Zhao et al. 2021). Large files are read in blocks: a fast reader takes blocks without surprises, and any block
-it refuses is read again line by line, so that exactly the bad lines are put aside.
+it refuses is read again row by row, so that exactly the bad lines are put aside.
 """
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -23,6 +22,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,8 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from vlrank.config import ColumnsConfig
-from vlrank.data.rawfiles import Rejects, decode, excerpt, line_blocks, open_raw, parse_record, printable
+from vlrank.data.delimited import BYTE_ORDER_MARK, Dialect, Records, read_dialect, record_blocks
+from vlrank.data.rawfiles import Rejects, excerpt, line_blocks, open_raw, parse_record, printable
 from vlrank.errors import UserError
 
 Kind = Literal["json", "delimited", "parquet"]
@@ -150,7 +151,8 @@ def _json_interactions(path: Path, options: RawOptions, rejects: Rejects) -> Ite
     with open_raw(path, rejects, allow_truncated=options.allow_truncated) as stream:
         for number, lines in line_blocks(stream, options.max_line_bytes):
             batch = _fast_json(path, number, lines, names, options.timestamp_unit) if names else None
-            yield batch or _line_by_line(path, number, lines, slow, rejects, options.max_line_bytes)
+            numbers = range(number, number + len(lines))
+            yield batch or _row_by_row(path, numbers, lines, slow, rejects, options.max_line_bytes)
             names = names or _json_names(lines, {role: options.names(role) for role in roles})
 
 
@@ -186,13 +188,14 @@ def _fast_json(
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
         return None
     columns = {role: table[name].combine_chunks() for role, name in names.items()}
-    return _fast_batch(path, number, len(lines), columns, unit)
+    return _fast_batch(path, range(number, number + len(lines)), columns, unit)
 
 
 def _fast_batch(
-    path: Path, number: int, expected: int, columns: Mapping[str, pa.Array], unit: TimestampUnit
+    path: Path, numbers: Sequence[int], columns: Mapping[str, pa.Array], unit: TimestampUnit
 ) -> Batch | None:
     user, item, timestamp = columns["user"], columns["item"], columns["timestamp"]
+    expected = len(numbers)
     if len(user) != expected or any(column.null_count for column in (user, item, timestamp)):
         return None
     if not expected or pc.min(pc.utf8_length(user)).as_py() == 0 or pc.min(pc.utf8_length(item)).as_py() == 0:
@@ -200,7 +203,7 @@ def _fast_batch(
     time_ms = _times(timestamp.to_numpy(zero_copy_only=False), unit)
     if time_ms is None:
         return None
-    return Batch(user, item, time_ms, _ratings(columns.get("rating"), expected), _line_keys(path, number))
+    return Batch(user, item, time_ms, _ratings(columns.get("rating"), expected), _row_keys(path, numbers))
 
 
 def _times(values: np.ndarray, unit: TimestampUnit) -> np.ndarray | None:
@@ -224,36 +227,37 @@ def _ratings(column: pa.Array | None, n: int) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False).astype(np.float32)
 
 
-def _line_keys(path: Path, number: int) -> Callable[[int], str]:
-    return lambda row: f"{path}:{number + row}"
+def _row_keys(path: Path, numbers: Sequence[int]) -> Callable[[int], str]:
+    return lambda row: f"{path}:{numbers[row]}"
 
 
-def _line_by_line(
+def _row_by_row(
     path: Path,
-    number: int,
-    lines: Sequence[bytes | int],
+    numbers: Sequence[int],
+    rows: Sequence[bytes | int],
     parse: Callable[[bytes], tuple[str, str, int, float]],
     rejects: Rejects,
     max_line_bytes: int,
 ) -> Batch:
-    rows, numbers = [], []
-    for offset, line in enumerate(lines):
-        key = f"{path}:{number + offset}"
-        if isinstance(line, int):
-            rejects.add(key, "LineTooLong", f"{line} bytes, at most {max_line_bytes} are read")
-        elif line.strip():
+    """The batch of the rows that can be parsed; the others are put aside one by one."""
+    good, kept = [], []
+    for number, row in zip(numbers, rows, strict=True):
+        key = f"{path}:{number}"
+        if isinstance(row, int):
+            rejects.add(key, "LineTooLong", f"{row} bytes, at most {max_line_bytes} are read")
+        elif row.strip():
             try:
-                rows.append(parse(line))
-                numbers.append(number + offset)
+                good.append(parse(row))
+                kept.append(number)
             except ValueError as error:
-                rejects.add(key, "BadInteraction", f"{error}; the line: {excerpt(line)}")
-    users, items, times, ratings = zip(*rows, strict=True) if rows else ((), (), (), ())
+                rejects.add(key, "BadInteraction", f"{error}; the line: {excerpt(row)}")
+    users, items, times, ratings = zip(*good, strict=True) if good else ((), (), (), ())
     return Batch(
         pa.array(users, pa.string()),
         pa.array(items, pa.string()),
         np.array(times, np.int64),
         np.array(ratings, np.float32),
-        lambda row: f"{path}:{numbers[row]}",
+        _row_keys(path, kept),
     )
 
 
@@ -321,31 +325,6 @@ def _rating(value: Any) -> float:
 # ---- delimited files ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """Columns of a delimited file: names as written, in order, and which of them is which."""
-
-    header: tuple[str, ...]
-    delimiter: str
-    quoting: bool
-    roles: Mapping[str, str]
-
-    def split(self, line: str) -> list[str]:
-        """One line's values.
-
-        Raises:
-            ValueError: not as many as the header has.
-        """
-        quoting: Any = csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE
-        try:
-            values = next(csv.reader([line], delimiter=self.delimiter, quoting=quoting, strict=True), [])
-        except csv.Error as error:
-            raise ValueError(str(error)) from None
-        if len(values) != len(self.header):
-            raise ValueError(f"{len(values)} columns, expected {len(self.header)}")
-        return values
-
-
 def plain_name(column: str) -> str:
     """A column's name without the type that RecBole appends, as in ``user_id:token``."""
     return column.partition(":")[0].strip().strip('"')
@@ -383,109 +362,113 @@ def find_roles(
     return roles
 
 
-def _delimited_interactions(path: Path, options: RawOptions, rejects: Rejects) -> Iterator[Batch]:
-    layout: _Layout | None = None
-    types: dict[str, Any] = {}
-
-    def slow(line: bytes) -> tuple[str, str, int, float]:
-        assert layout is not None
-        values = dict(zip(layout.header, layout.split(decode(line).rstrip("\r")), strict=True))
-        given = [
-            values[name] if (name := layout.roles.get(role)) else None
-            for role in ("user", "item", "timestamp", "rating")
-        ]
-        return _interaction(options.timestamp_unit, *given)
-
-    with open_raw(path, rejects, allow_truncated=options.allow_truncated) as stream:
-        for first_number, block in line_blocks(stream, options.max_line_bytes):
-            number, lines = first_number, block
-            if layout is None:
-                layout = read_header(
-                    path, block, options, {"user", "item", "timestamp"}, ("user", "item", "timestamp", "rating")
-                )
-                if not options.columns.names:
-                    number, lines = number + 1, block[1:]
-                types = _column_types(layout, lines)
-            batch = _fast_delimited(path, number, lines, layout, types, options.timestamp_unit)
-            yield batch or _line_by_line(path, number, lines, slow, rejects, options.max_line_bytes)
-    if layout is None:
-        raise UserError(f"{path} is empty", "Expected a header line and rows.")
-
-
 def read_header(
-    path: Path, lines: Sequence[bytes | int], options: RawOptions, required: Set[str], wanted: Sequence[str]
-) -> _Layout:
-    """The layout of a delimited file, told by its header line or by ``columns.names``.
+    path: Path,
+    blocks: Iterator[tuple[int, list[bytes | int]]],
+    options: RawOptions,
+    required: Set[str],
+    wanted: Sequence[str],
+) -> tuple[Dialect, dict[str, str], Iterator[tuple[int, list[bytes | int]]]]:
+    """(how a delimited file is written, role -> column, its lines without the header).
+
+    The columns are told by the header or, for interactions, by ``columns.names``.
 
     Raises:
-        UserError: required columns are missing, or a name stands twice.
+        UserError: the file is empty, required columns are missing, or a name stands twice.
     """
-    delimiter, quoting = _delimiter(path, options), not _is_recbole(path)
-    header: Sequence[str] = options.columns.names if "user" in required else ()
-    if not header:
-        first = decode(lines[0]) if isinstance(lines[0], bytes) else ""
-        names = first.removeprefix("\ufeff").rstrip("\r\n")
-        header = next(
-            csv.reader([names], delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE), []
-        )
-    if len(set(header)) != len(header):
-        raise UserError(f"{path} has a column name twice: {', '.join(header)}", "Rename one of them.")
-    return _Layout(tuple(header), delimiter, quoting, find_roles(path, header, options, required, wanted))
+    number, lines = next(blocks, (1, []))
+    if lines and isinstance(lines[0], bytes):
+        lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
+        if b"\r" in lines[0].rstrip(b"\r"):
+            raise UserError(f"the lines of {path} end in carriage returns alone", "Convert it: `tr '\\r' '\\n'`.")
+    names = options.columns.names if "user" in required else ()
+    dialect = read_dialect(lines, _delimiter(path, options), quoting=not _is_recbole(path), names=names)
+    if not dialect.header:
+        raise UserError(f"{path} is empty", "Expected a header line and rows.")
+    if len(set(dialect.header)) != len(dialect.header):
+        raise UserError(f"{path} has a column name twice: {', '.join(dialect.header)}", "Rename one of them.")
+    skipped = dialect.header_lines
+    rest = chain([(number + skipped, lines[skipped:])], blocks)
+    return dialect, find_roles(path, dialect.header, options, required, wanted), rest
 
 
-def _column_types(layout: _Layout, lines: Sequence[bytes | int]) -> dict[str, Any]:
-    """Arrow types for the fast reader, after the first row; a block that differs is read line by line."""
-    types = {
-        layout.roles["user"]: pa.string(),
-        layout.roles["item"]: pa.string(),
-        layout.roles["timestamp"]: pa.int64(),
-    }
-    if "rating" in layout.roles:
-        types[layout.roles["rating"]] = pa.float64()
-    for line in lines[:1]:
+def _delimited_interactions(path: Path, options: RawOptions, rejects: Rejects) -> Iterator[Batch]:
+    wanted = ("user", "item", "timestamp", "rating")
+    with open_raw(path, rejects, allow_truncated=options.allow_truncated) as stream:
+        blocks = line_blocks(stream, options.max_line_bytes)
+        dialect, roles, blocks = read_header(path, blocks, options, {"user", "item", "timestamp"}, wanted)
+        places = [dialect.header.index(roles[role]) if role in roles else None for role in wanted]
+
+        def slow(record: bytes) -> tuple[str, str, int, float]:
+            values = dialect.split(record)
+            given = (None if place is None else values[place] for place in places)
+            return _interaction(options.timestamp_unit, *given)
+
+        types: dict[str, Any] = {}
+        for found in record_blocks(blocks, dialect, _succeeds(slow), options.max_line_bytes):
+            types = types or (_column_types(dialect, roles, found.records) if found.records else {})
+            batch = _fast_delimited(path, found, dialect, roles, types, options.timestamp_unit)
+            yield batch or _row_by_row(path, found.numbers, found.records, slow, rejects, options.max_line_bytes)
+
+
+def _succeeds(parse: Callable[[bytes], Any]) -> Callable[[bytes], bool]:
+    def succeeds(line: bytes) -> bool:
         try:
-            value = (
-                layout.split(decode(line))[layout.header.index(layout.roles["timestamp"])]
-                if isinstance(line, bytes)
-                else ""
-            )
+            parse(line)
+        except ValueError:
+            return False
+        return True
+
+    return succeeds
+
+
+def _column_types(dialect: Dialect, roles: Mapping[str, str], records: Sequence[bytes | int]) -> dict[str, Any]:
+    """Arrow types for the fast reader, after the first row; a block that differs is read row by row."""
+    types = {roles["user"]: pa.string(), roles["item"]: pa.string(), roles["timestamp"]: pa.int64()}
+    if "rating" in roles:
+        types[roles["rating"]] = pa.float64()
+    for record in records[:1]:
+        try:
+            values = dialect.split(record) if isinstance(record, bytes) else []
         except ValueError:
             continue
+        value = values[dialect.header.index(roles["timestamp"])] if values else ""
         if not re.fullmatch(r"-?\d+", value.strip()):
-            types[layout.roles["timestamp"]] = pa.float64() if re.fullmatch(r"[-+.\deE]+", value) else pa.string()
+            types[roles["timestamp"]] = pa.float64() if re.fullmatch(r"[-+.\deE]+", value) else pa.string()
     return types
 
 
 def _fast_delimited(
     path: Path,
-    number: int,
-    lines: Sequence[bytes | int],
-    layout: _Layout,
+    found: Records,
+    dialect: Dialect,
+    roles: Mapping[str, str],
     types: Mapping[str, Any],
     unit: TimestampUnit,
 ) -> Batch | None:
-    if any(isinstance(line, int) or not line for line in lines):
+    """The whole block by Arrow's reader, or None where a row is unusual in any way."""
+    if not found.text:
         return None
-    block = b"\n".join(lines)  # type: ignore[arg-type]
-    if layout.quoting and b'"' in block:
-        return None  # quotes may hide line ends: only the line-by-line reader keeps to lines
+    quoted = dialect.quoting and b'"' in found.text
     try:
-        block.decode("utf-8")
+        found.text.decode("utf-8")
         table = pyarrow.csv.read_csv(
-            io.BytesIO(block),
-            read_options=pyarrow.csv.ReadOptions(column_names=list(layout.header), block_size=len(block) + 1),
-            parse_options=pyarrow.csv.ParseOptions(delimiter=layout.delimiter, quote_char=False),
+            io.BytesIO(found.text),
+            read_options=pyarrow.csv.ReadOptions(column_names=list(dialect.header), block_size=len(found.text) + 1),
+            parse_options=pyarrow.csv.ParseOptions(
+                delimiter=dialect.delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted
+            ),
             convert_options=pyarrow.csv.ConvertOptions(
                 column_types=dict(types), include_columns=list(types), null_values=[""]
             ),
         )
-        columns = {role: table[name].combine_chunks() for role, name in layout.roles.items()}
+        columns = {role: table[name].combine_chunks() for role, name in roles.items()}
         if pa.types.is_string(columns["timestamp"].type):
             columns["timestamp"] = _iso_dates(columns["timestamp"])
             unit = "ms"
     except (pa.ArrowInvalid, pl.exceptions.PolarsError, UnicodeDecodeError):
         return None
-    return _fast_batch(path, number, len(lines), columns, unit)
+    return _fast_batch(path, found.numbers, columns, unit)
 
 
 def _iso_dates(column: pa.Array) -> pa.Array:
@@ -501,8 +484,9 @@ def _parquet_interactions(path: Path, options: RawOptions, rejects: Rejects) -> 
     for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(roles.values())):
         columns = {role: parquet_column(path, role, batch.column(name)) for role, name in roles.items()}
         unit = "ms" if columns["timestamp"].type != batch.column(roles["timestamp"]).type else options.timestamp_unit
-        fast = _fast_batch(path, number, len(batch), columns, unit)
-        yield fast or _row_by_row(path, number, columns, unit, rejects)
+        numbers = range(number, number + len(batch))
+        fast = _fast_batch(path, numbers, columns, unit)
+        yield fast or _parquet_rows(path, numbers, columns, unit, rejects)
         number += len(batch)
 
 
@@ -539,14 +523,14 @@ def parquet_column(path: Path, role: str, column: pa.Array) -> pa.Array:
         raise UserError(f"the {role} column of {path} has type {column.type}: {error}") from None
 
 
-def _row_by_row(
-    path: Path, number: int, columns: Mapping[str, pa.Array], unit: TimestampUnit, rejects: Rejects
+def _parquet_rows(
+    path: Path, numbers: Sequence[int], columns: Mapping[str, pa.Array], unit: TimestampUnit, rejects: Rejects
 ) -> Batch:
     """A Parquet batch with missing values."""
     roles = ("user", "item", "timestamp", "rating")
-    lists = [columns[role].to_pylist() if role in columns else [None] * len(columns["user"]) for role in roles]
+    lists = [columns[role].to_pylist() if role in columns else [None] * len(numbers) for role in roles]
     rows = [json.dumps(row, default=str).encode() for row in zip(*lists, strict=True)]
-    return _line_by_line(path, number, rows, lambda row: _interaction(unit, *json.loads(row)), rejects, 1 << 30)
+    return _row_by_row(path, numbers, rows, lambda row: _interaction(unit, *json.loads(row)), rejects, 1 << 30)
 
 
 def first_value(record: Mapping[str, Any], names: Sequence[str]) -> Any:
