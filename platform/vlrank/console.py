@@ -13,11 +13,29 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from vlrank.storage import Location
 
-console = Console(stderr=True, highlight=False)
+
+class PlainConsole(Console):
+    """A console that prints text as it is: names, paths and commands may hold ``[v2]``, ``[/b]`` or ``:key:``.
+
+    Rich's markup and emoji codes are off, in tables too; styles come in `rich.text.Text`. Titles of panels and columns
+    of progress bars parse markup whatever the console says: give them a `Text`, or ``markup=False``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+
+console = PlainConsole(stderr=True)
 """Progress and messages go to stderr, so that stdout stays fit for pipes: results and the jobs' JSON line."""
+
+
+def announce(label: str, text: str, style: str) -> None:
+    """A message with a coloured label before it, on stderr; as long as it is, so that it can be searched and copied."""
+    console.print(Text.assemble((label, style), " ", text), soft_wrap=True)
 
 
 _QUIET = {
@@ -62,13 +80,15 @@ class Summary:
         """Print to stderr for people."""
         grid = Table.grid(padding=(0, 2))
         for label, value in self.lines.items():
-            grid.add_row(f"[dim]{label}[/dim]", _format(value))
+            grid.add_row(Text(label, "dim"), _format(value))
         if self.output is not None:
-            grid.add_row("[dim]output[/dim]", f"[bold]{self.output}[/bold]")
-        console.print(Panel(grid, title=self.title, title_align="left", expand=False, border_style="green"))
+            grid.add_row(Text("output", "dim"), Text(str(self.output), "bold"))
+        console.print(Panel(grid, title=Text(self.title), title_align="left", expand=False, border_style="green"))
 
 
-def _format(value: object) -> str:
+def _format(value: object) -> str | Text:
+    if isinstance(value, Text):
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
@@ -91,12 +111,12 @@ class Steps:
 def progress(description: str, total: int | None) -> Iterator[Steps]:
     """A progress bar with counts, elapsed and remaining time; in a log file it prints a line at the end only."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, transient=False) as bar:
         yield Steps(bar, bar.add_task(description, total=total, note=""))

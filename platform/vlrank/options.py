@@ -16,7 +16,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from vlrank.config import Config, load_config
-from vlrank.console import Summary, console, quiet_libraries
+from vlrank.console import Summary, announce, console, quiet_libraries
 from vlrank.errors import UserError
 from vlrank.runtime import interrupt_on_sigterm
 
@@ -162,9 +162,9 @@ def main(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
     try:
         result = command.main(args=None if argv is None else list(argv), standalone_mode=False)
     except UserError as error:
-        console.print(f"[bold red]error:[/bold red] {_escape(error.problem)}", soft_wrap=True)
+        announce("error:", error.problem, "bold red")
         if error.remedy:
-            console.print(_escape(error.remedy), soft_wrap=True)
+            console.print(error.remedy, soft_wrap=True)
         sys.exit(2)
     except click.ClickException as error:
         error.show()
@@ -175,9 +175,3 @@ def main(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
     if isinstance(result, Summary):
         result.show()
     sys.exit(result if isinstance(result, int) else 0)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

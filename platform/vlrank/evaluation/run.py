@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vlrank.config import EvaluateConfig
-from vlrank.console import Summary, console
+from vlrank.console import PlainConsole, Summary, announce
 from vlrank.data.dataset import Dataset
 from vlrank.data.tables import atomic_write_json, atomic_write_text
 from vlrank.errors import UserError
@@ -51,7 +51,7 @@ def run(config: EvaluateConfig) -> Summary:
     metric = main_metrics(config.ks, first.length)[0]
     lines: dict[str, object] = {"report": config.out / "report.html", "metrics": config.out / "metrics.json"}
     for method in first.models:
-        lines[method.name] = f"{label(metric)} {_interval(method, metric)}"
+        lines[method.name] = Text.assemble(f"{label(metric)} ", _interval(method, metric))
     warnings = [f for group in groups for f in group.findings if f.level != "note"]
     counts = {
         "groups": len(groups),
@@ -152,7 +152,7 @@ def _compared(config: EvaluateConfig, groups: Sequence[Group]) -> list[Differenc
 
 def _print(groups: Sequence[Group], compared: Sequence[Difference]) -> None:
     """The tables on stdout; warnings on stderr."""
-    out = Console(highlight=False)
+    out = PlainConsole()
     for group in groups:
         metrics = _columns(group)
         ceiling = float((group.base.rank_of(group.targets) > 0).mean())
@@ -165,18 +165,16 @@ def _print(groups: Sequence[Group], compared: Sequence[Difference]) -> None:
         best = {name: max(method.metrics.means[name] for method in group.methods) for name in metrics}
         for method in group.methods:
             cells = [
-                f"[bold]{_interval(method, name)}[/bold]"
-                if method.metrics.means[name] == best[name]
-                else _interval(method, name)
+                _interval(method, name, style="bold" if method.metrics.means[name] == best[name] else "")
                 for name in metrics
             ]
-            table.add_row(escape(method.name), *cells, style=None if method.kind == "model" else "dim")
+            table.add_row(method.name, *cells, style=None if method.kind == "model" else "dim")
         out.print(table)
         _print_differences(out, _shown(group), f"paired differences in {label(_main(group))}")
         for finding in group.findings:
             if finding.level != "note":
                 colour = "red" if finding.level == "error" else "yellow"
-                console.print(f"[{colour}]{finding.level}:[/{colour}] {escape(finding.message)}", soft_wrap=True)
+                announce(f"{finding.level}:", finding.message, colour)
     if compared:
         _print_differences(out, compared, f"{compared[0].a} against {compared[0].b}", metrics=True)
 
@@ -200,12 +198,12 @@ def _print_differences(out: Console, differences: Sequence[Difference], title: s
     for d in differences:
         name = label(d.metric) if metrics else f"{d.a} - {d.b}"
         numbers = (f"{d.difference:+.4f}", f"{d.low:+.4f}, {d.high:+.4f}", f"{d.p_holm:.3f}")
-        table.add_row(escape(name), *numbers, style="dim" if d.verdict == "unclear" else None)
+        table.add_row(name, *numbers, style="dim" if d.verdict == "unclear" else None)
     out.print(table)
 
 
 def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
     table.add_column(first, no_wrap=True)
     for name in others:
         table.add_column(name, justify="right")
@@ -223,6 +221,6 @@ def _columns(group: Group) -> list[str]:
     return [*(f"recall@{k}" for k in sorted(group.methods[0].metrics.ks) if k <= last), ndcg, mrr]
 
 
-def _interval(method: Method, name: str) -> str:
+def _interval(method: Method, name: str, style: str = "") -> Text:
     low, high = method.metrics.intervals[name]
-    return f"{method.metrics.means[name]:.4f} [dim]±{(high - low) / 2:.4f}[/dim]"
+    return Text.assemble(f"{method.metrics.means[name]:.4f} ", (f"±{(high - low) / 2:.4f}", "dim"), style=style)

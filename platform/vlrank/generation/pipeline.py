@@ -26,6 +26,7 @@ from vlrank.errors import UserError
 from vlrank.generation.job import Job
 from vlrank.generation.prompts import Prompt, load_prompt
 from vlrank.generation.writing import build
+from vlrank.installation import install_command
 from vlrank.runtime import ray_session
 from vlrank.storage import Location, is_url, remove_tree
 
@@ -160,7 +161,7 @@ def _plan(config: GenerateConfig) -> _Work:
     if prompt.json_schema is not None and engine_name(config.engine) != "vllm":
         raise UserError(
             f"prompt {prompt.prompt_id} wants structured output, which only engine vllm can give",
-            "Install vLLM (pip install 'vlrank[gpu]'), or choose another prompt.",
+            f"Install vLLM ({install_command('vllm')}), or choose another prompt.",
         )
     if config.adapter is not None and not (config.adapter / "adapter_config.json").is_file():
         raise UserError(f"adapter {config.adapter} is not a LoRA adapter folder (it has no adapter_config.json)")

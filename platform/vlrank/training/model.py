@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlrank.config import TrainConfig
 from vlrank.engines.structure import core
 from vlrank.errors import UserError
+from vlrank.installation import install_command
 from vlrank.prompting.modes import Family, ModeSpec, mode_spec
 from vlrank.storage import Location, fetch_model, is_url, location
 from vlrank.training.collate import ANSWER_ROOM
@@ -100,7 +101,9 @@ def resolve_base(config: TrainConfig) -> Base:
         return Base(name, spec.family, method, unsloth=False, in_4bit=False)
     installed = find_spec("unsloth") is not None
     if config.backend == "unsloth" and not installed:
-        raise UserError("backend: unsloth, but Unsloth is not installed", "pip install 'vlrank[gpu]'")
+        raise UserError(
+            "backend: unsloth, but Unsloth is not installed", install_command("unsloth", "unsloth-zoo", "bitsandbytes")
+        )
     if installed and config.backend == "auto" and config.packing:
         installed = False  # Unsloth pads
     if config.backend == "unsloth" and config.packing:

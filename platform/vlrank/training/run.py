@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vlrank.config import TrainConfig
-from vlrank.console import Summary, console, progress
+from vlrank.console import Summary, announce, console, progress
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
 from vlrank.data.tables import atomic_write_json, atomic_write_text, file_size
@@ -181,7 +181,7 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
         console.print(f"{config.out} is finished already; delete it or set resume=never to train again")
         return _summary(config, base, json.loads((config.out / "result.json").read_text(encoding="utf-8")))
     for warning in run_plan.warnings:
-        console.print(f"[yellow]Note:[/yellow] {warning}")
+        announce("Note:", warning, "yellow")
     begun = time.perf_counter()
     with ray_session(config.ray):
         check_resources(config, cluster_resources())
@@ -330,9 +330,9 @@ def _watch(config: TrainConfig, total: int) -> Iterator[None]:
                 for line in history[shown:]:
                     mark = " [BEST]" if line["selection"] > best else ""
                     best = max(best, line["selection"])
-                    console.print(epoch_line(line, config.epochs) + mark, markup=False)
+                    console.print(epoch_line(line, config.epochs) + mark)
                     if line.get("guessing") and not warned:
-                        console.print(f"[yellow]Note:[/yellow] {_GUESSES}")
+                        announce("Note:", _GUESSES, "yellow")
                         warned = True
                 shown = len(history)
                 if finished:
