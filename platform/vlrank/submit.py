@@ -44,7 +44,7 @@ class Environment:
     """What a cluster offers to jobs, from a YAML file such as ``cluster/environments/gpu.yaml``.
 
     Attributes:
-        python: Interpreter on every node, per stage or under ``default``: vLLM and Unsloth may need separate ones.
+        python: Interpreter on every node, per stage or under ``default``, for nodes with several environments.
         env_vars: Environment variables of every process of the job.
         entrypoint_cpus: CPUs that a stage's driver holds; above 0 it runs on a worker node where the head has none.
         capacity: What an autoscaling cluster can grow to, e.g. ``{"GPU": 8}``, see `vlrank.runtime.cluster_resources`.
