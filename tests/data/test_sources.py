@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import decimal
 import gzip
 import json
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -341,3 +344,77 @@ def test_parquet_metadata(tmp_path: Path) -> None:
 )
 def test_the_best_picture_of_a_row(value: Any, expected: str | None) -> None:
     assert _image(value, Path("/pictures")) == expected
+
+
+MOMENT = dt.datetime.fromtimestamp(SECONDS, dt.UTC)
+
+
+@pytest.mark.parametrize(
+    ("role", "values"),
+    [
+        ("timestamp", pa.array([str(SECONDS), str(SECONDS + 1)], pa.large_string())),
+        ("timestamp", pa.array([f"{SECONDS}.0", "1.500000001e9"]).cast(pa.string_view())),
+        ("timestamp", pa.array([MOMENT.isoformat(), "2017-07-14 04:40:01+02:00"])),
+        ("timestamp", pa.array(["2017-07-14 02:40:00 UTC", "2017/07/14 02:40:01"])),
+        ("timestamp", pa.array([SECONDS, SECONDS + 1], pa.decimal128(20, 2))),
+        ("timestamp", pa.array([SECONDS * 10**9, (SECONDS + 1) * 10**9], pa.timestamp("ns", "Europe/Berlin"))),
+        ("timestamp", pa.array([str(SECONDS), str(SECONDS + 1)]).dictionary_encode()),
+        ("timestamp", pa.array([SECONDS, SECONDS + 1], pa.uint64())),
+        ("rating", pa.array(["5.0", "2"], pa.large_string())),
+        ("rating", pa.array([decimal.Decimal("5.0"), decimal.Decimal("2.0")])),
+        ("rating", pa.array(["5", "2"]).dictionary_encode()),
+        ("user", pa.array([b"u1", b"u2"])),
+        ("user", pa.array(["u1", "u2"]).cast(pa.large_string()).dictionary_encode()),
+        ("item", pa.array(["i1", "i1"], pa.string_view())),
+    ],
+)
+def test_parquet_columns_of_any_type_are_read_as_in_csv(tmp_path: Path, role: str, values: pa.Array) -> None:
+    columns = {
+        "user": ["u1", "u2"], "item": ["i1", "i1"], "timestamp": [SECONDS, SECONDS + 1], "rating": [5.0, 2.0]
+    }  # fmt: skip
+    table = pa.table({**columns, role: values})
+    pq.write_table(table, tmp_path / "r.parquet", store_schema=True)
+    assert read(tmp_path / "r.parquet") == (EXPECTED, [])
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_what_cannot_be_read_in_a_parquet_column_costs_its_row(tmp_path: Path, kind: pa.DataType) -> None:
+    times = pa.array(["2017-07-14", None, "soon", "", "2017-07-14T02:40:00Z", str(SECONDS)]).cast(kind)
+    ratings = pa.array(["5", "5", "5", "5", "N/A", "five"]).cast(kind)
+    pq.write_table(
+        pa.table({"user": ["u"] * 6, "item": ["i"] * 6, "timestamp": times, "rating": ratings}), tmp_path / "r.parquet"
+    )
+    rows, bad = read(tmp_path / "r.parquet")
+    assert [row[2] for row in rows] == [SECONDS * 1000 - 9_600_000, SECONDS * 1000]
+    assert [(row["key"].rsplit(":", 1)[1], row["message"].split(";")[0]) for row in bad] == [
+        ("2", "no timestamp"),
+        ("3", "timestamp 'soon' is neither a number nor an ISO date"),
+        ("4", "no timestamp"),
+        ("6", "rating 'five' is not a number"),
+    ]
+
+
+def test_ids_that_pandas_made_floats_are_integers_again(tmp_path: Path) -> None:
+    table = pa.table({"user": [1.0, float("nan"), 3.0], "item": pa.array([1e17, None, 7.0]), "timestamp": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "r.parquet")
+    rows, bad = read(tmp_path / "r.parquet")
+    assert [row[:2] for row in rows] == [("1", "100000000000000000"), ("3", "7")]
+    assert [row["message"].split(";")[0] for row in bad] == ["no user id"]
+
+
+@pytest.mark.parametrize(
+    ("role", "values"),
+    [
+        ("user", pa.array([["u1"], ["u2"]])),
+        ("timestamp", pa.array([{"seconds": 1}, {"seconds": 2}])),
+        ("timestamp", pa.array([dt.time(1), dt.time(2)])),
+        ("rating", pa.array([[5], [2]])),
+    ],
+)
+def test_a_parquet_column_that_cannot_be_meant_is_named_with_an_example(
+    tmp_path: Path, role: str, values: pa.Array
+) -> None:
+    table = pa.table({"user": ["u1", "u2"], "item": ["i", "i"], "timestamp": [1, 2]} | {role: values})
+    pq.write_table(table, tmp_path / "r.parquet")
+    with pytest.raises(UserError, match=rf"column {role} of .*r\.parquet holds .*, such as .*, expected the {role}"):
+        read(tmp_path / "r.parquet")

@@ -10,11 +10,15 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from vlrank.data.cells import parse_cell
+from vlrank.data.columns import open_parquet, parquet_column
 from vlrank.data.delimited import record_blocks
 from vlrank.data.rawfiles import Rejects, decode, excerpt, line_blocks, open_raw, parse_record, printable, records
 from vlrank.data.sources import (
@@ -23,13 +27,12 @@ from vlrank.data.sources import (
     first_value,
     identifier,
     kind_of,
-    open_parquet,
-    parquet_column,
     plain_name,
     read_header,
 )
-from vlrank.data.text import MAX_RAW_CHARS, clean_brand, clean_categories, clean_text, clean_title
+from vlrank.data.text import MAX_RAW_CHARS, clean_brand, clean_categories, clean_description, clean_title
 
+_PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 _ROLES = ("item", "title", "brand", "categories", "description", "image")
 
 
@@ -125,27 +128,35 @@ def _delimited_items(
 
 def _parquet_items(path: Path, wanted: Set[str], options: RawOptions) -> Iterator[tuple[int, Mapping[str, Any]]]:
     file = open_parquet(path)
-    roles = find_roles(path, file.schema_arrow.names, options, {"item"}, _ROLES)
+    schema = file.schema_arrow
+    id_column = find_roles(path, schema.names, options, {"item"}, _ROLES)["item"]
+    known = {name for role in _ROLES for name in options.names(role)}
+    names = {name: plain_name(name) for name in schema.names if plain_name(name) in known}
     number = 1
-    for batch in file.iter_batches(batch_size=65_536, columns=list(roles.values())):
-        ids = parquet_column(path, "item", batch.column(roles["item"])).to_pylist()
+    for batch in file.iter_batches(batch_size=65_536, columns=list(names)):
+        ids = parquet_column(path, "item", id_column, batch.column(id_column)).to_pylist()
         mine = [row for row, source_id in enumerate(ids) if source_id in wanted]
-        for row, record in zip(mine, batch.take(pa.array(mine, pa.int64())).to_pylist(), strict=True):
-            yield number + row, record
+        rows = batch.take(pa.array(mine, pa.int64())).to_pylist(maps_as_pydicts="lossy")
+        for row, record in zip(mine, rows, strict=True):
+            yield (
+                number + row,
+                {names[name]: value for name, value in record.items()} | {names[id_column]: ids[row]},
+            )
         number += len(batch)
 
 
 def _clean_item(
     source_id: str, record: Mapping[str, Any], names: Mapping[str, Sequence[str]], image_root: Path, max_chars: int
 ) -> Item:
-    raw = {role: first_value(record, names[role]) for role in ("title", "brand", "categories", "description", "image")}
+    cells = {name: parse_cell(record.get(name)) for role in _ROLES[1:] for name in names[role]}
+    raw = {role: first_value(cells, names[role]) for role in _ROLES[1:]}
     return Item(
         source_id,
         clean_title(" ".join(_strings(raw["title"], "title")), max_chars),
         clean_brand(" ".join(_strings(raw["brand"], "brand"))) or None,
         tuple(clean_categories(_category_names(raw["categories"]))),
         # Longer than the composed text, for whoever reads the table; cut all the same.
-        clean_text(" ".join(_strings(raw["description"], "description")), 4 * max_chars) or None,
+        clean_description(" ".join(_strings(raw["description"], "description")), 4 * max_chars) or None,
         _image(raw["image"], image_root),
     )
 
@@ -162,8 +173,10 @@ def _strings(value: Any, field: str) -> list[str]:
         return [value[:MAX_RAW_CHARS]]
     if isinstance(value, list | tuple):
         return [text for part in value[:1000] for text in _strings(part, field)]
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float | Decimal | date) and not isinstance(value, bool):
         return [] if isinstance(value, float) and not math.isfinite(value) else [str(value)]
+    if isinstance(value, bytes):
+        return [decode(value[:MAX_RAW_CHARS])]
     raise ValueError(f"{field} is a {type(value).__name__}, expected text")
 
 
@@ -188,6 +201,9 @@ def _image(value: Any, root: Path) -> str | None:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         return None
     text = printable(value.strip())
+    if text[0] in "[{(" and Path(text).suffix.lower() not in _PICTURE_SUFFIXES:  # a list that was cut off, no path
+        found = re.search(r"https?://[^\s'\"()\[\]{}]+", text)
+        return found[0] if found else None
     if text.startswith("//"):
         return f"https:{text}"  # web pages leave the scheme to the browser
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", text):

@@ -32,9 +32,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
-import pyarrow.parquet as pq
 
 from vlrank.config import ColumnsConfig
+from vlrank.data.columns import is_dated, open_parquet, parquet_column
 from vlrank.data.delimited import BYTE_ORDER_MARK, Dialect, Records, read_dialect, record_blocks
 from vlrank.data.rawfiles import Rejects, excerpt, line_blocks, open_raw, parse_record, printable
 from vlrank.errors import UserError
@@ -305,8 +305,9 @@ def _time(value: Any, unit: TimestampUnit) -> int:
 
 
 def _date(text: str) -> int:
+    iso = text.strip().removesuffix(" UTC")
     try:
-        moment = datetime.fromisoformat(text.strip())
+        moment = datetime.fromisoformat(iso.replace("/", "-") if re.match(r"\d{4}/", iso) else iso)
     except ValueError:
         raise ValueError(f"timestamp {excerpt(text)!r} is neither a number nor an ISO date") from None
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
@@ -482,51 +483,33 @@ def _parquet_interactions(path: Path, options: RawOptions, rejects: Rejects) -> 
     roles = find_roles(path, file.schema_arrow.names, options, {"user", "item", "timestamp"}, wanted)
     number = 1
     for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(roles.values())):
-        columns = {role: parquet_column(path, role, batch.column(name)) for role, name in roles.items()}
-        unit = "ms" if columns["timestamp"].type != batch.column(roles["timestamp"]).type else options.timestamp_unit
+        columns = {role: parquet_column(path, role, name, batch.column(name)) for role, name in roles.items()}
+        dated = is_dated(batch.schema.field(roles["timestamp"]).type)
+        unit = "ms" if dated else options.timestamp_unit
         numbers = range(number, number + len(batch))
-        fast = _fast_batch(path, numbers, columns, unit)
+        fast = _fast_parquet(path, numbers, columns, unit)
         yield fast or _parquet_rows(path, numbers, columns, unit, rejects)
         number += len(batch)
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """A Parquet file for reading in batches.
-
-    Raises:
-        UserError: missing or unreadable.
-    """
-    try:
-        return pq.ParquetFile(path)
-    except FileNotFoundError:
-        raise UserError(f"input file {path} does not exist", "Check the path.") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"input file {path} is not a readable Parquet file: {error}") from None
-
-
-def parquet_column(path: Path, role: str, column: pa.Array) -> pa.Array:
-    """A column in the type of its role: ids as strings, ratings as float64, dates as int64 milliseconds.
-
-    Raises:
-        UserError: a type that cannot be converted.
-    """
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    try:
-        if role == "rating":
-            return column.cast(pa.float64())
-        if role == "timestamp":
-            temporal = pa.types.is_date(column.type) or pa.types.is_timestamp(column.type)
-            return column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64()) if temporal else column
-        return column.cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"the {role} column of {path} has type {column.type}: {error}") from None
+def _fast_parquet(
+    path: Path, numbers: Sequence[int], columns: Mapping[str, pa.Array], unit: TimestampUnit
+) -> Batch | None:
+    """The whole batch, or None where a value is missing or cannot be read."""
+    if "rating" in columns and pa.types.is_string(columns["rating"].type):
+        return None
+    if pa.types.is_string(columns["timestamp"].type):
+        try:
+            columns, unit = {**columns, "timestamp": _iso_dates(columns["timestamp"])}, "ms"
+        except pl.exceptions.PolarsError:
+            return None
+    return _fast_batch(path, numbers, columns, unit)
 
 
 def _parquet_rows(
     path: Path, numbers: Sequence[int], columns: Mapping[str, pa.Array], unit: TimestampUnit, rejects: Rejects
 ) -> Batch:
-    """A Parquet batch with missing values."""
+    """A Parquet batch with values that are missing or cannot be read."""
     roles = ("user", "item", "timestamp", "rating")
     lists = [columns[role].to_pylist() if role in columns else [None] * len(numbers) for role in roles]
     rows = [json.dumps(row, default=str).encode() for row in zip(*lists, strict=True)]

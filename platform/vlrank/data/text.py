@@ -72,6 +72,12 @@ def clean_brand(raw: str) -> str:
     return "" if brand.lower() in _PLACEHOLDERS else brand
 
 
+def clean_description(raw: str, max_chars: int | None = None) -> str:
+    """A clean description; empty when it is a placeholder such as ``N/A``."""
+    text = clean_text(raw, max_chars)
+    return "" if text.lower() in _PLACEHOLDERS else text
+
+
 def clean_categories(raw: Iterable[str]) -> list[str]:
     """Clean category names without repetition, in order; sentences that were scraped into the list are left out."""
     names = (clean_text(name) for name in raw)
