@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from vlrank.config import DemoConfig
+from vlrank.config import DemoConfig, ExportConfig
 from vlrank.options import main as run_command
 from vlrank.options import stage_command
 from vlrank.stages import STAGES, Stage, lazy
@@ -22,7 +22,11 @@ def cli() -> None:
     """
 
 
-_COMMANDS: dict[str, Stage] = {"demo": (DemoConfig, "vlrank.demo.run:run", None), **STAGES}
+_COMMANDS: dict[str, Stage] = {
+    "demo": (DemoConfig, "vlrank.demo.run:run", None),
+    **STAGES,
+    "export": (ExportConfig, "vlrank.retrieval.export:run", None),
+}
 for name, (config_type, run, dry_run) in _COMMANDS.items():
     cli.add_command(
         stage_command(

@@ -210,6 +210,17 @@ class RetrieveConfig(Config):
     seed: Seed = 0
 
 
+class ExportConfig(Config):
+    """``vlrank export``: candidates or rankings as a file for other programs, with the ids of the raw data."""
+
+    dataset: ConfigLocation
+    lists: str = Field(..., description="candidates/NAME, or a file of rankings or candidates")
+    out: ConfigLocation = Field(
+        ..., description=".tsv, .csv or .parquet: user_id, item_id, score, rank a line; .jsonl; .trec"
+    )
+    split: Split = "test"
+
+
 class LoraConfig(Config):
     """LoRA adapter shape (Hu et al. 2021)."""
 

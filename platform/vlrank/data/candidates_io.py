@@ -1,4 +1,4 @@
-"""Files of other programs: LlamaRec's pickles in, TREC runs and JSONL out, long frames both ways."""
+"""Files of other programs: LlamaRec's pickles in, TREC runs, JSONL and long tables out, long frames both ways."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ _ALLOWED = {
     ("numpy", "dtype"),
     ("numpy.core.numeric", "_frombuffer"),
     ("numpy._core.numeric", "_frombuffer"),
+}
+
+_FORMATS = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".tsv": "tsv",
+    ".csv": "csv",
+    ".trec": "trec",
+    ".run": "trec",
+    ".txt": "trec",
 }
 
 
@@ -95,6 +105,31 @@ def read_llamarec(path: Path, *, top_k: int = 50) -> list[tuple[str, int, list[i
     return rows
 
 
+def check_output(path: Location, dataset: Dataset) -> None:
+    """Whether rankings of this dataset can be written to such a file, before anything is ranked.
+
+    Raises:
+        UserError: an unknown ending, or a TREC run although an id of the source holds a blank.
+    """
+    if _format_of(path) != "trec":
+        return
+    for names in (dataset.sequences()["source_user"], dataset.items()["source_id"]):
+        blank = names.filter(names.str.contains(r"\s"))
+        if not blank.is_empty():
+            raise UserError(
+                f"{path}: a TREC run cannot hold ids with blanks, such as {blank[0]!r}", "Use .tsv, .csv or .jsonl."
+            )
+
+
+def _format_of(path: Location, format: str | None = None) -> str:
+    chosen = format or _FORMATS.get(path.suffix.lower(), "")
+    if chosen not in _FORMATS.values():
+        raise UserError(
+            f"rankings cannot be written as {format or path.suffix!r}", "Use .parquet, .jsonl, .tsv, .csv or .trec."
+        )
+    return chosen
+
+
 def write_rankings(
     table: pl.DataFrame, path: Location, format: str | None = None, dataset: Dataset | None = None
 ) -> None:
@@ -102,25 +137,23 @@ def write_rankings(
 
     Args:
         table: `schemas.RANKINGS`.
-        path: ``.parquet``, ``.jsonl``, or ``.trec``, ``.run``, ``.txt`` for a TREC run.
-        format: ``parquet``, ``jsonl`` or ``trec``; default by the path's suffix.
-        dataset: Where given, TREC and JSONL show the source's ids instead of ours.
+        path: ``.parquet``, ``.jsonl``, ``.tsv`` or ``.csv`` with one item a line (`long_table`), or ``.trec``,
+            ``.run``, ``.txt`` for a TREC run.
+        format: ``parquet``, ``jsonl``, ``tsv``, ``csv`` or ``trec``; default by the path's suffix.
+        dataset: Where given, all but Parquet show the source's ids instead of ours.
 
     Raises:
         UserError: an unknown format.
     """
-    formats = {".parquet": "parquet", ".jsonl": "jsonl", ".trec": "trec", ".run": "trec", ".txt": "trec"}
-    chosen = format or formats.get(path.suffix.lower())
+    chosen = _format_of(path, format)
     if chosen == "parquet":
         write_parquet_atomic(table, path, schemas.RANKINGS)
         return
-    if chosen not in ("jsonl", "trec"):
-        raise UserError(f"rankings cannot be written as {format or path.suffix!r}", "Use .parquet, .jsonl or .trec.")
-    users: Mapping[int, str] = {}
-    items: Mapping[int, str] = {}
-    if dataset is not None:
-        users = dict(dataset.sequences().select("user_id", "source_user").iter_rows())
-        items = dict(dataset.items().select("item_id", "source_id").iter_rows())
+    if chosen in ("tsv", "csv"):
+        separator = "\t" if chosen == "tsv" else ","
+        atomic_write_text(path, long_table(table, dataset).write_csv(separator=separator))
+        return
+    users, items = _source_ids(dataset)
     lines = []
     for row in table.iter_rows(named=True):
         user: Any = users.get(row["user_id"], row["user_id"])
@@ -139,6 +172,39 @@ def write_rankings(
         ranked = zip(listed, row["scores"], strict=True)
         lines += [f"{user} Q0 {item} {rank} {score:.9g} {tag}" for rank, (item, score) in enumerate(ranked, start=1)]
     atomic_write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def _source_ids(dataset: Dataset | None) -> tuple[Mapping[int, str], Mapping[int, str]]:
+    """(user_id -> the source's id, item_id -> the source's id); empty without a dataset."""
+    if dataset is None:
+        return {}, {}
+    users = dict(dataset.sequences().select("user_id", "source_user").iter_rows())
+    return users, dict(dataset.items().select("item_id", "source_id").iter_rows())
+
+
+def long_table(table: pl.DataFrame, dataset: Dataset | None = None) -> pl.DataFrame:
+    """Candidates or rankings with one item a row, as RecTools, WarpRec and Elliot have them.
+
+    Args:
+        table: ``user_id``, ``item_ids``, ``scores``.
+        dataset: Where given, the ids are the source's instead of ours.
+
+    Returns:
+        ``user_id``, ``item_id``, ``score`` (float32), ``rank`` (from 1); users in their order, each best first.
+    """
+    long = (
+        table.filter(pl.col("item_ids").list.len() > 0)
+        .select("user_id", "item_ids", "scores", rank=pl.int_ranges(1, pl.col("item_ids").list.len() + 1))
+        .explode("item_ids", "scores", "rank")
+        .select("user_id", item_id="item_ids", score="scores", rank="rank")
+    )
+    users, items = _source_ids(dataset)
+    if dataset is None:
+        return long
+    return long.with_columns(
+        pl.col("user_id").replace_strict(users, return_dtype=pl.String),
+        pl.col("item_id").replace_strict(items, return_dtype=pl.String),
+    )
 
 
 def long_to_lists(frame: Any) -> dict[int, list[int]]:

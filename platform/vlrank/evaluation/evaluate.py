@@ -16,7 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from vlrank.config import EvaluateConfig, Split
-from vlrank.console import progress
+from vlrank.console import console, progress
 from vlrank.data import schemas
 from vlrank.data.dataset import Dataset
 from vlrank.data.lists import Ints, Lists
@@ -215,6 +215,8 @@ def _read_table(file: Location, dataset: Dataset, split: Split) -> tuple[pl.Data
     split = said["split"] if said.get("split") in ("val", "test") else split
     source = str(said.get("source") or file.stem)
     read = read_candidates(local, dataset, split=split)
+    for note in (f"{label} {text}" for label, text in read.notes.items() if label != "read as"):
+        console.print(f"{file.name}: {note}", markup=False)
     return read.table.with_columns(source=pl.lit(source)), Counter(row["error_type"] for row in read.rejected)
 
 

@@ -28,7 +28,7 @@ import pyarrow as pa
 from vlrank.bulk import ENGINE_PROCESS, ENGINE_SECONDS, ERROR, ERROR_TYPE, TOKENS_IN, BulkResult, Shards, run_bulk
 from vlrank.config import EngineConfig, RankingConfig, RerankConfig, Split, merge, validate
 from vlrank.console import Summary
-from vlrank.data.candidates_io import write_rankings
+from vlrank.data.candidates_io import check_output, write_rankings
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
 from vlrank.data.schemas import RANKINGS
@@ -187,8 +187,7 @@ def _open(config: RerankConfig) -> tuple[Dataset, ModelFolder, ModeSpec]:
 
 
 def _check_output(config: RerankConfig, dataset: Dataset) -> None:
-    if config.out.suffix.lower() not in (".parquet", ".jsonl", ".trec", ".run", ".txt"):
-        raise UserError(f"out {config.out} has an unknown ending", "Use .parquet, .jsonl or .trec.")
+    check_output(config.out, dataset)
     if config.fusion_weight is not None and config.candidates == "ground_truth":
         raise UserError("fusion_weight needs a retriever's scores", "Set candidates=NAME of `vlrank retrieve`.")
     if config.fusion_weight == "auto":

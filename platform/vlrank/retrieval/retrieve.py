@@ -114,6 +114,7 @@ def _import(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[dict
         tables[split] = lists.head(config.top_k)
     lines: dict[str, object] = {
         "imported": str(path),
+        **imported.notes,
         "duplicates removed": duplicates,
         "history items removed": seen if config.exclude_history else "kept (exclude_history=false)",
     }
