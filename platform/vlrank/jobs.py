@@ -24,9 +24,9 @@ from vlrank.console import Summary
 from vlrank.errors import UserError
 from vlrank.options import stage_command
 from vlrank.paths import WORKDIR, absolute_paths
-from vlrank.runtime import interrupt_on_sigterm
 from vlrank.stages import STAGES, lazy
 from vlrank.storage import Location
+from vlrank.supervisor import INTERRUPTED, supervised
 
 C = TypeVar("C", bound=Config)
 
@@ -66,13 +66,17 @@ def main(
         adapt=adapt,
         extra=extra,
     )
-    arguments = None if argv is None else list(argv)
-    run_and_exit(lambda: command.main(args=arguments, standalone_mode=False))
+
+    def work() -> NoReturn:
+        run_and_exit(lambda: command.main(args=None if argv is None else list(argv), standalone_mode=False))
+
+    if argv is None:
+        supervised(work, _last_line)
+    work()
 
 
 def run_and_exit(work: Callable[[], Summary | int | None]) -> NoReturn:
     """Run ``work``, print the JSON last line and exit; for jobs that are no single stage."""
-    interrupt_on_sigterm()
     try:
         summary = work()
     except (UserError, click.ClickException) as error:
@@ -80,7 +84,7 @@ def run_and_exit(work: Callable[[], Summary | int | None]) -> NoReturn:
         _last_line("error", message)
         raise SystemExit(2) from None
     except (KeyboardInterrupt, click.Abort):
-        _last_line("interrupted", "what was committed stays; the same job goes on from there")
+        _last_line("interrupted", INTERRUPTED)
         raise SystemExit(130) from None
     except Exception as error:
         # A UserError raised in a Ray worker arrives wrapped in the exception of the task that raised it.
@@ -153,4 +157,4 @@ def _stage_main(argv: Sequence[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _stage_main(sys.argv[1:])
+    supervised(lambda: _stage_main(sys.argv[1:]), _last_line)

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from vlrank.config import Config, load_config
 from vlrank.console import Summary, announce, console, quiet_libraries
 from vlrank.errors import UserError
-from vlrank.runtime import interrupt_on_sigterm
+from vlrank.supervisor import INTERRUPTED
 
 C = TypeVar("C", bound=Config)
 
@@ -158,20 +158,30 @@ def main(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
         argv: Words after the program's name; default ``sys.argv[1:]``.
     """
     quiet_libraries()
-    interrupt_on_sigterm()
     try:
         result = command.main(args=None if argv is None else list(argv), standalone_mode=False)
     except UserError as error:
-        announce("error:", error.problem, "bold red")
-        if error.remedy:
-            console.print(error.remedy, soft_wrap=True)
+        print_end("error", str(error))
         sys.exit(2)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        console.print("interrupted; what was committed stays, and the same command goes on from there")
+        print_end("interrupted", INTERRUPTED)
         sys.exit(130)
     if isinstance(result, Summary):
         result.show()
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def print_end(status: str, message: str) -> None:
+    """The one message of a command that did not come to its end.
+
+    Args:
+        status: ``"interrupted"``, or ``"error"`` in front of what is one.
+        message: What happened and, in the lines below, what to do.
+    """
+    if status == "error":
+        announce("error:", message, "bold red")
+    else:
+        console.print(message, soft_wrap=True)
