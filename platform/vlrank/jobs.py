@@ -21,7 +21,7 @@ import click
 
 from vlrank.config import Config, validate
 from vlrank.console import Summary
-from vlrank.errors import UserError
+from vlrank.errors import UserError, user_error_in
 from vlrank.options import stage_command
 from vlrank.paths import WORKDIR, absolute_paths
 from vlrank.stages import STAGES, lazy
@@ -127,18 +127,6 @@ def _in_workdir(config: C) -> C:
 
 _UPLOADED = "working_dir_files"
 """Ray unpacks a job's working directory into a folder of this name."""
-
-
-def user_error_in(error: BaseException | None) -> UserError | None:
-    """The `UserError` among an exception and its causes, Ray's ``cause`` included."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, UserError):
-            return error
-        inner = getattr(error, "cause", None)
-        error = error.__cause__ or error.__context__ or (inner if isinstance(inner, BaseException) else None)
-    return None
 
 
 def _last_line(

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from vlrank.config import Config, load_config
 from vlrank.console import Summary, announce, console, quiet_libraries
-from vlrank.errors import UserError
+from vlrank.errors import user_error_in
 from vlrank.supervisor import INTERRUPTED
 
 C = TypeVar("C", bound=Config)
@@ -160,15 +160,18 @@ def main(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
     quiet_libraries()
     try:
         result = command.main(args=None if argv is None else list(argv), standalone_mode=False)
-    except UserError as error:
-        print_end("error", str(error))
-        sys.exit(2)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         print_end("interrupted", INTERRUPTED)
         sys.exit(130)
+    except Exception as error:
+        found = user_error_in(error)  # one raised in a Ray worker arrives wrapped
+        if found is None:
+            raise
+        print_end("error", str(found))
+        sys.exit(2)
     if isinstance(result, Summary):
         result.show()
     sys.exit(result if isinstance(result, int) else 0)

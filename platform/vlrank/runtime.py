@@ -125,8 +125,8 @@ def ray_folder() -> Path:
     reasons = "; ".join(f"{folder}: {problem}" for folder, problem in problems.items())
     raise UserError(
         f"Ray finds no folder for its sockets and logs ({reasons})",
-        f"Set RAY_TMPDIR to a folder with a short path (at most {_FOLDER_BYTES - len('/ray')} bytes) on a local disk that "
-        "you can write to.",
+        f"Set RAY_TMPDIR to a writable folder on a local disk with a path of at most {_FOLDER_BYTES - len('/ray')} "
+        "bytes, e.g. RAY_TMPDIR=/tmp.",
     )
 
 

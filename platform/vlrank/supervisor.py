@@ -2,8 +2,8 @@
 
 `supervised` forks before anything heavy is imported. The child runs the command in a session of its own, so that a
 signal to the process group (`timeout`, a terminal, systemd, scancel) does not reach Ray's processes before the command
-has heard of it. The parent passes one SIGINT on, waits, and in the end kills every process that the command has started:
-orphans come back to it, because it is their subreaper.
+has heard of it. The parent passes one SIGINT on, waits, and in the end kills every process that the command has
+started: orphans come back to it, because it is their subreaper.
 """
 
 from __future__ import annotations
@@ -235,7 +235,8 @@ def _died(status: int) -> str:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     return (
         f"the command's process {how} without a message of its own\n"
-        "If memory ran out, lower what a stage holds at once; then run the same command again: what was committed stays."
+        "If memory ran out, use fewer or smaller engines and workers; then run the same command again: what was "
+        "committed stays."
     )
 
 

@@ -7,6 +7,7 @@ checkpoint), ``result.json`` (when it is done) and the checkpoints, plain Huggin
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from vlrank.errors import UserError
 from vlrank.runtime import cluster_gpus, cluster_resources, ray_session
 from vlrank.storage import BucketPath, Location, listing, location, remove_tree
 from vlrank.training.data import TrainingData, display_name, plan
+from vlrank.training.failures import with_failure_policy, worker_error
 from vlrank.training.model import FOLDERS, Base, resolve_base
 from vlrank.training.worker import PROGRESS_FILE, PROGRESS_S
 
@@ -122,7 +124,7 @@ def build_trainer(
         from ray.train.torch import TorchTrainer
 
         kind = TorchTrainer
-    return kind(
+    return with_failure_policy(kind, lambda: len(read_history(folder)))(
         train_loop,
         train_loop_config={"config": config.model_dump(mode="json"), "base": asdict(base), "data": ray.put(data)},
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpus > 0, resources_per_worker=resources),
@@ -189,9 +191,9 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
         if dataset is not None:
             atomic_write_json(config.out / _DATA_FILE, dataset.manifest["files"])
         with _watch(config, config.epochs * -(-len(run_plan.samples) // config.batch_size)):
-            outcome = _fit(trainer)
-    if "problem" in outcome:
-        raise UserError(outcome["problem"], outcome["remedy"])
+            outcome: dict[str, Any] | None = fit_trainer(trainer).return_value
+    if outcome is None:
+        raise RuntimeError("training ended without a result")
     if outcome["stopped_early"]:
         console.print(f"Early stopping at epoch {outcome['stopped_early']}")
     best = json.loads((config.out / "best.json").read_text(encoding="utf-8"))
@@ -287,23 +289,29 @@ def check_resources(config: TrainConfig, have: Mapping[str, float]) -> None:
             )
 
 
-def _fit(trainer: DataParallelTrainer) -> dict[str, Any]:
+def fit_trainer(trainer: DataParallelTrainer) -> Any:
+    """Run a trainer of `build_trainer` to its end; returns Ray Train's ``Result``.
+
+    Raises:
+        UserError: what a worker found that the user has to mend.
+        RuntimeError: any other failure of a worker, with its traceback as a note.
+    """
     from ray.train import TrainingFailedError
 
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        outcome: dict[str, Any] | None = trainer.fit().return_value
+        return trainer.fit()
     except TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", {}) or {}
-        for failure in failures.values():
-            cause = getattr(failure, "_base_exc", failure)
-            if isinstance(cause, UserError):
-                raise cause from None
-        raise
+        failures = getattr(error, "worker_failures", None)
+        if not failures:
+            raise
+        raise worker_error(failures) from None
     except SystemExit:  # Ray Train's answer to Ctrl-C, once it has ended its workers
         raise KeyboardInterrupt from None
-    if outcome is None:
-        raise RuntimeError("training ended without a result")
-    return outcome
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own behind
 
 
 @contextmanager
