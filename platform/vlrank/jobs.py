@@ -22,7 +22,7 @@ import click
 from vlrank.config import Config, validate
 from vlrank.console import Summary
 from vlrank.errors import UserError, user_error_in
-from vlrank.options import stage_command
+from vlrank.options import check_out, stage_command
 from vlrank.paths import WORKDIR, absolute_paths
 from vlrank.stages import STAGES, lazy
 from vlrank.storage import Location
@@ -52,7 +52,13 @@ def main(
     """
 
     def at_home(work: Callable[[C], Summary]) -> Callable[[C], Summary]:
-        return lambda config: work(_in_workdir(config))
+        def staged(config: C) -> Summary:
+            config = _in_workdir(config)
+            if work is stage:
+                check_out(config)
+            return work(config)
+
+        return staged
 
     name = config_type.__name__.removesuffix("Config").lower()
     positional = ["dataset"] if "dataset" in config_type.model_fields else []

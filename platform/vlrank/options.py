@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from vlrank.config import Config, load_config
 from vlrank.console import Summary, announce, console, quiet_libraries
 from vlrank.errors import user_error_in
+from vlrank.storage import require_writable
 from vlrank.supervisor import INTERRUPTED
 
 C = TypeVar("C", bound=Config)
@@ -94,6 +95,7 @@ def stage_command(
         config = load_config(config_type, file=config_file, overrides=[*moved, *overrides], **values)
         if dry:
             return dry_run(config) if dry_run else _generic_dry_run(name, config)
+        check_out(config)
         return run(config)
 
     return StageCommand(
@@ -103,6 +105,17 @@ def stage_command(
         help=_first_upper((config_type.__doc__ or "").partition(": ")[2]),
         epilog=f"Nested keys are given as KEY=VALUE: {', '.join(f'{key}.*' for key in nested)}." if nested else None,
     )
+
+
+def check_out(config: Config) -> None:
+    """Refuse a stage whose output could not be written.
+
+    Raises:
+        UserError: ``out`` lies on a read-only file system, or permission is missing.
+    """
+    out = getattr(config, "out", None)
+    if isinstance(out, Path):
+        require_writable(out, "Choose another --out.")
 
 
 def _first_upper(text: str) -> str:

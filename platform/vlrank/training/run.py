@@ -19,12 +19,12 @@ import yaml
 
 from vlrank.config import TrainConfig
 from vlrank.console import Summary, announce, console, progress
-from vlrank.data.dataset import Dataset
+from vlrank.data.dataset import Dataset, write_quarantine
 from vlrank.data.items import ItemMeta
-from vlrank.data.tables import atomic_write_json, atomic_write_text, file_size
+from vlrank.data.tables import atomic_write_json, atomic_write_text, disk_errors, file_size
 from vlrank.errors import UserError
 from vlrank.runtime import cluster_gpus, cluster_resources, ray_session
-from vlrank.storage import BucketPath, Location, listing, location, remove_tree
+from vlrank.storage import BucketPath, Location, listing, location, remove_tree, writable
 from vlrank.training.data import TrainingData, display_name, plan
 from vlrank.training.failures import with_failure_policy, worker_error
 from vlrank.training.model import FOLDERS, Base, resolve_base
@@ -114,7 +114,8 @@ def build_trainer(
     base = resolve_base(config)
     if data is None:
         data = TrainingData.of_dataset(Dataset.open(config.dataset), config.candidates)
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     gpus = gpus_per_worker(config, cluster_gpus())
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
@@ -202,7 +203,7 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
     bad = outcome.pop("bad")
     if dataset is not None:
         rows = [{"key": key, "error_type": error, "message": message} for key, error, message in bad]
-        dataset.add_quarantine("train", rows)
+        write_quarantine(dataset.path if writable(dataset.path) else config.out, "train", rows)
     result = outcome | {
         "seconds": round(time.perf_counter() - begun, 2),
         "quarantined": len(bad),
