@@ -21,10 +21,11 @@ from vlrank.config import TrainConfig
 from vlrank.console import Summary, announce, console, progress
 from vlrank.data.dataset import Dataset, write_quarantine
 from vlrank.data.items import ItemMeta
-from vlrank.data.tables import atomic_write_json, atomic_write_text, disk_errors, file_size
+from vlrank.data.tables import atomic_write_json, atomic_write_text, disk_errors
 from vlrank.errors import UserError
 from vlrank.runtime import cluster_gpus, cluster_resources, ray_session
 from vlrank.storage import BucketPath, Location, listing, location, remove_tree, writable
+from vlrank.training.checkpoints import set_torn_aside, torn_file
 from vlrank.training.data import TrainingData, display_name, plan
 from vlrank.training.failures import with_failure_policy, worker_error
 from vlrank.training.model import FOLDERS, Base, resolve_base
@@ -117,6 +118,7 @@ def build_trainer(
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    _resume_from_whole(folder, folder / FOLDERS[base.family])
     gpus = gpus_per_worker(config, cluster_gpus())
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     kind: type[DataParallelTrainer] = DataParallelTrainer
@@ -141,6 +143,16 @@ def build_trainer(
     )
 
 
+def _resume_from_whole(folder: Location, home: Location) -> None:
+    """Have a run go on from its newest whole checkpoint; what was evaluated after it will be again."""
+    torn, step = set_torn_aside(home)
+    for name, file in torn.items():
+        goes_on = f"from step {step}" if step else "from the start"
+        announce("Note:", f"{home / name} is torn ({file} is cut off); the run goes on {goes_on}", "yellow")
+    if torn:
+        write_history(folder, [line for line in read_history(folder) if line["step"] <= step])
+
+
 def _ray_storage(folder: Location) -> dict[str, Any]:
     if isinstance(folder, BucketPath):
         return {"storage_path": folder.in_file_system, "storage_filesystem": folder.file_system}
@@ -163,10 +175,15 @@ def record_evaluation(folder: Location, metrics: Mapping[str, Any]) -> None:
     """Add an evaluation to a run folder; one that is repeated after a crash replaces the earlier line."""
     history = [line for line in read_history(folder) if line["step"] < metrics["step"]]
     history.append({**metrics, "time": time.time()})
-    atomic_write_text(folder / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+    write_history(folder, history)
     best = max(history, key=lambda line: line["selection"])
     facts = {key: best[key] for key in ("checkpoint", "metric", "value", "epoch", "step")}
     atomic_write_json(folder / "best.json", facts)
+
+
+def write_history(folder: Location, history: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the evaluations of a run."""
+    atomic_write_text(folder / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history))
 
 
 def read_history(folder: Location) -> list[dict[str, Any]]:
@@ -378,22 +395,11 @@ _GUESSES = (
 
 
 def _check_weights(folder: Location) -> None:
-    """Look at the checkpoint's tensors; a folder that cannot be read must not pass for the best model.
-
-    A safetensors file says in its head where each tensor ends (8 bytes of length, then JSON): reading all of it, and
-    from a bucket at that, is not needed to see that nothing is missing.
-    """
-    files = listing(folder, "*.safetensors")
-    if not files:
+    """A folder that cannot be read must not pass for the best model."""
+    if not listing(folder, "*.safetensors"):
         raise UserError(f"{folder} holds no weights", "The disk may be full; train again with resume=never.")
-    for file in files:
-        size = file_size(file)
-        with file.open("rb") as content:
-            length = int.from_bytes(content.read(8), "little")
-            tensors = json.loads(content.read(length)) if length < size else {}
-        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
-        if size != 8 + length + max(ends, default=0):
-            raise UserError(f"{file} is cut off", "The disk may be full; train again with resume=never.")
+    if file := torn_file(folder):
+        raise UserError(f"{file} is cut off", "The disk may be full; train again with resume=never.")
 
 
 def _facts(config: TrainConfig, base: Base, data: TrainingData) -> Summary:
