@@ -204,5 +204,6 @@ def pictures_folder(config: TrainConfig) -> Path:
     They are memory-mapped: those of a dataset (or run) that is in a bucket or read-only lie in this node's cache.
     """
     home = config.dataset if (config.dataset / "manifest.json").is_file() else config.out
-    local = isinstance(home, Path) and writable(home)
-    return home / ".vision_features" if local else cache_folder() / "vision_features"
+    if isinstance(home, Path) and writable(home):
+        return home / ".vision_features"
+    return cache_folder() / "vision_features"
