@@ -60,13 +60,10 @@ def test_a_user_error_is_found_and_shown_as_one_message(wrap: object, capsys: py
 
 
 def test_what_was_replaced_on_purpose_is_no_cause() -> None:
-    try:
-        try:
-            raise ERROR
-        except UserError:
-            raise ValueError("another fault") from None
-    except ValueError as error:
-        assert user_error_in(error) is None
+    error = chained(ERROR)
+    assert user_error_in(error) is ERROR
+    error.__suppress_context__ = True  # raise ... from None
+    assert user_error_in(error) is None
 
 
 def test_causes_that_point_to_each_other_end() -> None:
