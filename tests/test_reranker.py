@@ -10,17 +10,19 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from PIL import Image
 
 import vlrank
 from vlrank import Qwen3VLReranker
-from vlrank.config import RankingConfig
+from vlrank.config import EngineConfig, RankingConfig
 from vlrank.data.items import ItemMeta
+from vlrank.data.picture import PictureBroken
 from vlrank.data.tables import atomic_write_json
 from vlrank.engines.models import open_model
 from vlrank.errors import UserError
 from vlrank.prompting.encoding import Encoded, Encoder, PromptTooLong
 from vlrank.prompting.modes import mode_spec
-from vlrank.reranking.ranker import NoCandidates, PromptMaker, Ranker, Ranking, UserLists
+from vlrank.reranking.ranker import NoCandidates, PromptMaker, Ranker, Ranking, UserLists, open_ranker
 
 from .prompting.tokenizers_zoo import digits
 
@@ -232,6 +234,60 @@ def test_importing_costs_nothing() -> None:
     assert vlrank.Qwen3VLReranker is Qwen3VLReranker
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[int, ItemMeta]:
+    """Items 1 to 8 with good pictures; 11 to 15 with bad ones."""
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0).integers(0, 255, (15, 64, 64, 3), dtype=np.uint8)
+    meta: dict[int, ItemMeta] = {}
+    for item in (*range(1, 9), *range(11, 16)):
+        path = folder / f"{item}.jpg"
+        image = Image.fromarray(noise[item - 1])
+        (image.resize((1093, 5)) if item == 15 else image).save(path)
+        meta[item] = {"text": f"item {item}", "image_path": str(path)}
+    for item, content in ((11, b""), (12, b"<svg/>"), (13, Path(str(meta[1]["image_path"])).read_bytes()[:900])):
+        Path(str(meta[item]["image_path"])).write_bytes(content)
+    Path(str(meta[14]["image_path"])).unlink()
+    return meta
+
+
+@pytest.mark.parametrize("missing", ["drop", "text"])
+def test_a_bad_picture_costs_its_item_and_not_the_call(
+    tiny_vision_model: Path, pictures: dict[int, ItemMeta], missing: str
+) -> None:
+    """A catalogue of a shop always holds some; they ended the ranking of all users, without a file's name."""
+    model = Qwen3VLReranker("raw_image", model=tiny_vision_model, missing=missing, max_history=3)
+    bad = range(11, 16)
+    bare = {item: {**entry, "image_path": None} if item in bad else entry for item, entry in pictures.items()}
+    histories = [[1, 2], [3, 12, 13, 4]]
+    candidates = [[5, 11, 6, 13, 7, 14], [8, 15, 1]]
+    with model:
+        expected = model.rerank_batch(histories, candidates, bare)
+        with pytest.warns(UserWarning, match=r"item \d+ is treated like one without a picture: .*\.jpg: ") as said:
+            ranked = model.rerank_batch(histories, candidates, pictures)
+        assert ranked == expected
+        assert [sorted(item for item, _ in row) for row in ranked] == [
+            sorted(set(row) - set(bad) if missing == "drop" else row) for row in candidates
+        ]
+        named = {int(str(warning.message).split()[1]) for warning in said}
+        assert named == {11, 12, 13, 14, 15}
+        if missing == "drop":
+            with pytest.warns(UserWarning, match="list 1 is empty: none of the 2 candidates has image_path"):
+                assert model.rerank_batch([[1], [1]], [[5, 6], [11, 12]], pictures)[1] == []
+
+
+def test_bulk_names_item_and_file_of_a_bad_picture(tiny_vision_model: Path, pictures: dict[int, ItemMeta]) -> None:
+    """There the user waits in quarantine until the file has been mended."""
+    ranker = open_ranker(open_model(tiny_vision_model, "raw_image"), EngineConfig(name="transformers"), pictures)
+    good, cut_off, strip = ranker.rank([UserLists([1], [2, 3]), UserLists([], [4, 13]), UserLists([], [15, 4])])
+    assert isinstance(good, Ranking)
+    assert isinstance(cut_off, PictureBroken)
+    assert isinstance(strip, PictureBroken)
+    assert str(cut_off).startswith(str(pictures[13]["image_path"]))
+    assert str(cut_off).endswith("(item 13)")
+    assert "1093 x 5" in str(strip)
+
+
 @pytest.mark.stack
 def test_fit_then_rerank(tiny_text_model: Path, tmp_path: Path) -> None:
     """Training, its best checkpoint, and reranking with it, as a notebook does it."""
@@ -252,3 +308,19 @@ def test_fit_then_rerank(tiny_text_model: Path, tmp_path: Path) -> None:
     assert (Path(reranker.model) / "vlrank.json").is_file()
     again = Qwen3VLReranker.load(tmp_path / "run", item_meta=META)
     assert again.rerank(train[1], [10, 20, 30]) == ranked
+
+
+@pytest.mark.stack
+def test_fit_names_bad_pictures_and_learns_from_the_others(
+    tiny_vision_model: Path, pictures: dict[int, ItemMeta], tmp_path: Path
+) -> None:
+    train = {user: [1 + (user + step) % 8 for step in range(3)] + [11 + user % 5] for user in range(1, 9)}
+    validation = {user: [1 + (user + 5) % 8] for user in train}
+    model = Qwen3VLReranker("raw_image", model=tiny_vision_model, max_history=2)
+    settings = {"epochs": 1, "method": "lora", "batch_size": 4, "negatives": 3, "max_missing": 0.5}
+    settings |= {"ray": {"address": "local", "num_cpus": 4}}
+    with pytest.warns(UserWarning, match=r"item 15: .*15\.jpg: 1093 x 5 pixels") as said:
+        model.fit(train, validation, pictures, out=tmp_path / "run", **settings)
+    named = {str(warning.message).partition(":")[0] for warning in said}
+    assert named == {f"item {item}" for item in range(11, 16)}
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["quarantined"] == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from vlrank.data.tables import atomic_write_json
 from vlrank.errors import UserError
 from vlrank.prompting.modes import mode_spec
 from vlrank.prompting.prior import with_popularity
-from vlrank.reranking.ranker import Ranker, Ranking, UserLists, open_ranker
+from vlrank.reranking.ranker import NoCandidates, Ranker, UserLists, open_ranker
 from vlrank.storage import Location, fetch_model, location
 
 if TYPE_CHECKING:
@@ -129,7 +130,11 @@ class Qwen3VLReranker:
         candidates: Sequence[Sequence[int]],
         item_meta: Mapping[int, ItemMeta] | None = None,
     ) -> list[list[tuple[int, float]]]:
-        """`rerank` for many users at once, aligned with the arguments."""
+        """`rerank` for many users at once, aligned with the arguments.
+
+        An item whose picture cannot be read is treated like one without a picture, with a warning that names it; a list
+        of which no candidate can be shown comes out empty, with a warning.
+        """
         if len(histories) != len(candidates):
             raise UserError(f"{len(histories)} histories for {len(candidates)} lists of candidates")
         for row in candidates:
@@ -138,9 +143,13 @@ class Qwen3VLReranker:
                 raise UserError(f"candidates name item {repeated} more than once", "Remove the repetitions.")
         ranker = self._open(item_meta)
         users = [UserLists(history, listed) for history, listed in zip(histories, candidates, strict=True)]
-        result = []
-        for i, ranking in enumerate(ranker.rank(users)):
-            if not isinstance(ranking, Ranking):
+        result: list[list[tuple[int, float]]] = []
+        for i, (user, ranking) in enumerate(zip(users, ranker.rank(users), strict=True)):
+            if isinstance(ranking, NoCandidates) and len(user.candidates):
+                warnings.warn(f"the ranking of list {i} is empty: {ranking}", stacklevel=2)
+                result.append([])
+                continue
+            if isinstance(ranking, Exception):
                 raise UserError(f"list {i} cannot be ranked: {type(ranking).__name__}: {ranking}") from ranking
             result.append(list(zip(ranking.item_ids, ranking.scores.tolist(), strict=True)))
         return result
@@ -247,5 +256,6 @@ class Qwen3VLReranker:
             raise UserError("no item_meta", 'Give item_meta, e.g. load_item_meta("data/beauty").')
         if self._ranker is None:
             self._ranker = open_ranker(self._folder(), self.engine_config, meta)
+            self._ranker.prompts.pictures = {}
         self._ranker.prompts.item_meta = meta
         return self._ranker

@@ -10,7 +10,7 @@ from vlrank.demo import pretrain
 from vlrank.demo.base_models import corpus, make_demo_models, picture_patches, train_tokenizer
 from vlrank.demo.shop import draw
 from vlrank.generation.prompts import load_prompt
-from vlrank.prompting.prompts import render_messages
+from vlrank.prompting.chat_template import render_messages
 
 
 @pytest.fixture(scope="module")

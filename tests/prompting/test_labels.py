@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlrank.errors import UserError
+from vlrank.prompting.chat_template import render_messages
 from vlrank.prompting.labels import LabelTrie, Node, end_token_id
-from vlrank.prompting.prompts import render_messages
 
 from .tokenizers_zoo import ZOO
 

@@ -43,8 +43,9 @@ from vlrank.data.items import ItemMeta
 from vlrank.demo.base_models import DEMO_SIZES, corpus, picture_patches, text_model, train_tokenizer, vision_model
 from vlrank.demo.shop import BRANDS, COLOURS, KINDS, PATTERNS, STYLES, draw
 from vlrank.generation.prompts import load_prompt
+from vlrank.prompting.chat_template import render_messages
 from vlrank.prompting.modes import mode_spec
-from vlrank.prompting.prompts import Prompt, build_prompt, item_line, render, render_messages
+from vlrank.prompting.prompts import Prompt, build_prompt, item_line, render
 
 T = TypeVar("T")
 Family = Literal["text", "vision"]

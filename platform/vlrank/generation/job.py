@@ -17,6 +17,7 @@ from vlrank.bulk import ENGINE_SECONDS, ERROR, ERROR_TYPE, RETRY, TOKENS_IN, TOK
 from vlrank.data.picture import UnreadablePicture, read_rgb
 from vlrank.generation.prompts import Prompt
 from vlrank.generation.quality import problem
+from vlrank.prompting.chat_template import complete_tokenizer, render_messages
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -87,18 +88,13 @@ def load_tokenizer(model: str, revision: str | None) -> Any:
     """Cached."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model, revision=revision)
+    return complete_tokenizer(AutoTokenizer.from_pretrained(model, revision=revision), model)
 
 
 @functools.lru_cache(maxsize=4096)
 def _rendered(model: str, revision: str | None, prompt: Prompt, text: str, with_image: bool) -> str:
     """The prompt after the chat template; captions ask the same question of every picture, hence the cache."""
-    tokenizer = load_tokenizer(model, revision)
-    messages = prompt.messages(text, with_image=with_image)
-    rendered: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    return rendered
+    return render_messages(load_tokenizer(model, revision), prompt.messages(text, with_image=with_image))
 
 
 def prepare(row: Mapping[str, Any], job: Job) -> dict[str, Any]:

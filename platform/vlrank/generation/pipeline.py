@@ -17,7 +17,7 @@ import polars as pl
 
 from vlrank.bulk import BulkResult, Shards, Stages, run_bulk
 from vlrank.config import GenerateConfig
-from vlrank.console import Summary, console
+from vlrank.console import Summary, announce, console
 from vlrank.data import schemas
 from vlrank.data.dataset import GENERATED_FOLDERS, Dataset
 from vlrank.data.tables import file_sha256
@@ -27,8 +27,9 @@ from vlrank.generation.job import Job
 from vlrank.generation.prompts import Prompt, load_prompt
 from vlrank.generation.writing import build
 from vlrank.installation import install_command
+from vlrank.prompting.chat_template import check_chat_template
 from vlrank.runtime import ray_session
-from vlrank.storage import Location, is_url, remove_tree, require_writable
+from vlrank.storage import Location, is_url, remove_tree
 
 ESTIMATE_ROWS = 32
 """Items that ``--dry_run`` generates, to extrapolate from."""
@@ -43,7 +44,6 @@ def run(config: GenerateConfig) -> Summary:
         UserError: an unusable dataset, prompt or model; an engine that ran out of memory.
     """
     work = _plan(config)
-    require_writable(work.shards.folder, "Texts become part of their dataset: generate them in a copy of it.")
     with ray_session(config.ray):
         gpus = engine_gpus(config.engine) * config.engine.tensor_parallel_size * config.engine.replicas
         result, retried = _passes(config, work)
@@ -159,6 +159,8 @@ def _plan(config: GenerateConfig) -> _Work:
             f"model {config.model} cannot see pictures, and prompt {prompt.prompt_id} shows one",
             "Choose a Qwen3-VL model, e.g. --model Qwen/Qwen3-VL-2B-Instruct.",
         )
+    if note := check_chat_template(model, pictures=sees and prompt.image != "none"):
+        announce("Note:", note, "yellow")
     if prompt.json_schema is not None and engine_name(config.engine) != "vllm":
         raise UserError(
             f"prompt {prompt.prompt_id} wants structured output, which only engine vllm can give",

@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from vlrank.config import RankingConfig
 from vlrank.data.items import ItemMeta
-from vlrank.data.picture import PictureBroken, read_rgb, upright_size
+from vlrank.data.picture import PictureBroken, UnreadablePicture, read_rgb, upright_size
 from vlrank.errors import UserError
+from vlrank.prompting.chat_template import complete_tokenizer
 from vlrank.prompting.labels import LabelTrie
 from vlrank.prompting.modes import ModeSpec
 from vlrank.prompting.prompts import Prompt, build_prompt, render
@@ -135,7 +136,7 @@ class Encoder:
         # Prompts come one by one: handing each to a pool of threads took up to 45 ms of waiting on a busy machine.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = complete_tokenizer(AutoTokenizer.from_pretrained(folder), folder)
             if not tokenizer("1", add_special_tokens=False)["input_ids"]:
                 raise ValueError("its vocabulary is empty")  # so it is without tokenizer.json
         except (OSError, ValueError, KeyError) as error:
@@ -256,6 +257,14 @@ class Encoder:
             values.transpose(0, 3, 1, 4, 6, 2, 5)[..., None, :, :], processor.temporal_patch_size, axis=5
         )
         return frames.reshape(rows * columns, -1)
+
+    def unreadable(self, path: str) -> UnreadablePicture | None:
+        """Why a picture cannot be shown, None where it can: the file is decoded to the end."""
+        try:
+            self.patches(path)
+        except UnreadablePicture as error:
+            return error
+        return None
 
     def normalised(self, patches: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """`patches` as the tower takes them: float32, mean and deviation as the model's processor says."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlrank.errors import UserError
-from vlrank.prompting.prompts import END_PROBE, render_messages
+from vlrank.prompting.chat_template import chat_template, render_messages
 
 Float32 = npt.NDArray[np.float32]
 
@@ -189,10 +189,8 @@ def end_token_id(tokenizer: Any) -> int:
         UserError: the tokenizer has neither.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": END_PROBE}]
-        after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition(END_PROBE)[2]
-        ids = _ids(tokenizer, after)
+    if template := chat_template(tokenizer):
+        ids = _ids(tokenizer, template.after_answer)
         if ids and ids[0] in tokenizer.all_special_ids:
             return int(ids[0])
     if tokenizer.eos_token_id is None:

@@ -1,4 +1,4 @@
-"""The ranking prompt and its chat template, in one place for training, validation and reranking.
+"""The ranking prompt, in one place for training, validation and reranking.
 
 The history comes before the candidates so that prompts of one user share a prefix that engines can reuse.
 """
@@ -10,16 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlrank.data.items import ItemMeta
+from vlrank.prompting.chat_template import render_messages
 from vlrank.prompting.modes import ModeSpec
 
 INSTRUCTIONS = (
     "You are a recommendation ranking assistant.\n\n"
     "Choose exactly ONE item the user is most likely to interact with next."
 )
-
-
-END_PROBE = "42"
-"""A stand-in answer: rendering it shows what the chat template writes after one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +96,3 @@ def render(tokenizer: Any, prompt: Prompt) -> str:
         tokenizer: A tokenizer or processor; image parts become the template's single image placeholders.
     """
     return render_messages(tokenizer, prompt.messages)
-
-
-def render_messages(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    """Chat messages as text, ending where the answer begins. Base models without a chat template get the plain text."""
-    if not getattr(tokenizer, "chat_template", None):
-        return "\n\n".join(message["content"] for message in messages) + "\n\nAnswer:\n"
-    text: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    return text

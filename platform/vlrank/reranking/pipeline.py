@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from vlrank.bulk import ENGINE_PROCESS, ENGINE_SECONDS, ERROR, ERROR_TYPE, TOKENS_IN, BulkResult, Shards, run_bulk
 from vlrank.config import EngineConfig, RankingConfig, RerankConfig, Split, merge, validate
-from vlrank.console import Summary
+from vlrank.console import Summary, announce
 from vlrank.data.candidates_io import check_output, write_rankings
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
@@ -36,12 +36,13 @@ from vlrank.data.tables import atomic_write_json, file_size
 from vlrank.engines.models import ModelFolder, on_this_node, open_model
 from vlrank.engines.resources import EngineDied, engine_gpus, engine_name
 from vlrank.errors import UserError
+from vlrank.prompting.chat_template import check_chat_template
 from vlrank.prompting.encoding import PREPARATION
 from vlrank.prompting.modes import ModeSpec, mode_spec, shows
-from vlrank.reranking.ranker import Ranking, UserLists, open_prompts, open_ranker
+from vlrank.reranking.ranker import Ranking, UserLists, open_prompts, open_ranker, tokenizer_folder
 from vlrank.reranking.windows import fuse, stable_order, windows
 from vlrank.runtime import ray_session
-from vlrank.storage import Location, listing, location, writable
+from vlrank.storage import Location, listing, location
 
 if TYPE_CHECKING:
     import ray.data
@@ -169,6 +170,8 @@ def _open(config: RerankConfig) -> tuple[Dataset, ModelFolder, ModeSpec]:
     if folder.mode is None:
         raise UserError(f"{folder.path} has no vlrank.json, so its mode is unknown", "Give as_mode=... as well.")
     spec = mode_spec(folder.mode)
+    if note := check_chat_template(tokenizer_folder(folder), pictures=spec.pixels):
+        announce("Note:", note, "yellow")
     merged = merge(folder.ranking.model_dump(), config.ranking)
     ranking = validate(RankingConfig, merged, within=(RerankConfig, "ranking"))
     if config.candidates == "ground_truth":
@@ -349,12 +352,11 @@ def _shards(config: RerankConfig, dataset: Dataset, split: Split) -> Shards:
     # Of this output alone: runs that share a quarantine take each other's failures for their own.
     place = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:8]
     name = f"rerank-{config.out.stem}-{split}-{place}"
-    shards = config.out.with_name(config.out.name + ".shards")
     return Shards(
-        folder=shards / split,
+        folder=config.out.with_name(config.out.name + ".shards") / split,
         schema=_SHARD,
         key="user_id",
-        quarantine=(dataset.path if writable(dataset.path) else shards) / "quarantine" / name,
+        quarantine=dataset.path / "quarantine" / name,
         stage=name,
     )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from vlrank.config import EngineConfig, RankingConfig
 from vlrank.data.items import ItemMeta
+from vlrank.data.picture import UnreadablePicture
 from vlrank.engines.models import ModelFolder, on_this_node
 from vlrank.engines.resources import engine_name
 from vlrank.engines.scoring import LabelScorer, open_scorer
@@ -22,6 +24,7 @@ from vlrank.prompting.encoding import Encoded, Encoder
 from vlrank.prompting.modes import ModeSpec, mode_spec, shows
 from vlrank.prompting.prior import log_prior
 from vlrank.reranking.windows import Ranked, Request, first_requests, rank_lists
+from vlrank.storage import location
 
 Float32 = npt.NDArray[np.float32]
 
@@ -80,9 +83,9 @@ class Lists:
     """What a user's prompts are made of.
 
     Attributes:
-        history: Items that the mode can show, oldest first.
+        history: The most recent ``max_history`` items that the mode can show, oldest first.
         kept: Candidates that the mode can show, at most ``top_k``.
-        dropped: Candidates that it cannot show.
+        dropped: Candidates before the last kept one that it cannot show.
     """
 
     history: list[ItemMeta]
@@ -99,21 +102,30 @@ class PromptMaker:
         spec: The mode.
         ranking: Windows, permutations, lengths.
         item_meta: item id -> text and what the mode shows.
+        pictures: Path -> why it cannot be read, or None: pictures that have been checked. An item whose picture cannot
+            be read is treated like one without a picture. None checks nothing: such a picture fails its users.
     """
 
     encoder: Encoder
     spec: ModeSpec
     ranking: RankingConfig
     item_meta: Mapping[int, ItemMeta]
+    pictures: dict[str, UnreadablePicture | None] | None = None
 
     def lists(self, user: UserLists) -> Lists:
         """The user's items, without those that the mode cannot show."""
-        listed = [item for item in user.candidates if self._usable(item)]
-        return Lists(
-            [self._meta(item) for item in user.history if self._usable(item)],
-            listed[: self.ranking.top_k],
-            len(user.candidates) - len(listed),
-        )
+        usable = (item for item in reversed(user.history) if self._usable(item))
+        recent = [self._meta(item) for item in islice(usable, self.ranking.max_history)]
+        kept: list[int] = []
+        dropped = 0
+        for item in user.candidates:
+            if len(kept) == self.ranking.top_k:
+                break
+            if self._usable(item):
+                kept.append(item)
+            else:
+                dropped += 1
+        return Lists(recent[::-1], kept, dropped)
 
     def prior(self, lists: Lists) -> npt.NDArray[np.float64]:
         """`log_prior` of the kept candidates: float64 [kept]."""
@@ -161,11 +173,28 @@ class PromptMaker:
 
     def _meta(self, item: int) -> ItemMeta:
         try:
-            return self.item_meta[item]
+            entry = self.item_meta[item]
         except KeyError:
             raise UserError(
                 f"item {item} is not in item_meta", "Give every item of histories and candidates its text."
             ) from None
+        path = entry.get("image_path") if self.spec.pixels and self.pictures is not None else None
+        return {**entry, "image_path": None} if path and self._unreadable(item, path) else entry
+
+    def _unreadable(self, item: int, path: str) -> bool:
+        assert self.pictures is not None
+        if path not in self.pictures:
+            self.pictures[path] = error = self.encoder.unreadable(path)
+            if error:
+                warnings.warn(f"item {item} is treated like one without a picture: {error}", stacklevel=2)
+        return self.pictures[path] is not None
+
+    def named(self, error: Exception, lists: Lists) -> Exception:
+        """The error, with the candidate whose picture it is about."""
+        if not isinstance(error, UnreadablePicture):
+            return error
+        item = next((item for item in lists.kept if self.item_meta[item].get("image_path") == error.path), None)
+        return type(error)(error.path, f"{error.reason} (item {item})")
 
 
 @dataclass(slots=True)
@@ -235,7 +264,7 @@ class Ranker:
                 why = f"none of the {n} candidates has {maker.spec.shows}" if n else "no candidates"
                 result.append(NoCandidates(why))
             else:
-                result.append(outcome)
+                result.append(maker.named(outcome, lists[i]))
         return result
 
 
@@ -260,4 +289,4 @@ def open_prompts(folder: ModelFolder, item_meta: Mapping[int, ItemMeta]) -> Prom
 def tokenizer_folder(folder: ModelFolder) -> str:
     """Where a model's tokenizer lies: beside its weights, else with its base model."""
     own = ("tokenizer_config.json", "tokenizer.json")
-    return folder.path if any((Path(folder.path) / name).is_file() for name in own) else folder.base
+    return folder.path if any((location(folder.path) / name).is_file() for name in own) else folder.base

@@ -14,6 +14,7 @@ from vlrank.config import TrainConfig
 from vlrank.engines.structure import core
 from vlrank.errors import UserError
 from vlrank.installation import install_command
+from vlrank.prompting.chat_template import check_chat_template
 from vlrank.prompting.modes import Family, ModeSpec, mode_spec
 from vlrank.storage import Location, fetch_model, is_url, location
 from vlrank.training.collate import ANSWER_ROOM
@@ -73,7 +74,8 @@ def resolve_base(config: TrainConfig) -> Base:
     """Decide what is loaded, and find mistakes before anything is.
 
     Raises:
-        UserError: a local folder that is no model of the mode's family, or Unsloth asked for and not installed.
+        UserError: a local folder that is no model of the mode's family or whose chat template cannot be used, or
+            Unsloth asked for and not installed.
     """
     from importlib.util import find_spec
 
@@ -87,6 +89,7 @@ def resolve_base(config: TrainConfig) -> Base:
         name = str(_model_folder(location(name), spec))
     elif Path(name).exists() or name.startswith(("/", "./", "../", "~")):
         name = str(_model_folder(Path(name).expanduser().resolve(), spec))
+    check_chat_template(name, pictures=spec.pixels)
     if method == "full" and ("bnb-4bit" in name or _stored_quantised(name)):
         raise UserError(
             f"method: full cannot train {name}: its weights are quantised",

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 from vlrank.compat import hide_extras, hide_vllm, shard_on_cpus
 from vlrank.config import TrainConfig
 from vlrank.console import quiet_libraries
+from vlrank.data.items import ItemMeta
+from vlrank.data.picture import PictureMissing, UnreadablePicture
 from vlrank.errors import UserError
 from vlrank.storage import (
     BucketPath,
@@ -51,10 +53,11 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
         settings: ``config`` and ``base`` as dicts, and ``data``, a reference to a `TrainingData`.
 
     Returns:
-        `Outcome` as a dict.
+        `Outcome` as a dict, or ``{"problem", "remedy"}`` where the user has to mend something: returned, not raised,
+        because Ray Train would try again and fail the same way.
 
     Raises:
-        UserError: the user has to mend something.
+        UserError: the same, where other ranks may know nothing of it and wait for this one.
     """
     import ray
     import ray.train
@@ -63,7 +66,14 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     base = Base(**settings["base"])
     data: TrainingData = ray.get(settings["data"])
     context = ray.train.get_context()
-    return asdict(_train(config, base, data, rank=context.get_world_rank(), world=context.get_world_size()))
+    try:
+        return asdict(_train(config, base, data, rank=context.get_world_rank(), world=context.get_world_size()))
+    except UserError as error:
+        from vlrank.training.trainer import Diverged
+
+        if context.get_world_size() > 1 and not isinstance(error, Diverged):
+            raise
+        return {"problem": error.problem, "remedy": error.remedy}
 
 
 def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, world: int) -> Any:
@@ -101,7 +111,9 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         shard_on_cpus()
     show(note="loading the model")
     trainable = load_trainable(config, base, device)
-    encoder, training_encoder, pictures, data, run_plan = _prepare_pictures(config, trainable, data, rank, world, show)
+    encoder, training_encoder, pictures, run_plan, unreadable = _prepare_pictures(
+        config, trainable, data, rank, world, show
+    )
     packing = config.packing if config.packing is not None else on_gpu and not base.unsloth
     if packing:
         from vlrank.training.attention import compile_layers, use_packed_attention
@@ -203,6 +215,7 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         eval_tokens=32768 if on_gpu else 8192,
         callbacks=[EarlyStoppingCallback(config.patience)],
     )
+    trainer.bad |= unreadable if rank == 0 else {}
 
     def progress(step: int, loss: float | None) -> None:
         samples_per_s, loader_wait = trainer.speed()
@@ -275,20 +288,28 @@ def _fit_memory(
 
 def _prepare_pictures(
     config: TrainConfig, trainable: Any, data: TrainingData, rank: int, world: int, show: _Progress
-) -> tuple[Any, Any, Any, TrainingData, Plan]:
-    """Encoders for validation and training, the picture loader, and the data without unreadable pictures."""
+) -> tuple[Any, Any, Any, Plan, dict[str, tuple[str, str]]]:
+    """Encoders for validation and training, the picture loader, and the plan without unreadable pictures.
+
+    An item whose picture cannot be read is treated like one without a picture; the last value is "item ID" ->
+    (error type, message) of these.
+    """
     import torch.distributed as dist
 
     from vlrank.prompting.encoding import Encoder
     from vlrank.training.model import accept_features, tower_key
-    from vlrank.training.pictures import FeatureEncoder, Pixels, compute_features
+    from vlrank.training.pictures import FeatureEncoder, Features, Pixels, compute_features
 
     encoder = trainable.encoder
     run_plan = plan(config, data)
+    unreadable: dict[str, tuple[str, str]] = {}
     if remote := [path for path in run_plan.picture_paths if is_url(path)]:
         show(note=f"fetching {len(remote):,} pictures")
-        data = data.with_pictures(_fetch_pictures(remote, world))
-        run_plan = plan(config, data)
+        copies = _fetch_pictures(remote, world)
+        missing = {url: PictureMissing(url, "no such file") for url, copy in copies.items() if copy is None}
+        unreadable = _of_items(data.item_meta, missing)
+        data = data.with_pictures(copies)
+        run_plan = _plan_without(config, data, unreadable)
     pictures: Any = Pixels(encoder)
     paths = run_plan.picture_paths
     if paths and config.cache_vision and not config.train_vision:
@@ -299,15 +320,34 @@ def _prepare_pictures(
             compute_features(trainable.model, encoder, paths, folder)
         if world > 1:
             dist.barrier()
-        pictures, bad = compute_features(trainable.model, encoder, paths, folder)
+        pictures, suspects = compute_features(trainable.model, encoder, paths, folder)
+    else:
+        suspects = paths
+    errors = zip(suspects, several(encoder.unreadable, suspects, at_once=True), strict=True)
+    if broken := {path: error for path, error in errors if error is not None}:
+        unreadable |= _of_items(data.item_meta, broken)
+        run_plan = _plan_without(config, data.with_pictures(dict.fromkeys(broken)), unreadable)
+    if isinstance(pictures, Features):
         encoder = FeatureEncoder(encoder, pictures)
-        if bad:
-            data = data.with_pictures(dict.fromkeys(bad))
-            run_plan = plan(config, data)
     training_encoder = encoder
     if run_plan.train_spec is not run_plan.spec:
         training_encoder = Encoder(encoder.tokenizer, run_plan.train_spec, config.ranking)
-    return encoder, training_encoder, pictures, data, run_plan
+    return encoder, training_encoder, pictures, run_plan, unreadable
+
+
+def _of_items(item_meta: Mapping[int, ItemMeta], errors: Mapping[str, UnreadablePicture]) -> dict[str, tuple[str, str]]:
+    """The errors of pictures by item, as quarantine rows have them: "item ID" -> (error type, message)."""
+    items = ((item, errors.get(entry.get("image_path") or "")) for item, entry in item_meta.items())
+    return {f"item {item}": (type(error).__name__, str(error)) for item, error in items if error is not None}
+
+
+def _plan_without(config: TrainConfig, data: TrainingData, unreadable: Mapping[str, tuple[str, str]]) -> Plan:
+    try:
+        return plan(config, data)
+    except UserError as error:
+        item, (_, reason) = next(iter(unreadable.items()), ("none", ("", "")))
+        problem = f"{len(unreadable):,} pictures cannot be read ({item}: {reason}); {error.problem}"
+        raise UserError(problem, error.remedy) from None
 
 
 def _fetch_pictures(urls: Sequence[str], world: int) -> dict[str, str | None]:
