@@ -1,5 +1,7 @@
 """Shared by all tests: the small shop, tiny models, a world of two tastes, the research data beside the checkout."""
 
+import subprocess
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,19 @@ from vlrank.data.dataset import Dataset, write_dataset
 from vlrank.demo.shop import make_shop
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what a process printed that ended otherwise than `subprocess.run(..., check=True)` expects."""
+    report = yield
+    error = call.excinfo.value if call.excinfo else None
+    if isinstance(error, subprocess.CalledProcessError | subprocess.TimeoutExpired):
+        for name in ("stdout", "stderr"):
+            if printed := getattr(error, name):
+                text = printed if isinstance(printed, str) else printed.decode(errors="replace")
+                report.sections.append((f"{name} of the process", text))
+    return report
 
 
 @pytest.fixture(scope="session")

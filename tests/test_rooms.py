@@ -5,7 +5,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "platform" / "vlrank"
 FLOORS = [
-    *("version", "errors", "compat", "installation", "storage", "console", "config", "runtime", "options"),
+    *(
+        "version",
+        "errors",
+        "compat",
+        "installation",
+        "storage",
+        "console",
+        "config",
+        "supervisor",
+        "runtime",
+        "options",
+    ),
     *("data", "prompting", "retrieval", "engines", "bulk", "generation", "reranking", "evaluation"),
     *("training", "tuning", "reranker", "__init__", "stages", "paths", "doctor", "demo"),
     *("submit", "jobs", "cli", "__main__"),

@@ -9,9 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -20,10 +18,10 @@ from pathlib import Path
 
 import click
 import polars as pl
-import psutil
 import pytest
 from PIL import Image
 
+from tests.processes import Program
 from vlrank import storage
 from vlrank.cli import cli
 from vlrank.config import RayConfig, RerankConfig, load_config
@@ -45,11 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    program = Program(sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", url)
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
@@ -57,11 +51,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("VLRANK_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(storage, "LEASE_S", 4.0)
         try:
-            wait_for(lambda: answers(url), process)
+            program.wait_for(lambda: answers(url), "the server's first answer")
             yield url
         finally:
-            process.kill()
-            process.wait()
+            program.kill()
             storage._connected.cache_clear()
 
 
@@ -70,14 +63,6 @@ def answers(url: str) -> bool:
         return bool(urllib.request.urlopen(f"{url}/moto-api/").status == 200)
     except OSError:
         return False
-
-
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert process.poll() is None, "the process ended too early"
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -402,25 +387,8 @@ def shop_url(bucket: BucketPath, shop: Dataset) -> BucketPath:
     return bucket / "shop"
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "vlrank", *map(str, arguments), "ray.address=local"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-def kill_with_children(process: subprocess.Popen[bytes]) -> None:
-    """As a machine that goes away: the driver, Ray and all workers."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        try:
-            member.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=30)
-    process.wait()
+def start(*arguments: object) -> Program:
+    return Program(sys.executable, "-m", "vlrank", *arguments, "ray.address=local")
 
 
 @pytest.mark.stack
@@ -433,8 +401,8 @@ def test_captions_that_were_committed_before_a_crash_are_not_made_again(
     )
     folder = shop_url / "captions"
     process = start(*arguments)
-    wait_for(lambda: len(list(folder.glob("*.parquet"))) >= 2, process)
-    kill_with_children(process)
+    process.wait_for(lambda: len(list(folder.glob("*.parquet"))) >= 2)
+    process.lose_power()
     before = {name: digest(folder / name) for name in names(folder) if name.endswith(".parquet")}
     kept = sum(read_parquet(folder / name, GENERATED).height for name in before)
     items = Dataset.open(shop_url).n_items
@@ -473,8 +441,8 @@ def test_a_run_in_a_bucket_goes_on_after_a_crash_and_its_model_ranks(
         ),
     )
     process = start(*arguments)
-    wait_for(lambda: (run / "history.jsonl").is_file(), process)
-    kill_with_children(process)
+    process.wait_for(lambda: (run / "history.jsonl").is_file())
+    process.lose_power()
     assert not (run / "result.json").exists()
     first = json.loads((run / "history.jsonl").read_text().splitlines()[0])
 

@@ -48,7 +48,7 @@ import pyarrow.parquet as pq
 from vlrank.console import progress
 from vlrank.data.schemas import BULK_QUARANTINE
 from vlrank.data.tables import atomic_path, disk_errors, empty_frame, parquet_file, write_parquet_atomic
-from vlrank.errors import UserError
+from vlrank.errors import UserError, causes, user_error_in
 from vlrank.runtime import quiet_data
 from vlrank.storage import BucketPath, Held, Location, claim, each, listing
 
@@ -515,14 +515,9 @@ _OUT_OF_MEMORY = (
 
 def _explained(error: BaseException) -> BaseException:
     """A `UserError` for what the user can mend, found anywhere in the chain; else the error itself."""
-    text, link, seen = "", error, set[int]()
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        if isinstance(link, UserError):
-            return link
-        text += f"\n{type(link).__name__}: {link}"
-        inner = getattr(link, "cause", None)  # of ray.exceptions.RayTaskError
-        link = (inner if isinstance(inner, BaseException) else None) or link.__cause__ or link.__context__  # type: ignore[assignment]
+    if found := user_error_in(error):
+        return found
+    text = "\n".join(f"{type(link).__name__}: {link}" for link in causes(error))
     line = next((line.strip() for line in text.splitlines() if any(sign in line for sign in _OUT_OF_MEMORY)), None)
     if line is None and "ActorDiedError" in text and "error raised in its creation task" not in text:
         return UserError(

@@ -6,9 +6,10 @@ import click
 
 from vlrank.config import DemoConfig, ExportConfig
 from vlrank.options import main as run_command
-from vlrank.options import stage_command
+from vlrank.options import print_end, stage_command
 from vlrank.stages import STAGES, Stage, lazy
 from vlrank.submit import jobs_command, submit_command
+from vlrank.supervisor import supervised
 from vlrank.version import __version__
 
 
@@ -62,7 +63,7 @@ def inspect(dataset: str, user: str | None, item: str | None) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    run_command(cli)
+    supervised(lambda: run_command(cli), print_end)
 
 
 if __name__ == "__main__":

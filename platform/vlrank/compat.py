@@ -10,6 +10,7 @@
 3. **What nobody asked for.** transformers' Trainer and PEFT import torchao, datasets and bitsandbytes wherever they are
    installed, and these much of PyTorch's compiler: more than half of a training worker's imports. `hide_extras`.
 4. **Sharded weights without GPUs.** accelerate refuses what PyTorch can: `shard_on_cpus`.
+5. **Ray on a busy machine.** ``ray.init`` gives its node 30 seconds to register, whatever is set: `patient_start`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import importlib.util
 import re
 import sys
 import sysconfig
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -139,6 +142,34 @@ def shard_on_cpus() -> None:
             self.distributed_type = DistributedType.MULTI_GPU  # the kinds for which it looks at the FSDP plugin
 
     PartialState.__init__ = started
+
+
+@contextmanager
+def patient_start(seconds: float, running: Callable[[], bool]) -> Iterator[None]:
+    """Let `ray.init` inside the block wait so long for its own node.
+
+    Args:
+        seconds: Instead of Ray's 30.
+        running: Whether Ray's processes are; there is nothing to wait for otherwise.
+    """
+    from ray._private import services
+
+    get_node, end = services.get_node, time.monotonic() + seconds
+
+    def patient(*arguments: Any) -> Any:
+        while True:
+            try:
+                return get_node(*arguments)
+            except RuntimeError:
+                if time.monotonic() > end or not running():
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = patient
+    try:
+        yield
+    finally:
+        services.get_node = get_node
 
 
 if __name__ == "__main__":

@@ -134,6 +134,9 @@ class PrepareConfig(Config):
     timestamp_unit: Literal["auto", "s", "ms", "us", "ns"] = Field(
         "auto", description="auto tells by the size of the number"
     )
+    impossible_times: Literal["keep", "quarantine"] = Field(
+        "keep", description="interactions before 1990 or in the future: kept and counted, or put aside"
+    )
     use_image: bool = Field(False, description="copy or download the items' pictures")
     retry_failed: bool = Field(False, description="try only the pictures that failed before")
     image_root: LocalPath | None = Field(

@@ -1,4 +1,8 @@
-"""The one exception that the command line turns into a message instead of a traceback."""
+"""The one exception that the command line turns into a message instead of a traceback, and how to find it in others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 
 
 class UserError(Exception):
@@ -19,3 +23,38 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[type, tuple[str, str | None]]:
         # Exceptions travel between Ray processes by pickle, which would otherwise call __init__ with one argument.
         return type(self), (self.problem, self.remedy)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what stands behind it, nearest first: causes, contexts, and what Ray wraps and groups collect.
+
+    Ray Core keeps the exception of a task as ``cause``, Ray Train those of its workers as ``worker_failures`` and each
+    of them as ``_base_exc``.
+    """
+    waiting, seen = [error], set[int]()
+    while waiting:
+        error = waiting.pop(0)
+        if id(error) in seen:
+            continue
+        seen.add(id(error))
+        yield error
+        failures = getattr(error, "worker_failures", None)
+        context = None if error.__suppress_context__ else error.__context__
+        waiting += [
+            inner
+            for inner in (
+                *(getattr(error, name, None) for name in ("cause", "_base_exc")),
+                *(failures.values() if isinstance(failures, Mapping) else ()),
+                *(error.exceptions if isinstance(error, BaseExceptionGroup) else ()),
+                error.__cause__,
+                context,
+            )
+            if isinstance(inner, BaseException)
+        ]
+
+
+def user_error_in(error: BaseException) -> UserError | None:
+    """The `UserError` among `causes`; None if there is none."""
+    found = [link for link in causes(error) if isinstance(link, UserError)]
+    # Ray raises an exception of both kinds, whose text is a traceback, with the plain one as its cause.
+    return next((link for link in found if not isinstance(getattr(link, "cause", None), UserError)), None)

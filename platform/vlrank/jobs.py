@@ -21,12 +21,12 @@ import click
 
 from vlrank.config import Config, validate
 from vlrank.console import Summary
-from vlrank.errors import UserError
-from vlrank.options import stage_command
+from vlrank.errors import UserError, user_error_in
+from vlrank.options import check_out, stage_command
 from vlrank.paths import WORKDIR, absolute_paths
-from vlrank.runtime import interrupt_on_sigterm
 from vlrank.stages import STAGES, lazy
 from vlrank.storage import Location
+from vlrank.supervisor import INTERRUPTED, supervised
 
 C = TypeVar("C", bound=Config)
 
@@ -52,7 +52,13 @@ def main(
     """
 
     def at_home(work: Callable[[C], Summary]) -> Callable[[C], Summary]:
-        return lambda config: work(_in_workdir(config))
+        def staged(config: C) -> Summary:
+            config = _in_workdir(config)
+            if work is stage:
+                check_out(config)
+            return work(config)
+
+        return staged
 
     name = config_type.__name__.removesuffix("Config").lower()
     positional = ["dataset"] if "dataset" in config_type.model_fields else []
@@ -66,13 +72,17 @@ def main(
         adapt=adapt,
         extra=extra,
     )
-    arguments = None if argv is None else list(argv)
-    run_and_exit(lambda: command.main(args=arguments, standalone_mode=False))
+
+    def work() -> NoReturn:
+        run_and_exit(lambda: command.main(args=None if argv is None else list(argv), standalone_mode=False))
+
+    if argv is None:
+        supervised(work, _last_line)
+    work()
 
 
 def run_and_exit(work: Callable[[], Summary | int | None]) -> NoReturn:
     """Run ``work``, print the JSON last line and exit; for jobs that are no single stage."""
-    interrupt_on_sigterm()
     try:
         summary = work()
     except (UserError, click.ClickException) as error:
@@ -80,7 +90,7 @@ def run_and_exit(work: Callable[[], Summary | int | None]) -> NoReturn:
         _last_line("error", message)
         raise SystemExit(2) from None
     except (KeyboardInterrupt, click.Abort):
-        _last_line("interrupted", "what was committed stays; the same job goes on from there")
+        _last_line("interrupted", INTERRUPTED)
         raise SystemExit(130) from None
     except Exception as error:
         # A UserError raised in a Ray worker arrives wrapped in the exception of the task that raised it.
@@ -125,18 +135,6 @@ _UPLOADED = "working_dir_files"
 """Ray unpacks a job's working directory into a folder of this name."""
 
 
-def user_error_in(error: BaseException | None) -> UserError | None:
-    """The `UserError` among an exception and its causes, Ray's ``cause`` included."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, UserError):
-            return error
-        inner = getattr(error, "cause", None)
-        error = error.__cause__ or error.__context__ or (inner if isinstance(inner, BaseException) else None)
-    return None
-
-
 def _last_line(
     status: str, message: str, output: Location | None = None, counts: Mapping[str, int] | None = None
 ) -> None:
@@ -153,4 +151,4 @@ def _stage_main(argv: Sequence[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _stage_main(sys.argv[1:])
+    supervised(lambda: _stage_main(sys.argv[1:]), _last_line)

@@ -17,8 +17,9 @@ from pydantic.fields import FieldInfo
 
 from vlrank.config import Config, load_config
 from vlrank.console import Summary, announce, console, quiet_libraries
-from vlrank.errors import UserError
-from vlrank.runtime import interrupt_on_sigterm
+from vlrank.errors import user_error_in
+from vlrank.storage import require_writable
+from vlrank.supervisor import INTERRUPTED
 
 C = TypeVar("C", bound=Config)
 
@@ -94,6 +95,7 @@ def stage_command(
         config = load_config(config_type, file=config_file, overrides=[*moved, *overrides], **values)
         if dry:
             return dry_run(config) if dry_run else _generic_dry_run(name, config)
+        check_out(config)
         return run(config)
 
     return StageCommand(
@@ -103,6 +105,17 @@ def stage_command(
         help=_first_upper((config_type.__doc__ or "").partition(": ")[2]),
         epilog=f"Nested keys are given as KEY=VALUE: {', '.join(f'{key}.*' for key in nested)}." if nested else None,
     )
+
+
+def check_out(config: Config) -> None:
+    """Refuse a stage whose output could not be written.
+
+    Raises:
+        UserError: ``out`` lies on a read-only file system, or permission is missing.
+    """
+    out = getattr(config, "out", None)
+    if isinstance(out, Path):
+        require_writable(out, "Choose another --out.")
 
 
 def _first_upper(text: str) -> str:
@@ -158,20 +171,33 @@ def main(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
         argv: Words after the program's name; default ``sys.argv[1:]``.
     """
     quiet_libraries()
-    interrupt_on_sigterm()
     try:
         result = command.main(args=None if argv is None else list(argv), standalone_mode=False)
-    except UserError as error:
-        announce("error:", error.problem, "bold red")
-        if error.remedy:
-            console.print(error.remedy, soft_wrap=True)
-        sys.exit(2)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        console.print("interrupted; what was committed stays, and the same command goes on from there")
+        print_end("interrupted", INTERRUPTED)
         sys.exit(130)
+    except Exception as error:
+        found = user_error_in(error)  # one raised in a Ray worker arrives wrapped
+        if found is None:
+            raise
+        print_end("error", str(found))
+        sys.exit(2)
     if isinstance(result, Summary):
         result.show()
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def print_end(status: str, message: str) -> None:
+    """The one message of a command that did not come to its end.
+
+    Args:
+        status: ``"interrupted"``, or ``"error"`` in front of what is one.
+        message: What happened and, in the lines below, what to do.
+    """
+    if status == "error":
+        announce("error:", message, "bold red")
+    else:
+        console.print(message, soft_wrap=True)

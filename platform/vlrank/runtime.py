@@ -6,10 +6,19 @@ import json
 import logging
 import os
 import signal
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from vlrank.compat import patient_start
+from vlrank.errors import UserError
+from vlrank.supervisor import end_if_lost, running, watch
 
 if TYPE_CHECKING:
     from ray.data import DataContext
@@ -33,37 +42,122 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    by_sigterm = signal.getsignal(signal.SIGTERM) is _interrupt
     address = config.address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": os.environ.get("VLRANK_VERBOSE") == "1", "logging_level": logging.ERROR}
-    if address and address != "local":
-        ray.init(address=address, **quiet)
-    else:
-        # One process fewer for every run and every trial of a sweep: this machine will not be taken away from itself.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # Reports of a worker, and its end, are noticed every so many seconds; 2 by default, which short trials feel.
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-        # "local" on purpose: without it a stale address file of an earlier cluster makes ray.init fail.
-        cpus = config.num_cpus or max(8, os.cpu_count() or 1)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    if by_sigterm:
-        interrupt_on_sigterm()  # Ray has put its own handlers in place, which print their stack and abort
+    with _own_signal_handlers():
+        if address and address != "local":
+            _join(address, **quiet)
+        else:
+            _start_here(config.num_cpus or max(8, os.cpu_count() or 1), **quiet)
     try:
         yield
+    except BaseException:
+        end_if_lost()
+        raise
     finally:
+        watch([])
         ray.shutdown()
 
 
-def interrupt_on_sigterm() -> None:
-    """End as by Ctrl-C where a batch system, a container or `ray job stop` ends this process; for programs, not for
-    libraries. Other threads than the main one cannot set this and leave it.
+def _join(address: str, **options: Any) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {address}: {_first_line(error)}",
+            "Give the address of a running cluster as ray.address or RAY_ADDRESS, or `local` to start Ray here.",
+        ) from error
+
+
+def _start_here(cpus: int, **options: Any) -> None:
+    import ray
+
+    # One process fewer for every run and every trial of a sweep: this machine will not be taken away from itself.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Reports of a worker, and its end, are noticed every so many seconds; 2 by default, which short trials feel.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    for name in ("RAY_raylet_start_wait_time_s", "RAY_gcs_server_port_wait_time_s"):
+        os.environ.setdefault(name, str(_START_S))
+    folder = ray_folder()
+    try:
+        with patient_start(_START_S, lambda: all(running(process) for process in ray_processes())):
+            # "local" on purpose: without it a stale address file of an earlier cluster makes ray.init fail.
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder), **options)
+    except Exception as error:
+        for process in ray_processes():
+            process.kill()
+        raise UserError(
+            f"Ray did not start on this machine: {_first_line(error)}",
+            f"On a busy machine, run the same command again; else the newest files in {folder}/session_latest/logs "
+            "say more. A full /dev/shm or disk and a low limit on processes (ulimit -u) are usual causes.",
+        ) from error
+    watch(ray_processes())
+
+
+_START_S = 120
+"""How long Ray's processes may take to start; Ray's own 10 and 30 seconds are too short for a busy machine."""
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def ray_folder() -> Path:
+    """Where Ray keeps sockets and logs: ``ray`` in ``RAY_TMPDIR``, else in ``TMPDIR`` or ``/tmp``.
+
+    Where it is somebody else's, ``ray-UID`` beside it is taken.
+
+    Raises:
+        UserError: none of them can be used.
     """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+    chosen = os.environ.get("RAY_TMPDIR")
+    parents = [chosen] if chosen else [os.environ.get("TMPDIR", "/tmp"), "/tmp"]
+    problems = {}
+    for parent in dict.fromkeys(parents):
+        for name in ("ray", f"ray-{os.getuid()}"):
+            folder = Path(parent).absolute() / name
+            problem = _unusable(folder)
+            if problem is None:
+                return folder
+            problems[str(folder)] = problem
+    reasons = "; ".join(f"{folder}: {problem}" for folder, problem in problems.items())
+    raise UserError(
+        f"Ray finds no folder for its sockets and logs ({reasons})",
+        f"Set RAY_TMPDIR to a writable folder on a local disk with a path of at most {_FOLDER_BYTES - len('/ray')} "
+        "bytes, e.g. RAY_TMPDIR=/tmp.",
+    )
 
 
-def _interrupt(*_: object) -> None:
-    signal.raise_signal(signal.SIGINT)  # for whoever listens now: Python, Ray Train, Ray Tune
+_FOLDER_BYTES = (103 if sys.platform == "darwin" else 107) - len(
+    "/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store"
+)
+"""What the path of a Unix socket leaves for `ray_folder`."""
+
+
+def _unusable(folder: Path) -> str | None:
+    if len(os.fsencode(folder)) > _FOLDER_BYTES:
+        return "too long for the path of a socket"
+    try:
+        with tempfile.TemporaryFile(dir=folder if folder.exists() else folder.parent):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def ray_processes() -> list[psutil.Process]:
+    """Ray's own processes that this one has started."""
+    return [process for process in psutil.Process().children() if process.name() in ("gcs_server", "raylet")]
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Ray replaces SIGTERM's handler by one that prints its stack and aborts; puts the one found back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def quiet_data() -> DataContext:

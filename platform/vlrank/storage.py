@@ -518,6 +518,24 @@ def remove_tree(place: Location, *, keep: Sequence[Location] = ()) -> None:
             place.file_system.delete_dir(place.in_file_system)
 
 
+def writable(place: Location) -> bool:
+    """Whether a file or folder can be made or changed there, as the system says; of a bucket only a try can tell."""
+    if isinstance(place, BucketPath):
+        return True
+    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    return os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0))
+
+
+def require_writable(place: Location, remedy: str) -> None:
+    """Refuse at once what could not be written at the end.
+
+    Raises:
+        UserError: on a read-only file system, or no permission.
+    """
+    if not writable(place):
+        raise UserError(f"{place} cannot be written to: the file system is read-only, or permission is missing", remedy)
+
+
 def upload_tree(source: Path, target: BucketPath, *, last: str | None = None) -> None:
     """Put every file of a local folder; the one called ``last`` when all others are there."""
     files = {str(path.relative_to(source)): path for path in sorted(source.rglob("*")) if path.is_file()}

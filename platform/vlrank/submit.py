@@ -17,11 +17,13 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import click
 import yaml
@@ -36,6 +38,8 @@ from vlrank.stages import STAGES
 from vlrank.storage import location
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+AGENT_S = 30
+"""How long a job waits for an agent of the cluster."""
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -132,7 +136,8 @@ def submit(
             runtime_env["py_executable"] = interpreter
         with tempfile.TemporaryDirectory(prefix="vlrank-job-") as folder:
             package(Path(folder), values)
-            client.submit_job(
+            _when_an_agent_is_up(
+                client.submit_job,
                 entrypoint=f"{shlex.quote(interpreter or 'python')} -m vlrank.jobs {stage} --config job.yaml",
                 submission_id=job_id,
                 runtime_env=runtime_env | {"working_dir": folder},
@@ -173,12 +178,28 @@ def connect(address: str) -> Any:
     Raises:
         UserError: nothing answers there, or the token is wrong.
     """
+    host = urlsplit(address).hostname or ""
+    if host == "localhost" or host.startswith("127.") or host == "::1":
+        # A proxy cannot reach this machine's own address.
+        past = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), host]
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, past))
     with explained(address):
         from ray.job_submission import JobSubmissionClient
 
         # Ray prefers its own variable to the address it is given; here it has been asked already, after --address.
         os.environ.pop("RAY_API_SERVER_ADDRESS", None)
         return JobSubmissionClient(address)
+
+
+_NO_AGENT = "No available agent"
+
+
+def _when_an_agent_is_up(submit_job: Callable[..., str], **job: Any) -> None:
+    """Submit, and try again for half a minute: a head that has just started has no agent yet."""
+    from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_fixed
+
+    missing = retry_if_exception_message(match=f"(?s).*{_NO_AGENT}")
+    Retrying(retry=missing, stop=stop_after_delay(AGENT_S), wait=wait_fixed(1), reraise=True)(submit_job, **job)
 
 
 @contextmanager
@@ -194,12 +215,28 @@ def explained(address: str) -> Iterator[None]:
                 f"the cluster at {address} refused the token",
                 "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or put the cluster's token into ~/.ray/auth_token.",
             ) from error
-        if isinstance(error, ConnectionError):
+        if _NO_AGENT in str(error):
             raise UserError(
-                f"no Ray cluster answers at {address}",
+                f"the cluster at {address} has no agent that takes jobs",
+                "If another Ray on that host holds the agent's port, start this one with another: "
+                "ray start --head --dashboard-agent-listen-port=PORT.",
+            ) from error
+        by_requests = type(error).__module__.startswith("requests")
+        if isinstance(error, ConnectionError) or by_requests or str(error).startswith("Request failed"):
+            reason = "" if isinstance(error, ConnectionError) else f": {' '.join(str(error).split())[:300]}"
+            raise UserError(
+                f"no Ray cluster answers at {address}{_by_proxy(address)}{reason}",
                 "Give the dashboard's address: --address http://HEAD:8265 (through a tunnel or kubectl port-forward).",
             ) from error
         raise
+
+
+def _by_proxy(address: str) -> str:
+    """Names the variable that sends requests to an address through a proxy."""
+    parts = urlsplit(address)
+    if parts.scheme not in getproxies() or proxy_bypass(parts.hostname or ""):
+        return ""
+    return f" through the proxy of {parts.scheme}_proxy (no_proxy={parts.hostname} goes past it)"
 
 
 def follow(client: Any, job_id: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -430,3 +431,73 @@ def test_a_full_disk_stops_with_a_message_and_leaves_nothing(tmp_path: Path, big
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def _shop(folder: Path, times: list[Any], titled: int, items: int = 6) -> PrepareConfig:
+    reviews = [
+        {"user": f"u{user}", "item": f"i{item}", "timestamp": 1_600_000_000 + item}
+        for user in range(4)
+        for item in range(items)
+    ]
+    for row, when in enumerate(times):
+        reviews[row * items]["timestamp"] = when
+    meta = [{"item": f"i{item}", "title": f"T{item}" if item < titled else ""} for item in range(items)]
+    for name, rows in (("r.jsonl", reviews), ("m.jsonl", meta)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return PrepareConfig(
+        reviews=(folder / "r.jsonl",), meta=(folder / "m.jsonl",), out=folder / "d", min_uc=3, min_sc=3
+    )
+
+
+def test_impossible_times_are_counted_with_an_example_and_put_aside_when_asked(tmp_path: Path) -> None:
+    config = _shop(tmp_path, [0, -86_400, 16_000_000_000_000], titled=6)
+    summary = run(config)
+    line = str(summary.lines["impossible times"])
+    assert line.startswith(
+        f"2 before 1990, 1 in the future, such as 1970-01-01 00:00:00 in {tmp_path / 'r.jsonl'}:1; kept"
+    )
+    assert Dataset.open(tmp_path / "d").sequences()["item_ids"].list.len().to_list() == [6, 6, 6, 6]
+    config = config.model_copy(update={"impossible_times": "quarantine", "out": tmp_path / "other"})
+    assert "in quarantine" in str(run(config).lines["impossible times"])
+    dataset = Dataset.open(tmp_path / "other")
+    assert dataset.sequences()["item_ids"].list.len().to_list() == [5, 5, 5, 5]  # i0 keeps one user of three
+    assert [row["message"].split(" is ")[0] for row in dataset.quarantine("reviews").to_dicts()] == [
+        "1970-01-01 00:00:00",
+        "1969-12-31 00:00:00",
+        "2477-01-07 04:26:40",
+    ]
+
+
+def test_a_dataset_that_older_options_made_is_not_taken_for_another(tmp_path: Path) -> None:
+    config = _shop(tmp_path, [], titled=6)
+    run(config)
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    del manifest["options"]["impossible_times"]
+    (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest))
+    assert "nothing to do" in run(config).title
+
+
+@pytest.mark.parametrize(
+    ("update", "titled", "message", "remedy"),
+    [
+        ({}, 1, "`core.*4 before.: 5 of 6 items have no title", "keep_untitled=true"),
+        ({}, 0, "no item of the reviews, .* in the metadata: 6 of 6 items have no title", "columns.title"),
+        ({"min_uc": 7}, 6, "`core: users >= 7, items >= 3` .24 before.$", "Lower min_uc"),
+    ],
+)
+def test_when_nothing_is_left_the_real_cause_is_named(
+    tmp_path: Path, update: dict[str, Any], titled: int, message: str, remedy: str
+) -> None:
+    with pytest.raises(UserError) as told:
+        run(_shop(tmp_path, [], titled).model_copy(update=update))
+    problem, its_remedy = str(told.value).split("\n")
+    assert re.search(message, problem)
+    assert remedy in its_remedy
+    assert not (tmp_path / "d").exists()
+
+
+def test_items_that_the_metadata_lacks_are_told_from_untitled_ones(tmp_path: Path) -> None:
+    config = _shop(tmp_path, [], titled=6)
+    (tmp_path / "m.jsonl").write_text('{"item": "x1", "title": "T"}\n{"item": "i1", "title": ""}\n')
+    with pytest.raises(UserError, match=r"6 of 6 items have no title \(5 have no usable row in the metadata\)\n.*ids"):
+        run(config)

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.processes import Program
 from vlrank.config import RayConfig, TrainConfig, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.runtime import ray_session
@@ -126,17 +126,12 @@ def test_a_killed_driver_of_sharded_weights(
 ) -> None:
     """FSDP2 learns what one worker does, resumes from its own state, and leaves the same plain adapter."""
     config = settings("killed-driver", parallel="fsdp2", gradient_checkpointing=False)
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, json.dumps(config.model_dump(mode="json") | {"ray": {"address": "local"}})],
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    given = json.dumps(config.model_dump(mode="json") | {"ray": {"address": "local"}})
+    driver = Program(sys.executable, "-c", DRIVER, given)
     try:
-        wait_for_evaluation(config.out)
+        driver.wait_for(lambda: read_history(config.out), "an evaluation")
     finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+        driver.kill()
     assert not (config.out / "result.json").exists()
     run(config)  # resume: auto
     assert_same(numbers(config.out), unbroken)
@@ -157,16 +152,15 @@ def test_a_terminated_driver_ends_as_by_ctrl_c(settings: Callable[..., TrainConf
     file.write_text(json.dumps(config.model_dump(mode="json", exclude={"ray"})))  # JSON is YAML
     command = [sys.executable, "-m", "vlrank", "train", "--config", str(file), "ray.num_cpus=4"]
     # A lone worker needs no process group, and must not look for one that this host's launcher speaks of.
-    launched = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1"}
-    driver = subprocess.Popen(command, env=launched, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_evaluation(config.out)
-    started = psutil.Process(driver.pid).children(recursive=True)
+    launched = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1"}
+    driver = Program(*command, env=launched)
+    driver.wait_for(lambda: read_history(config.out), "an evaluation")
     # Importing torch where nothing computes costs seconds of every start, and of every trial's.
-    with_torch = [one.name() for one in [psutil.Process(driver.pid), *started] if loads_torch(one)]
+    started = driver.family()
+    with_torch = [one.name() for one in started if loads_torch(one)]
     assert with_torch == ["ray::RayTrainWorker"]
-    driver.send_signal(signal.SIGTERM)
-    said, _ = driver.communicate(timeout=120)
-    assert driver.returncode == 130
+    driver.process.send_signal(signal.SIGTERM)
+    said = driver.finish(130)
     assert "interrupted; what was committed stays" in said
     assert "SIGTERM" not in said
     assert "Traceback" not in said

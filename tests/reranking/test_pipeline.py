@@ -1,11 +1,7 @@
 """Bulk jobs must come out whole, once, and the same however often they were interrupted."""
 
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -14,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from tests.processes import Program
 from vlrank.config import EngineConfig, RankingConfig, RayConfig, RerankConfig, Split, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.data.schemas import CANDIDATES, RANKINGS
@@ -352,13 +349,10 @@ def test_killed_and_resumed_equals_unbroken(cluster: None, dataset: Dataset, mod
         *("rerank", dataset.path, "--model", model, "--out", out, "limit=40", "shard_rows=2", "prompt_workers=2"),
         *("engine.name=transformers", "ray.address=local", "ray.num_cpus=8"),
     ]
-    process = subprocess.Popen([sys.executable, "-c", _TWO_SHARDS, *map(str, arguments)], start_new_session=True)
+    process = Program(sys.executable, "-c", _TWO_SHARDS, *arguments)
     shards = tmp_path / "r.parquet.shards" / "test"
-    while process.poll() is None and len(list(shards.glob("[!.]*.parquet"))) < 2:
-        time.sleep(0.02)
-    assert process.poll() is None, "it ended too early"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.wait_for(lambda: len(list(shards.glob("[!.]*.parquet"))) >= 2, "the second shard")
+    process.lose_power()
     resumed = run(config(dataset, model, out, limit=40, shard_rows=2))
     assert (resumed.counts["reused"], resumed.counts["done"]) == (4, 36), (
         "shards are committed while others are in work"

@@ -6,10 +6,8 @@ import errno
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ import yaml
 from vlrank.config import TrainConfig, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
-from vlrank.training import pictures, worker
+from vlrank.training import pictures
 from vlrank.training.data import TrainingData, display_name, plan, selection_metric
 from vlrank.training.model import resolve_base
 from vlrank.training.optim import MasterAdamW
@@ -32,7 +30,7 @@ from vlrank.training.run import (
     record_evaluation,
     run,
 )
-from vlrank.training.trainer import Diverged, RerankTrainer, Stability, device_full, largest_that_fits
+from vlrank.training.trainer import RerankTrainer, Stability, device_full, largest_that_fits
 from vlrank.training.validation import rank_metrics, rank_of
 from vlrank.training.worker import remove_orphans
 
@@ -161,31 +159,6 @@ def test_a_run_does_not_go_on_with_a_dataset_that_was_prepared_anew(settings: Ma
     (begun.out / "data.json").write_text(json.dumps({"items.parquet": "another"}))
     with pytest.raises(UserError, match="prepared anew"):
         _finished(begun, told_shop)
-
-
-def test_an_error_of_one_rank_reaches_the_others(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Returned, it would look like the end of training, and the others would wait for half an hour."""
-    import ray
-    import ray.train
-
-    config = settings("caption")
-    call = {"config": config.model_dump(mode="json"), "base": asdict(resolve_base(config)), "data": None}
-    error: UserError = UserError("no such picture", "Look.")
-
-    def fails(*_: object, **__: object) -> None:
-        raise error
-
-    world = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
-    monkeypatch.setattr(worker, "_train", fails)
-    monkeypatch.setattr(ray, "get", lambda reference: reference)
-    monkeypatch.setattr(ray.train, "get_context", lambda: world)
-    with pytest.raises(UserError, match="no such picture"):
-        worker.train_loop(call)
-    error = Diverged("the loss exploded", "Lower lr.")  # which all ranks see
-    assert worker.train_loop(call) == {"problem": "the loss exploded", "remedy": "Lower lr."}
-    world.get_world_size = lambda: 1
-    error = UserError("no such picture", "Look.")
-    assert worker.train_loop(call)["problem"] == "no such picture"
 
 
 def test_features_that_cannot_be_written_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.processes import Program
 from vlrank.config import TrainConfig, TuneConfig, load_config
 from vlrank.errors import UserError
 from vlrank.tuning.run import run
@@ -125,18 +124,17 @@ def test_killed_three_times_the_same_command_finishes_the_sweep(cluster: str, tm
     finished_before: dict[str, Trial] = {}
     for kill in range(3):
         seen = epochs_in(out)
-        driver = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        driver = Program(*command)
         try:
-            wait_until(lambda seen=seen: epochs_in(out) >= seen + 2, driver)
+            driver.wait_for(lambda seen=seen: epochs_in(out) >= seen + 2, "two more epochs")
         finally:
             driver.kill()
-            driver.wait()
         trials = {trial.trial_id: trial for trial in sweep_of(out)}
         assert any(not trial.finished for trial in trials.values()), f"kill {kill} came too late"
         for trial_id, trial in finished_before.items():
             assert trials[trial_id] == trial, "a finished trial is not touched by a later run"
         finished_before = {trial_id: trial for trial_id, trial in trials.items() if trial.finished}
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    Program(*command).finish()
     trials = {trial.trial_id: trial for trial in sweep_of(out)}
     assert all(trial.status in ("completed", "stopped") for trial in trials.values())
     assert any(trial.attempts > 1 for trial in trials.values()), "some trials were interrupted and resumed"
@@ -152,12 +150,3 @@ def test_killed_three_times_the_same_command_finishes_the_sweep(cluster: str, tm
 
 def epochs_in(out: Path) -> int:
     return sum(len(trial.epochs) for trial in sweep_of(out)) if (out / "trials.jsonl").exists() else 0
-
-
-def wait_until(condition: Any, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(1200):
-        if condition():
-            return
-        assert process.poll() is None, "the sweep ended by itself"
-        time.sleep(0.1)
-    raise AssertionError("nothing happened for two minutes")

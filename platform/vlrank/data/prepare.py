@@ -43,7 +43,7 @@ from vlrank.data.interactions import (
 )
 from vlrank.data.metadata import Item, items
 from vlrank.data.rawfiles import Rejects, estimate_rows
-from vlrank.data.sources import RawOptions, interactions
+from vlrank.data.sources import Batch, RawOptions, interactions
 from vlrank.data.summary import describe
 from vlrank.data.tables import disk_errors, file_sha256, read_parquet, write_parquet_atomic
 from vlrank.data.text import item_text
@@ -55,6 +55,8 @@ _NOT_OPTIONS = {"reviews", "meta", "out", "dataset_code", "release", "raw_dir", 
 _NOT_OPTIONS |= {"retry_failed", "pictures", "ray"}
 
 _ROWS_PER_SECOND = 100_000  # an order of magnitude for `dry_run`; bench/results/kcore.json has measurements
+
+_EARLIEST_MS = 631_152_000_000  # 1990
 
 _CLEAN_ITEMS = pa.schema(
     [
@@ -152,6 +154,7 @@ def _inputs(config: PrepareConfig) -> dict[str, list[dict[str, Any]]]:
 def _difference(manifest: Mapping[str, Any], options: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
     """What an existing dataset was made with instead, in words; empty if it is the same."""
     old, old_inputs = manifest.get("options", {}), manifest.get("inputs", {})
+    old = {**{key: PrepareConfig.model_fields[key].default for key in options if key not in old}, **old}
     parts = [
         f"{key} was {old.get(key)!r}, now {options.get(key)!r}"
         for key in sorted(set(old) | set(options))
@@ -167,41 +170,69 @@ def _difference(manifest: Mapping[str, Any], options: Mapping[str, Any], inputs:
 
 
 class _Stages:
-    """Counts before and after each filter."""
+    """Counts before and after each filter, and what to say when nothing is left."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        self._losses: list[tuple[float, str, str]] = []  # share that was kept, why no more, remedy
 
-    def add(self, name: str, data: Interactions) -> None:
-        before = self.rows[-1]["interactions"] if self.rows else None
+    def add(self, name: str, data: Interactions, remedy: str = "Check the input.", reason: str | None = None) -> None:
+        """Count what a filter left.
+
+        Args:
+            name: The filter.
+            data: What it left.
+            remedy: What to do when it left too little.
+            reason: Why it left no more.
+
+        Raises:
+            UserError: nothing is left; where an earlier filter took more than half, its reason and remedy are named.
+        """
+        before = self.rows[-1] if self.rows else None
         self.rows.append({"stage": name, "users": data.n_users, "items": data.n_items, "interactions": len(data)})
         if not len(data):
-            raise UserError(
-                f"no interactions are left after `{name}`" + ("" if before is None else f" ({before:,} before)"),
-                "Check the input, or lower min_rating, min_uc and min_sc.",
-            )
+            problem = f"no interactions are left after `{name}`"
+            problem += f" ({before['interactions']:,} before)" if before else ""
+            kept, earlier, its_remedy = min(self._losses, default=(1.0, "", ""))
+            if kept < 0.5:
+                raise UserError(f"{problem}: {earlier}", its_remedy)
+            raise UserError(f"{problem}: {reason}" if reason else problem, remedy)
+        if before:
+            kept = min(self.rows[-1][what] / before[what] for what in ("items", "interactions"))
+            left = f"`{name}` left {len(data):,} of {before['interactions']:,} interactions"
+            self._losses.append((kept, reason or left, remedy))
+
+
+def _untitled(counts: Mapping[str, int], titled: int) -> tuple[str, str]:
+    """(how many items have no title and why, what to do about it)."""
+    absent, empty = counts.get("NoMetadata", 0), counts.get("NoTitle", 0)
+    reason = f"{absent + empty:,} of {titled + absent + empty:,} items have no title"
+    if absent:
+        reason += f" ({absent:,} have no usable row in the metadata)"
+    hint = "both files use the same ids (columns.item=NAME)" if absent > empty else "columns.title names the titles"
+    return reason, f"Check that {hint}, or keep items without a title, shown by their id: keep_untitled=true."
 
 
 def _build(
     config: PrepareConfig, writer: DatasetWriter, options: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> Dataset:
-    stages = _Stages()
-    data = _read_interactions(config, writer, stages)
-    clean_items, shown = _read_items(config, writer, data)
+    stages, times = _Stages(), _Times(config.impossible_times == "quarantine")
+    data = _read_interactions(config, writer, stages, times)
+    clean_items, shown, rejected = _read_items(config, writer, data)
+    reason, remedy = _untitled(rejected, len(shown))
     if not shown:
-        raise UserError(
-            f"no item of the reviews, such as {data.item_names[0].as_py()!r}, has a title in the metadata",
-            "Check that both files use the same ids (columns.item=NAME), or use keep_untitled=true.",
-        )
+        example = data.item_names[0].as_py()
+        raise UserError(f"no item of the reviews, such as {example!r}, has a title in the metadata: {reason}", remedy)
     data = _only_items(data, shown)
-    stages.add("items with a title", data)
+    stages.add("items with a title", data, remedy, reason)
     del shown
     data = order(data)
     if not config.keep_duplicates:
         data = drop_duplicates(data)
         stages.add("first of repeated pairs", data)
     data = k_core(data, config.min_uc, config.min_sc)
-    stages.add(f"core: users >= {config.min_uc}, items >= {config.min_sc}", data)
+    remedy = "Lower min_uc and min_sc, or check the input."
+    stages.add(f"core: users >= {config.min_uc}, items >= {config.min_sc}", data, remedy)
     built = sequences(data)
     del data
 
@@ -221,6 +252,7 @@ def _build(
         extra={
             "inputs": inputs,
             "stages": stages.rows,
+            "impossible_times": times.found(),
             "pictures": pictures.counts(pictures_table, asked=_wants_pictures(config)),
         },
     )
@@ -232,7 +264,50 @@ def _raw_options(config: PrepareConfig) -> RawOptions:
     )
 
 
-def _read_interactions(config: PrepareConfig, writer: DatasetWriter, stages: _Stages) -> Interactions:
+class _Times:
+    """Interactions whose time cannot be theirs: before anything was sold on the web, or after the day of the run."""
+
+    def __init__(self, quarantine: bool) -> None:
+        self._quarantine = quarantine
+        self._latest_ms = round(time.time() * 1000) + 86_400_000
+        self._early = self._late = 0
+        self._example = ""
+
+    def usable(self, batch: Batch, rejects: Rejects) -> np.ndarray:
+        """Mask of the rows to keep; with ``quarantine`` the others go to ``rejects``."""
+        early, late = batch.time_ms < _EARLIEST_MS, batch.time_ms > self._latest_ms
+        wrong = early | late
+        if not wrong.any():
+            return ~wrong
+        self._early += int(np.count_nonzero(early))
+        self._late += int(np.count_nonzero(late))
+        rows = np.flatnonzero(wrong)
+        self._example = self._example or f"{_moment(batch, rows[0])} in {batch.keys(int(rows[0]))}"
+        if not self._quarantine:
+            return np.ones(len(wrong), bool)
+        for row in rows:
+            rejects.add(
+                batch.keys(int(row)), "ImpossibleTime", f"{_moment(batch, row)} is before 1990 or in the future"
+            )
+        return ~wrong
+
+    def found(self) -> dict[str, Any] | None:
+        """For the manifest; None where every time is possible."""
+        if not self._early + self._late:
+            return None
+        return {
+            "before_1990": self._early,
+            "in_the_future": self._late,
+            "example": self._example,
+            "quarantined": self._quarantine,
+        }
+
+
+def _moment(batch: Batch, row: int) -> str:
+    return f"{np.datetime64(int(batch.time_ms[row]), 'ms')}".replace("T", " ").removesuffix(".000")
+
+
+def _read_interactions(config: PrepareConfig, writer: DatasetWriter, stages: _Stages, times: _Times) -> Interactions:
     rejects = Rejects(lambda rows: writer.add_quarantine("reviews", rows))
     collector = Collector()
     with progress("read interactions", None) as bar:
@@ -246,12 +321,12 @@ def _read_interactions(config: PrepareConfig, writer: DatasetWriter, stages: _St
                         f"{path} has no ratings, but min_rating is {config.min_rating:g}",
                         "Name the column with columns.rating=NAME, or leave min_rating at 0.",
                     )
-                if config.min_rating > 0 and missing.any():
-                    for row in np.flatnonzero(missing):
+                keep = times.usable(batch, rejects)
+                if config.min_rating > 0:
+                    for row in np.flatnonzero(keep & missing):
                         rejects.add(batch.keys(int(row)), "MissingRating", "min_rating needs a rating")
-                    collector.add(batch, ~missing)
-                else:
-                    collector.add(batch)
+                    keep &= ~missing
+                collector.add(batch, None if keep.all() else keep)
                 bar.advance(len(batch.rating), note=f"{rejects.total:,} bad" if rejects.total else None)
     rejects.flush()
     data = collector.finish()
@@ -264,7 +339,7 @@ def _read_interactions(config: PrepareConfig, writer: DatasetWriter, stages: _St
     stages.add("read", data)
     if config.min_rating > 0:
         data = data.take(data.rating >= config.min_rating)
-        stages.add(f"rating >= {config.min_rating:g}", data)
+        stages.add(f"rating >= {config.min_rating:g}", data, "Lower min_rating, or check the input.")
     return data
 
 
@@ -274,8 +349,10 @@ def _only_items(data: Interactions, shown: set[str]) -> Interactions:
     return data if keep.all() else data.take(keep)
 
 
-def _read_items(config: PrepareConfig, writer: DatasetWriter, data: Interactions) -> tuple[Path, set[str]]:
-    """One pass over the metadata: a temporary table of clean items that interactions need, and the ids that stay.
+def _read_items(
+    config: PrepareConfig, writer: DatasetWriter, data: Interactions
+) -> tuple[Path, set[str], Mapping[str, int]]:
+    """One pass over the metadata: a temporary table of clean items, the ids that stay, and bad rows by kind of error.
 
     Of several rows for one item the first with a title counts; later ones that say something else are put aside.
     """
@@ -315,7 +392,7 @@ def _read_items(config: PrepareConfig, writer: DatasetWriter, data: Interactions
         for source_id in sorted(wanted - titled.keys() - untitled.keys()):
             rejects.add(source_id, "NoMetadata", "no usable metadata row has this id")
     rejects.flush()
-    return path, wanted if config.keep_untitled else set(titled)
+    return path, wanted if config.keep_untitled else set(titled), rejects.counts
 
 
 class _ItemSpill:

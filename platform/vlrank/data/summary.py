@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
@@ -18,6 +19,8 @@ def describe(dataset: Dataset, title: str, seconds: float | None = None) -> Summ
         lines[stage["stage"]] = (
             f"{stage['interactions']:,} interactions, {stage['users']:,} users, {stage['items']:,} items"
         )
+    if times := dataset.manifest.get("impossible_times"):
+        lines["impossible times"] = _times(times)
     users, items, interactions = (counts[key] for key in ("users", "items", "interactions"))
     lines["dataset"] = f"{interactions:,} interactions, {users:,} users, {items:,} items"
     lines["sparsity"] = f"{1 - interactions / (users * items):.4%}"
@@ -32,6 +35,13 @@ def describe(dataset: Dataset, title: str, seconds: float | None = None) -> Summ
     machine = {key: int(counts[key]) for key in ("users", "items", "interactions")}
     machine |= {f"quarantined_{stage}": n for stage, n in quarantined.items()}
     return Summary(title, lines, dataset.path, machine)
+
+
+def _times(found: Mapping[str, Any]) -> str:
+    counted = {"before 1990": found["before_1990"], "in the future": found["in_the_future"]}
+    text = ", ".join(f"{n:,} {where}" for where, n in counted.items() if n)
+    hint = "in quarantine" if found["quarantined"] else "kept (impossible_times=quarantine puts them aside)"
+    return f"{text}, such as {found['example']}; {hint}"
 
 
 def _quantiles(lengths: pl.Series) -> str:

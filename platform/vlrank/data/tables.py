@@ -47,9 +47,9 @@ def disk_errors(path: Location) -> Iterator[None]:
     """
     try:
         yield
-    except PermissionError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", "Choose a folder you may write to.") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"cannot write {path}: {error.strerror}", "Choose a folder you may write to.") from error
         reason = _no_space(error)
         if reason is None:
             raise

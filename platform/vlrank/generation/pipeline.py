@@ -29,7 +29,7 @@ from vlrank.generation.writing import build
 from vlrank.installation import install_command
 from vlrank.prompting.chat_template import check_chat_template
 from vlrank.runtime import ray_session
-from vlrank.storage import Location, is_url, remove_tree
+from vlrank.storage import Location, is_url, remove_tree, require_writable
 
 ESTIMATE_ROWS = 32
 """Items that ``--dry_run`` generates, to extrapolate from."""
@@ -44,6 +44,7 @@ def run(config: GenerateConfig) -> Summary:
         UserError: an unusable dataset, prompt or model; an engine that ran out of memory.
     """
     work = _plan(config)
+    require_writable(work.shards.folder, "Texts become part of their dataset: generate them in a copy of it.")
     with ray_session(config.ray):
         gpus = engine_gpus(config.engine) * config.engine.tensor_parallel_size * config.engine.replicas
         result, retried = _passes(config, work)

@@ -42,7 +42,7 @@ from vlrank.prompting.modes import ModeSpec, mode_spec, shows
 from vlrank.reranking.ranker import Ranking, UserLists, open_prompts, open_ranker, tokenizer_folder
 from vlrank.reranking.windows import fuse, stable_order, windows
 from vlrank.runtime import ray_session
-from vlrank.storage import Location, listing, location
+from vlrank.storage import Location, listing, location, writable
 
 if TYPE_CHECKING:
     import ray.data
@@ -352,11 +352,12 @@ def _shards(config: RerankConfig, dataset: Dataset, split: Split) -> Shards:
     # Of this output alone: runs that share a quarantine take each other's failures for their own.
     place = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:8]
     name = f"rerank-{config.out.stem}-{split}-{place}"
+    shards = config.out.with_name(config.out.name + ".shards")
     return Shards(
-        folder=config.out.with_name(config.out.name + ".shards") / split,
+        folder=shards / split,
         schema=_SHARD,
         key="user_id",
-        quarantine=dataset.path / "quarantine" / name,
+        quarantine=(dataset.path if writable(dataset.path) else shards) / "quarantine" / name,
         stage=name,
     )
 

@@ -13,7 +13,7 @@ from vlrank.data.lists import Lists
 from vlrank.errors import UserError
 from vlrank.retrieval import baselines
 from vlrank.retrieval.importing import read_candidates
-from vlrank.storage import fetch, location
+from vlrank.storage import fetch, location, require_writable
 
 RETRIEVERS = ("popularity", "item_knn", "als")
 SPLITS: tuple[Split, ...] = ("val", "test")
@@ -48,6 +48,7 @@ def run(config: RetrieveConfig) -> Summary:
     """
     dataset = Dataset.open(config.dataset)
     name = _name(config)
+    require_writable(dataset.path / "candidates", "Lists become part of their dataset: retrieve for a copy of it.")
     if config.method in RETRIEVERS:
         tables, rejected, lines = _retrieve(dataset, config)
     else:

@@ -14,7 +14,7 @@ from vlrank.data.items import ItemMeta
 from vlrank.errors import UserError
 from vlrank.prompting.modes import ModeSpec, mode_spec
 from vlrank.prompting.prior import with_popularity
-from vlrank.storage import cache_folder
+from vlrank.storage import cache_folder, writable
 from vlrank.training.samples import (
     HistoryAndTarget,
     Sample,
@@ -201,7 +201,9 @@ def display_name(metric: str) -> str:
 def pictures_folder(config: TrainConfig) -> Path:
     """Where cached vision features lie: with the dataset, so that runs and trials share them, else in the run.
 
-    They are memory-mapped: those of a dataset (or run) in a bucket lie in this node's cache.
+    They are memory-mapped: those of a dataset (or run) that is in a bucket or read-only lie in this node's cache.
     """
     home = config.dataset if (config.dataset / "manifest.json").is_file() else config.out
-    return home / ".vision_features" if isinstance(home, Path) else cache_folder() / "vision_features"
+    if isinstance(home, Path) and writable(home):
+        return home / ".vision_features"
+    return cache_folder() / "vision_features"

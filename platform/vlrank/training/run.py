@@ -7,6 +7,7 @@ checkpoint), ``result.json`` (when it is done) and the checkpoints, plain Huggin
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 import warnings
@@ -19,14 +20,16 @@ import yaml
 
 from vlrank.config import TrainConfig
 from vlrank.console import Summary, announce, console, progress
-from vlrank.data.dataset import Dataset
+from vlrank.data.dataset import Dataset, write_quarantine
 from vlrank.data.items import ItemMeta
-from vlrank.data.tables import atomic_write_json, atomic_write_text, file_size
+from vlrank.data.tables import atomic_write_json, atomic_write_text, disk_errors
 from vlrank.errors import UserError
 from vlrank.prompting.chat_template import check_chat_template
 from vlrank.runtime import cluster_gpus, cluster_resources, ray_session
-from vlrank.storage import BucketPath, Location, listing, location, remove_tree
+from vlrank.storage import BucketPath, Location, listing, location, remove_tree, writable
+from vlrank.training.checkpoints import set_torn_aside, torn_file
 from vlrank.training.data import TrainingData, display_name, plan
+from vlrank.training.failures import with_failure_policy, worker_error
 from vlrank.training.model import FOLDERS, Base, resolve_base
 from vlrank.training.worker import PROGRESS_FILE, PROGRESS_S
 
@@ -114,8 +117,10 @@ def build_trainer(
     base = resolve_base(config)
     if data is None:
         data = TrainingData.of_dataset(Dataset.open(config.dataset), config.candidates)
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    _resume_from_whole(folder, folder / FOLDERS[base.family])
     gpus = gpus_per_worker(config, cluster_gpus())
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     kind: type[DataParallelTrainer] = DataParallelTrainer
@@ -124,7 +129,7 @@ def build_trainer(
         from ray.train.torch import TorchTrainer
 
         kind = TorchTrainer
-    return kind(
+    return with_failure_policy(kind, lambda: len(read_history(folder)))(
         train_loop,
         train_loop_config={"config": config.model_dump(mode="json"), "base": asdict(base), "data": ray.put(data)},
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpus > 0, resources_per_worker=resources),
@@ -138,6 +143,16 @@ def build_trainer(
             callbacks=[_run_folder_callback(folder), *callbacks],
         ),
     )
+
+
+def _resume_from_whole(folder: Location, home: Location) -> None:
+    """Have a run go on from its newest whole checkpoint; what was evaluated after it will be again."""
+    torn, step = set_torn_aside(home)
+    for name, file in torn.items():
+        goes_on = f"from step {step}" if step else "from the start"
+        announce("Note:", f"{home / name} is torn ({file} is cut off); the run goes on {goes_on}", "yellow")
+    if torn:
+        write_history(folder, [line for line in read_history(folder) if line["step"] <= step])
 
 
 def _ray_storage(folder: Location) -> dict[str, Any]:
@@ -162,10 +177,15 @@ def record_evaluation(folder: Location, metrics: Mapping[str, Any]) -> None:
     """Add an evaluation to a run folder; one that is repeated after a crash replaces the earlier line."""
     history = [line for line in read_history(folder) if line["step"] < metrics["step"]]
     history.append({**metrics, "time": time.time()})
-    atomic_write_text(folder / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+    write_history(folder, history)
     best = max(history, key=lambda line: line["selection"])
     facts = {key: best[key] for key in ("checkpoint", "metric", "value", "epoch", "step")}
     atomic_write_json(folder / "best.json", facts)
+
+
+def write_history(folder: Location, history: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the evaluations of a run."""
+    atomic_write_text(folder / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history))
 
 
 def read_history(folder: Location) -> list[dict[str, Any]]:
@@ -192,9 +212,9 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
         if dataset is not None:
             atomic_write_json(config.out / _DATA_FILE, dataset.manifest["files"])
         with _watch(config, config.epochs * -(-len(run_plan.samples) // config.batch_size)):
-            outcome = _fit(trainer)
-    if "problem" in outcome:
-        raise UserError(outcome["problem"], outcome["remedy"])
+            outcome: dict[str, Any] | None = fit_trainer(trainer).return_value
+    if outcome is None:
+        raise RuntimeError("training ended without a result")
     if outcome["stopped_early"]:
         console.print(f"Early stopping at epoch {outcome['stopped_early']}")
     best = json.loads((config.out / "best.json").read_text(encoding="utf-8"))
@@ -203,7 +223,7 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
     bad = outcome.pop("bad")
     if dataset is not None:
         rows = [{"key": key, "error_type": error, "message": message} for key, error, message in bad]
-        dataset.add_quarantine("train", rows)
+        write_quarantine(dataset.path if writable(dataset.path) else config.out, "train", rows)
     else:
         for key, _, message in bad:
             warnings.warn(f"{key}: {message}", stacklevel=3)
@@ -293,23 +313,29 @@ def check_resources(config: TrainConfig, have: Mapping[str, float]) -> None:
             )
 
 
-def _fit(trainer: DataParallelTrainer) -> dict[str, Any]:
+def fit_trainer(trainer: DataParallelTrainer) -> Any:
+    """Run a trainer of `build_trainer` to its end; returns Ray Train's ``Result``.
+
+    Raises:
+        UserError: what a worker found that the user has to mend.
+        RuntimeError: any other failure of a worker, with its traceback as a note.
+    """
     from ray.train import TrainingFailedError
 
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        outcome: dict[str, Any] | None = trainer.fit().return_value
+        return trainer.fit()
     except TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", {}) or {}
-        for failure in failures.values():
-            cause = getattr(failure, "_base_exc", failure)
-            if isinstance(cause, UserError):
-                raise cause from None
-        raise
+        failures = getattr(error, "worker_failures", None)
+        if not failures:
+            raise
+        raise worker_error(failures) from None
     except SystemExit:  # Ray Train's answer to Ctrl-C, once it has ended its workers
         raise KeyboardInterrupt from None
-    if outcome is None:
-        raise RuntimeError("training ended without a result")
-    return outcome
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own behind
 
 
 @contextmanager
@@ -375,22 +401,11 @@ _GUESSES = (
 
 
 def _check_weights(folder: Location) -> None:
-    """Look at the checkpoint's tensors; a folder that cannot be read must not pass for the best model.
-
-    A safetensors file says in its head where each tensor ends (8 bytes of length, then JSON): reading all of it, and
-    from a bucket at that, is not needed to see that nothing is missing.
-    """
-    files = listing(folder, "*.safetensors")
-    if not files:
+    """A folder that cannot be read must not pass for the best model."""
+    if not listing(folder, "*.safetensors"):
         raise UserError(f"{folder} holds no weights", "The disk may be full; train again with resume=never.")
-    for file in files:
-        size = file_size(file)
-        with file.open("rb") as content:
-            length = int.from_bytes(content.read(8), "little")
-            tensors = json.loads(content.read(length)) if length < size else {}
-        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
-        if size != 8 + length + max(ends, default=0):
-            raise UserError(f"{file} is cut off", "The disk may be full; train again with resume=never.")
+    if file := torn_file(folder):
+        raise UserError(f"{file} is cut off", "The disk may be full; train again with resume=never.")
 
 
 def _facts(config: TrainConfig, base: Base, data: TrainingData) -> Summary:

@@ -370,10 +370,6 @@ def write_checkpoint_facts(folder: Path, config: TrainConfig, base: Base) -> Non
     (folder / CHECKPOINT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-class Diverged(UserError):
-    """The numbers went wrong; every rank sees the same ones and stops."""
-
-
 def device_full(config: TrainConfig, base: Base, when: str, row: int | None) -> UserError:
     """The message for a full GPU: what to change, in the order of what it costs.
 
@@ -435,18 +431,18 @@ class Stability:
         self._recent: deque[float] = deque(maxlen=50)
 
     def check_gradients(self, norm: float, step: int) -> None:
-        """Raises `Diverged` when gradients are not finite; all ranks see the same norm."""
+        """Raises a `UserError` when gradients are not finite; all ranks see the same norm."""
         if not math.isfinite(norm):
-            raise Diverged(
+            raise UserError(
                 f"the loss is not a number at step {step} (gradient norm {norm})",
                 "Lower `lr`, raise `warmup_ratio`, or train in dtype: float32. The last good checkpoint is kept.",
             )
 
     def check_loss(self, loss: float, step: int) -> None:
-        """Raises `Diverged` when the loss is far above both what it was and what guessing would give."""
+        """Raises a `UserError` when the loss is far above both what it was and what guessing would give."""
         usual = float(np.median(self._recent)) if self._recent else loss
         if not math.isfinite(loss) or loss > 4 * max(usual, self._uniform):
-            raise Diverged(
+            raise UserError(
                 f"the loss exploded at step {step}: {loss:.3g}, after {usual:.3g} before",
                 "Lower `lr` or `max_grad_norm`, or raise `warmup_ratio`. The last good checkpoint is kept.",
             )

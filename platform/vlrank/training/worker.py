@@ -53,11 +53,10 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
         settings: ``config`` and ``base`` as dicts, and ``data``, a reference to a `TrainingData`.
 
     Returns:
-        `Outcome` as a dict, or ``{"problem", "remedy"}`` where the user has to mend something: returned, not raised,
-        because Ray Train would try again and fail the same way.
+        `Outcome` as a dict.
 
     Raises:
-        UserError: the same, where other ranks may know nothing of it and wait for this one.
+        UserError: the user has to mend something.
     """
     import ray
     import ray.train
@@ -66,14 +65,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     base = Base(**settings["base"])
     data: TrainingData = ray.get(settings["data"])
     context = ray.train.get_context()
-    try:
-        return asdict(_train(config, base, data, rank=context.get_world_rank(), world=context.get_world_size()))
-    except UserError as error:
-        from vlrank.training.trainer import Diverged
-
-        if context.get_world_size() > 1 and not isinstance(error, Diverged):
-            raise
-        return {"problem": error.problem, "remedy": error.remedy}
+    return asdict(_train(config, base, data, rank=context.get_world_rank(), world=context.get_world_size()))
 
 
 def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, world: int) -> Any:

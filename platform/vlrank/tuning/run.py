@@ -322,6 +322,8 @@ def _driver(build: Build) -> Callable[[dict[str, Any]], None]:
         from ray import tune
         from ray.tune.integration.ray_train import TuneReportCallback
 
+        from vlrank.training.run import fit_trainer
+
         config = validate(TrainConfig, launched["train"])
         for evaluation in _evaluations_of(Path(launched["runs"]) / launched["trial_id"]):
             tune.report(evaluation)  # what an earlier, killed sweep had trained but not yet written down
@@ -331,9 +333,7 @@ def _driver(build: Build) -> Callable[[dict[str, Any]], None]:
             trainer = build(
                 config, name=launched["trial_id"], storage_path=launched["runs"], callbacks=[TuneReportCallback()]
             )
-            outcome = getattr(trainer.fit(), "return_value", None)
-            if isinstance(outcome, dict) and "problem" in outcome:  # how training tells what the user has to mend
-                raise UserError(outcome["problem"], outcome["remedy"])
+            fit_trainer(trainer)
         except Exception:
             error_file.parent.mkdir(parents=True, exist_ok=True)
             error_file.write_text(traceback.format_exc(), encoding="utf-8")

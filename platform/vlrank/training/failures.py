@@ -1,0 +1,85 @@
+"""Which failures of a training worker are worth another attempt, and what is said of the others."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vlrank.errors import UserError, user_error_in
+
+if TYPE_CHECKING:
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+_ALWAYS_MET = (
+    *(UserError, TypeError, AttributeError, NameError, ImportError, LookupError, ValueError, AssertionError),
+    *(NotImplementedError, RecursionError),
+)
+_ALWAYS_MET_ERRNO = {
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+}
+
+
+def always_met(failure: BaseException) -> bool:
+    """Whether every attempt would meet this failure: faults in code, files and rights, not in machines and networks."""
+    error = getattr(failure, "_base_exc", failure)
+    if isinstance(error, OSError):
+        return error.errno in _ALWAYS_MET_ERRNO
+    return isinstance(error, _ALWAYS_MET) or type(error).__name__ == "SafetensorError" or bool(user_error_in(error))
+
+
+def with_failure_policy(kind: type[DataParallelTrainer], evaluations: Callable[[], int]) -> type[DataParallelTrainer]:
+    """A trainer class that does not repeat what `always_met`, nor what was met twice without an evaluation between.
+
+    Args:
+        kind: Ray Train's class.
+        evaluations: How many the run has by now.
+    """
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+
+    class Policy(DefaultFailurePolicy):
+        """Runs in the controller."""
+
+        def __init__(self, failure_config: Any) -> None:
+            super().__init__(failure_config)
+            self._last: tuple[Any, ...] | None = None
+
+        def make_decision(self, training_failed_error: Any) -> Any:
+            decision = super().make_decision(training_failed_error)
+            if not isinstance(training_failed_error, WorkerGroupError):
+                return decision
+            failures = training_failed_error.worker_failures
+            if not all(hasattr(failure, "_base_exc") for failure in failures.values()):
+                return decision  # a process was lost, and the errors of the others may come from that
+            last, self._last = self._last, (evaluations(), *sorted(map(_line, failures.values())))
+            hopeless = any(map(always_met, failures.values())) or last == self._last
+            return FailureDecision.RAISE if hopeless else decision
+
+    class Trainer(kind):
+        def _initialize_and_run_controller(self, **controller: Any) -> Any:
+            policy = Policy(self.run_config.failure_config)
+            return super()._initialize_and_run_controller(**controller | {"failure_policy": policy})
+
+    return Trainer
+
+
+def _line(failure: BaseException) -> str:
+    error = getattr(failure, "_base_exc", failure)
+    return f"{type(error).__name__}: {error}"
+
+
+def worker_error(failures: Mapping[int, BaseException]) -> Exception:
+    """What to raise for the failures of workers (rank -> failure): a `UserError`, or an error that shows one traceback.
+
+    Ray Train's own message joins the tracebacks of all ranks and cuts each in its middle.
+    """
+    for failure in failures.values():
+        if found := user_error_in(failure):
+            return found
+    # Of several, the others often only lost their connection to the one that failed first.
+    rank, failure = min(failures.items(), key=lambda item: (not always_met(item[1]), item[0]))
+    error = RuntimeError(f"training worker {rank} failed: {_line(failure)}")
+    error.add_note(str(failure))
+    return error

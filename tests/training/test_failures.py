@@ -1,0 +1,135 @@
+"""A fault that every attempt will meet costs one attempt, not three, and its message comes whole.
+
+What a user would lose: minutes of starting, and the one line in the middle of a long message that says what is wrong.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.train import FailureConfig, WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+
+from vlrank.config import RayConfig
+from vlrank.errors import UserError
+from vlrank.runtime import ray_session
+from vlrank.training.failures import always_met, with_failure_policy, worker_error
+
+
+class Trainer:
+    """Ray Train's trainer as far as its failures go."""
+
+    run_config = SimpleNamespace(failure_config=FailureConfig(max_failures=3))
+
+    def _initialize_and_run_controller(self, **controller: Any) -> Any:
+        return controller["failure_policy"]
+
+
+def failed(*errors: Exception) -> WorkerGroupError:
+    return WorkerGroupError("cut", {rank: wrapped(error) for rank, error in enumerate(errors)})
+
+
+def wrapped(error: Exception) -> UserExceptionWithTraceback:
+    return UserExceptionWithTraceback(error, f"Traceback\n  the middle\n{type(error).__name__}: {error}")
+
+
+@pytest.fixture
+def policy() -> Any:
+    return policy_at(lambda: 1)
+
+
+def policy_at(evaluations: Callable[[], int]) -> Any:
+    return with_failure_policy(Trainer, evaluations)()._initialize_and_run_controller()  # type: ignore[arg-type]
+
+
+FINAL = [
+    UserError("no such picture", "Look."),
+    TypeError("apply_chat_template() got an unexpected keyword"),
+    OSError(errno.EROFS, "Read-only file system"),
+    OSError(errno.EACCES, "Permission denied"),
+    OSError(errno.ENOSPC, "No space left on device"),
+]
+PASSING = [
+    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    RuntimeError("NCCL error: unhandled system error"),
+]
+
+
+@pytest.mark.parametrize("error", FINAL, ids=repr)
+def test_a_fault_that_every_attempt_meets_is_not_tried_again(policy: Any, error: Exception) -> None:
+    assert policy.make_decision(failed(RuntimeError("the other rank is gone"), error)) == FailureDecision.RAISE
+
+
+def test_a_torn_file_is_not_read_again(tmp_path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    (tmp_path / "model.safetensors").write_bytes(b"\x40" + b"\0" * 7 + b"{")
+    with pytest.raises(SafetensorError) as torn, safe_open(tmp_path / "model.safetensors", "pt"):
+        pass
+    assert always_met(torn.value)
+
+
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+def test_what_may_pass_is_tried_again_but_not_for_ever(policy: Any, error: Exception) -> None:
+    assert policy.make_decision(failed(error)) == FailureDecision.RETRY
+    assert policy.make_decision(failed(RuntimeError("another"))) == FailureDecision.RETRY
+    assert policy.make_decision(failed(error)) == FailureDecision.RETRY
+    assert policy.make_decision(failed(error)) == FailureDecision.RAISE
+
+
+def test_the_same_failure_twice_in_one_place_ends_the_run_and_after_progress_does_not() -> None:
+    done = [0]
+    policy = policy_at(lambda: done[0])
+    error = RuntimeError("shapes do not match")
+    assert policy.make_decision(failed(error)) == FailureDecision.RETRY
+    done[0] += 1
+    assert policy.make_decision(failed(error)) == FailureDecision.RETRY
+    assert policy.make_decision(failed(error)) == FailureDecision.RAISE
+
+
+def test_a_lost_process_is_replaced_whatever_the_others_say(policy: Any) -> None:
+    from ray.exceptions import ActorDiedError
+
+    error = WorkerGroupError("cut", {0: ActorDiedError(), 1: wrapped(ValueError("a broken message"))})
+    assert policy.make_decision(error) == FailureDecision.RETRY
+    assert policy.make_decision(error) == FailureDecision.RETRY
+
+
+def test_the_message_of_a_failed_worker_is_whole() -> None:
+    error = worker_error(failed(RuntimeError("connection closed"), TypeError("no such keyword")).worker_failures)
+    assert str(error) == "training worker 1 failed: TypeError: no such keyword"
+    assert error.__notes__ == ["Traceback\n  the middle\nTypeError: no such keyword"]
+    user_error = worker_error(
+        failed(RuntimeError("connection closed"), UserError("no disk", "Buy one.")).worker_failures
+    )
+    assert isinstance(user_error, UserError)
+    assert user_error.remedy == "Buy one."
+
+
+@pytest.mark.stack
+def test_a_worker_with_a_fault_in_its_code_is_started_once(tmp_path: Path) -> None:
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    def loop() -> None:
+        with (tmp_path / "attempts").open("a") as file:
+            file.write("x")
+        raise TypeError("many words " * 3000 + "at the end")
+
+    with ray_session(RayConfig(num_cpus=2)):
+        trainer = with_failure_policy(DataParallelTrainer, lambda: 0)(
+            loop,
+            scaling_config=ScalingConfig(num_workers=1),
+            run_config=RunConfig(storage_path=str(tmp_path), failure_config=FailureConfig(max_failures=3)),
+        )
+        with pytest.raises(TrainingFailedError) as caught:
+            trainer.fit()
+    assert (tmp_path / "attempts").read_text() == "x"
+    assert str(worker_error(caught.value.worker_failures)).count("many words") == 3000
