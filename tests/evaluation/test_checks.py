@@ -8,7 +8,7 @@ from vlrank.evaluation.checks import Finding, check_candidates, check_order, che
 
 
 def found(lists: dict[int, list[int]], targets: list[int], **options: object) -> dict[str, Finding]:
-    given = {"histories": {}, "name": "candidates", "asked": 3, "n_items": 1000} | options
+    given = {"histories": {}, "name": "candidates", "expected": 3, "n_items": 1000} | options
     return {f.check: f for f in check_candidates(Lists.from_dict(lists), np.array(targets), **given)}  # type: ignore[arg-type]
 
 
@@ -23,7 +23,7 @@ def test_duplicate_candidates() -> None:
 def test_history_items_among_candidates() -> None:
     assert found({1: [1, 2, 3], 2: [3, 4, 5]}, [9, 9], histories={1: [2], 2: [9]})["history"].level == "note"
     both = check_candidates(
-        Lists.from_dict({1: [1, 2, 3]}), np.array([3]), {1: [2, 3]}, name="c", asked=3, protocol="retrieval"
+        Lists.from_dict({1: [1, 2, 3]}), np.array([3]), {1: [2, 3]}, name="c", expected=3, protocol="retrieval"
     )
     # Item 2 was had before; the target itself is a repeat, which is another matter.
     assert [(f.check, f.level, f.count) for f in both] == [("history", "warning", 1), ("history", "note", 1)]

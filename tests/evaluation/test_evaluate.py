@@ -15,8 +15,8 @@ from vlrank.data.dataset import Dataset
 from vlrank.data.lists import Lists
 from vlrank.data.tables import write_parquet_atomic
 from vlrank.errors import UserError
-from vlrank.evaluation.evaluate import _names, read_rankings
 from vlrank.evaluation.metrics import ranking_metrics
+from vlrank.evaluation.rankings import _names, read_rankings
 from vlrank.evaluation.run import dry_run, run
 from vlrank.retrieval.retrieve import run as retrieve
 

@@ -14,7 +14,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias, Union
 
@@ -140,6 +140,20 @@ def read_json(path: Location) -> Any:
         raise UserError(f"{path} does not exist") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_json_lines(path: Location) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file, one per line; empty where there is no file.
+
+    Lines that are no JSON object are left out: the writer of the last one may have been killed, or still be at work.
+    """
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
 
 
 def write_parquet_atomic(table: Table, path: Location, schema: pa.Schema) -> None:

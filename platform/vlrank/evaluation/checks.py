@@ -40,7 +40,7 @@ def check_candidates(
     histories: Mapping[int, Sequence[int]],
     *,
     name: str,
-    asked: int,
+    expected: int,
     titles: Sequence[str] = (),
     protocol: str = "retrieval",
     n_items: int = 0,
@@ -52,7 +52,7 @@ def check_candidates(
         targets: int [U]; the target of each user of ``lists``.
         histories: user_id -> items before the target.
         name: How messages call the lists.
-        asked: Candidates that every user should have.
+        expected: The number of candidates that every user should have.
         titles: Item titles at [item_id - 1], for near-duplicates.
         protocol: ``retrieval`` or ``ground_truth``.
         n_items: Size of the catalogue.
@@ -60,7 +60,7 @@ def check_candidates(
     return [
         *_duplicates(lists, name),
         *_history(lists, targets, histories, name),
-        *_short(lists, name, asked),
+        *_short(lists, name, expected),
         *(_injected(lists, targets, name, n_items) if protocol == "retrieval" else ()),
         *_near_duplicates(lists, targets, titles, name),
     ]
@@ -110,7 +110,7 @@ def check_times(sequences: pl.DataFrame, split: str, lengths: Mapping[int, int])
     times = known.with_columns(position=position).select(
         target=at(0),
         before=at(1),
-        # Under leave-one-out the training part ends two before the end, whichever split is asked.
+        # Under leave-one-out the training part ends two items before the end of the sequence.
         train=at(2 if split == "test" else 1),
     )
     if times.is_empty():
@@ -163,12 +163,12 @@ def _history(lists: Lists, targets: Ints, histories: Mapping[int, Sequence[int]]
     return findings
 
 
-def _short(lists: Lists, name: str, asked: int) -> list[Finding]:
-    short = int((lists.lengths < asked).sum())
+def _short(lists: Lists, name: str, expected: int) -> list[Finding]:
+    short = int((lists.lengths < expected).sum())
     if not short:
         return []
     fewest = int(lists.lengths.min())
-    message = f"{name}: fewer than {asked} candidates for {_users(short, lists)} (fewest: {fewest})"
+    message = f"{name}: fewer than {expected} candidates for {_users(short, lists)} (fewest: {fewest})"
     return [Finding("short_lists", "warning", message, short, len(lists.users))]
 
 

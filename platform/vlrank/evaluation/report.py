@@ -22,10 +22,12 @@ from vlrank.console import progress
 from vlrank.data.dataset import Dataset
 from vlrank.data.lists import Ints, Lists
 from vlrank.data.picture import UnreadablePicture, read_rgb
+from vlrank.data.tables import read_json_lines
 from vlrank.errors import UserError
 from vlrank.evaluation.checks import Finding
 from vlrank.evaluation.compare import Difference
-from vlrank.evaluation.evaluate import RETRIEVER, Group, Method, main_metrics
+from vlrank.evaluation.evaluate import main_metrics
+from vlrank.evaluation.groups import RETRIEVER, Group, Method
 from vlrank.evaluation.metrics import LABELS, label
 from vlrank.storage import Location
 from vlrank.version import __version__
@@ -413,7 +415,7 @@ def _run_curves(folder: Location) -> dict[str, Any]:
     path = folder / "history.jsonl"
     if not path.is_file():
         raise UserError(f"run {folder} has no history.jsonl", "Give the folder that `vlrank train --out` made.")
-    rows = _json_lines(path)
+    rows = read_json_lines(path)
     axis = next((name for name in ("epoch", "step", "global_step") if rows and name in rows[0]), None)
     series: dict[str, list[list[float]]] = {}
     for place, row in enumerate(rows, start=1):
@@ -447,17 +449,5 @@ def _sweep(folder: Path) -> list[dict[str, Any]]:
                 if math.isfinite(entry.get("metric", math.nan))
             ],
         }
-        for row in _json_lines(path)
+        for row in read_json_lines(path)
     ]
-
-
-def _json_lines(path: Location) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the last line of a run that is still going, or was killed
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows

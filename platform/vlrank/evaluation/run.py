@@ -18,16 +18,18 @@ from vlrank.data.dataset import Dataset
 from vlrank.data.tables import atomic_write_json, atomic_write_text
 from vlrank.errors import UserError
 from vlrank.evaluation.compare import Difference
-from vlrank.evaluation.evaluate import RETRIEVER, Group, Method, compare_methods, evaluate, main_metrics, read_rankings
+from vlrank.evaluation.evaluate import compare_methods, evaluate, main_metrics
+from vlrank.evaluation.groups import RETRIEVER, Group, Method
 from vlrank.evaluation.metrics import label
+from vlrank.evaluation.rankings import read_rankings
 from vlrank.version import __version__
 
 
 def dry_run(config: EvaluateConfig) -> Summary:
-    """What `run` would do."""
+    """The rankings that `run` would evaluate, against which rivals; computes nothing."""
     dataset = Dataset.open(config.dataset)
-    runs = read_rankings(config.rankings, dataset, config.split)
-    lines = {run.name: f"{run.split}, {len(run.lists.users):,} users, {run.file}" for run in runs}
+    rankings = read_rankings(config.rankings, dataset, config.split)
+    lines = {one.name: f"{one.split}, {len(one.lists.users):,} users, {one.file}" for one in rankings}
     lines["baselines"] = ", ".join(config.baselines) or "none"
     lines["candidates tables"] = ", ".join(dataset.candidate_names()) or "none"
     return Summary("evaluate (dry run)", lines, config.out)

@@ -22,7 +22,7 @@ from vlrank.config import TrainConfig
 from vlrank.console import Summary, announce, console, progress
 from vlrank.data.dataset import Dataset, write_quarantine
 from vlrank.data.items import ItemMeta
-from vlrank.data.tables import atomic_write_json, atomic_write_text, disk_errors
+from vlrank.data.tables import atomic_write_json, atomic_write_text, disk_errors, read_json_lines
 from vlrank.errors import UserError
 from vlrank.prompting.chat_template import check_chat_template
 from vlrank.runtime import cluster_gpus, cluster_resources, ray_session
@@ -190,8 +190,7 @@ def write_history(folder: Location, history: Sequence[Mapping[str, Any]]) -> Non
 
 def read_history(folder: Location) -> list[dict[str, Any]]:
     """The evaluations of a run, oldest first."""
-    path = folder / "history.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return read_json_lines(folder / "history.jsonl")
 
 
 def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Summary:
