@@ -30,7 +30,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from vlrank.config import TuneConfig, load_config
 from vlrank.demo.shop import make_products, make_shop
-from vlrank.tuning.halving import Halving
+from vlrank.tuning.asha import Asha
 from vlrank.tuning.run import run
 from vlrank.tuning.trials import Sweep, Trial
 
@@ -72,12 +72,12 @@ def replay(
         factor: Reduction factor.
         concurrent: Trials side by side.
         folder: For a sweep that nobody reads.
-        ours: `vlrank.tuning.halving.Halving`, or Ray Tune's ``ASHAScheduler``.
+        ours: `vlrank.tuning.asha.Asha`, or Ray Tune's ``ASHAScheduler``.
     """
     sweep = Sweep(folder / "replay.jsonl")
     for trial in curves:
         sweep.add(Trial(trial.mode, trial.trial_id, trial.config, trial.metric))
-    halving = Halving(sweep, {MODE: epochs}, lambda trial: epochs, 1, factor)
+    asha = Asha(sweep, {MODE: epochs}, lambda trial: epochs, 1, factor)
     rays = ASHAScheduler(
         "epoch", "metric", "max", max_t=epochs - 1, grace_period=1, reduction_factor=factor, stop_last_trials=False
     )
@@ -86,7 +86,7 @@ def replay(
     while True:
         while len(running) < concurrent:
             fresh = (one for one in sweep if one.status == "pending")
-            trial = (halving.promoted([one.trial_id for one in running]) if ours else None) or next(fresh, None)
+            trial = (asha.promote([one.trial_id for one in running]) if ours else None) or next(fresh, None)
             if trial is None:
                 break
             if trial.status == "pending":
@@ -97,7 +97,7 @@ def replay(
             return {"epochs": sum(len(one.epochs) for one in sweep)} | winner(list(sweep))
         for trial in list(running):
             trial.epochs.append(whole[trial.trial_id][len(trial.epochs)])
-            on = halving.goes_on(trial) if ours else rays.on_trial_result(None, trial, trial.epochs[-1]) != "STOP"
+            on = asha.trains_on(trial) if ours else rays.on_trial_result(None, trial, trial.epochs[-1]) != "STOP"
             if not on or len(trial.epochs) == epochs:
                 trial.status = "completed" if on else "paused" if ours else "stopped"
                 running.remove(trial)

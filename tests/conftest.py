@@ -6,10 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from vlrank.config import PrepareConfig
 from vlrank.data.dataset import Dataset, write_dataset
 from vlrank.demo.shop import make_shop
+
+# An example may take as long as a busy machine makes it take.
+settings.register_profile("vlrank", deadline=None)
+settings.load_profile("vlrank")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -81,7 +81,7 @@ runs = st.builds(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(runs, min_size=1, max_size=4), st.sampled_from([1, 4, 1000]))
 def test_whatever_crashes_every_key_ends_up_once_and_current(history: list[Run], rows_at_once: int) -> None:
     """Crashed runs followed by one that finishes leave each wanted key once: committed, or quarantined."""

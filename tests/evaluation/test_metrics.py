@@ -78,7 +78,7 @@ def test_agrees_with_trec_eval(seed: int) -> None:
     assert fast == pytest.approx(slow, abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=40))
 def test_metrics_stay_in_range_and_grow_with_k(ranks: list[int]) -> None:
     got = evaluate_ranks(np.array(ranks), ks=KS, bootstrap=0).means
@@ -111,7 +111,7 @@ def test_a_constant_scorer_gets_the_retrievers_numbers() -> None:
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.lists(st.sampled_from([0.0, 1.0, 2.0, float("nan"), -math.inf]), max_size=8), min_size=1, max_size=6)
 )

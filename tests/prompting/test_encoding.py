@@ -69,7 +69,7 @@ def test_a_joined_space_belongs_to_the_answer() -> None:
     assert tokenizer.decode(encoded.ids) + tokenizer.decode(encoded.answer_ids(6)) == f"{text}7<|im_end|>"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(n=st.integers(1, 20), longest=st.integers(64, 900), histories=st.integers(0, 30))
 def test_only_the_oldest_history_is_cut(n: int, longest: int, histories: int) -> None:
     tokenizer = _shared_digits()

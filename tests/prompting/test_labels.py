@@ -45,7 +45,7 @@ def test_a_uniform_model_gives_the_closed_form() -> None:
     assert p.sum() == pytest.approx(1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 100), name=st.sampled_from(sorted(ZOO)), seed=st.integers(0, 2**32 - 1))
 def test_equals_brute_force_over_a_made_up_language_model(n: int, name: str, seed: int) -> None:
     """Brute force: every label as a full continuation, each step normalised over what may still become a label."""

@@ -52,7 +52,7 @@ def model(relevance: list[np.ndarray]):  # type: ignore[no-untyped-def]
     return score
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.integers(0, 70), max_size=5), shuffles=st.integers(1, 3), seed=st.integers(0, 99))
 def test_never_a_duplicate_never_a_lost_candidate(sizes: list[int], shuffles: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

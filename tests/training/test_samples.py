@@ -26,7 +26,7 @@ ITEMS = np.arange(1, 101)
 SEQUENCES = {user: [(user * 7 + step * 13) % 100 + 1 for step in range(2 + user % 6)] for user in range(1, 41)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), epoch=st.integers(0, 50), negatives=st.integers(1, 60), data=st.data())
 def test_every_sample_is_a_fair_question(seed: int, epoch: int, negatives: int, data: st.DataObject) -> None:
     samples = TrainingSamples(SEQUENCES, ITEMS, negatives=negatives, seed=seed)
@@ -151,7 +151,7 @@ def test_negatives_by_popularity_follow_the_training_interactions() -> None:
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     size=st.integers(2, 300), taken=st.sets(st.integers(1, 300), max_size=60), n=st.integers(0, 40), seed=st.integers(0)
 )

@@ -15,7 +15,8 @@ import pytest
 from vlrank.config import EngineConfig, TrainConfig, TuneConfig, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.tuning import final
-from vlrank.tuning.run import mode_plan, run
+from vlrank.tuning.mode_search import mode_search
+from vlrank.tuning.run import run
 from vlrank.tuning.trials import Sweep
 
 pytestmark = pytest.mark.stack
@@ -87,7 +88,7 @@ def test_the_best_yaml_trains_to_exactly_the_same_validation_number(finished: Tu
 def test_the_winner_ranks_the_test_users_once(finished: TuneConfig) -> None:
     config = finished.model_copy(update={"engine": EngineConfig(name="transformers")})
     best = json.loads((config.out / "best.json").read_text())["semantic_summary_small"]
-    base = mode_plan(config, "semantic_summary_small").base
+    base = mode_search(config, "semantic_summary_small").base
     winner = config.out / "runs" / best["trial_id"]
     base = base.model_copy(update={"metric": "ndcg@3"})
     metrics = final.test_metrics(config, base, winner)

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from vlrank.config import MODES, TuneConfig, load_config
 from vlrank.errors import UserError
-from vlrank.tuning.run import Slot, concurrency, dry_run, mode_plan, trial_resources
-from vlrank.tuning.space import RandInt, Uniform, default_point, nested, parse_space, plan_points, sampled_points
+from vlrank.tuning.mode_search import mode_search
+from vlrank.tuning.resources import TrialResources, concurrency, trial_resources
+from vlrank.tuning.run import dry_run
+from vlrank.tuning.space import RandInt, Uniform, default_point, nested, parse_space, sampled_points, trial_points
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_the_default_comes_first_and_no_point_twice() -> None:
     space = parse_space({"batch_size": {"choice": [8, 16, 32]}, "seed": 7})
     default = default_point(space, {"batch_size": 16, "seed": 0})
     assert default == {"batch_size": 16, "seed": 7}, "a fixed value holds for the default trial too"
-    points = plan_points(space, default, "random", 10, seed=0)
+    points = trial_points(space, default, "random", 10, seed=0)
     assert points[0] == default
     assert sorted(point["batch_size"] for point in points) == [8, 16, 32], "a small space is searched once, not padded"
 
@@ -94,7 +96,7 @@ def config(**more: Any) -> TuneConfig:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_shipped_space_of_a_mode_contains_its_documented_default(mode: Any) -> None:
-    made = mode_plan(config(), mode)
+    made = mode_search(config(), mode)
     assert made.points[0]["lr"] == 1e-4
     assert made.points[0]["batch_size"] in made.dimensions["batch_size"].grid()
     assert made.dimensions["lr"].bounds() == [5e-5, 2e-4]
@@ -103,7 +105,7 @@ def test_the_shipped_space_of_a_mode_contains_its_documented_default(mode: Any) 
 
 def test_own_keys_replace_single_dimensions_and_fixed_keys_are_not_searched() -> None:
     spaces = {"caption": {"lora.r": {"choice": [4, 8]}}}
-    made = mode_plan(config(space={"batch_size": 4}, spaces=spaces, train={"lr": 3e-4}), "caption")
+    made = mode_search(config(space={"batch_size": 4}, spaces=spaces, train={"lr": 3e-4}), "caption")
     assert list(made.dimensions) == ["batch_size", "lora.r"]
     assert made.points[0] == {"batch_size": 4, "lora.r": 8}
     assert made.base.lr == 3e-4
@@ -120,31 +122,31 @@ def test_own_keys_replace_single_dimensions_and_fixed_keys_are_not_searched() ->
 )
 def test_a_value_that_training_would_refuse_fails_before_any_trial(more: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        mode_plan(config(**more), "caption")
+        mode_search(config(**more), "caption")
 
 
 def test_recall_that_cannot_tell_models_apart_becomes_ndcg() -> None:
-    assert mode_plan(config(), "caption").metric == "recall@10"
-    assert mode_plan(config(train={"negatives": 9}), "caption").metric == "ndcg@10"
-    assert mode_plan(config(train={"negatives": 9, "metric": "recall@5"}), "caption").metric == "recall@5"
+    assert mode_search(config(), "caption").metric == "recall@10"
+    assert mode_search(config(train={"negatives": 9}), "caption").metric == "ndcg@10"
+    assert mode_search(config(train={"negatives": 9, "metric": "recall@5"}), "caption").metric == "recall@5"
 
 
 def test_as_many_trials_run_at_once_as_the_gpus_allow() -> None:
     eight = {"GPU": 8.0, "CPU": 64.0}
-    assert concurrency([Slot(2, 2)], eight, local=False) == 4
-    assert concurrency([Slot(0.5, 1)], eight, local=False) == 16
-    assert concurrency([Slot(1, 1), Slot(4, 4)], eight, local=False) == 2
-    assert concurrency([Slot(1, 1)], {"CPU": 8.0}, local=False) == 1, "a cluster that has yet to grow its first GPU"
-    assert concurrency([Slot(0, 2)], {"CPU": 8.0}, local=False) == 4
+    assert concurrency([TrialResources(2, 2)], eight, local=False) == 4
+    assert concurrency([TrialResources(0.5, 1)], eight, local=False) == 16
+    assert concurrency([TrialResources(1, 1), TrialResources(4, 4)], eight, local=False) == 2
+    assert concurrency([TrialResources(1, 1)], {"CPU": 8.0}, local=False) == 1, "the first GPU node is yet to start"
+    assert concurrency([TrialResources(0, 2)], {"CPU": 8.0}, local=False) == 4
 
 
 def test_workers_never_share_a_gpu() -> None:
-    base = mode_plan(config(train={"workers": 2, "gpus_per_worker": 0.5}), "caption").base
+    base = mode_search(config(train={"workers": 2, "gpus_per_worker": 0.5}), "caption").base
     with pytest.raises(UserError, match="NCCL"):
         trial_resources(base, {"GPU": 1})
-    half = mode_plan(config(train={"gpus_per_worker": 0.5}), "caption").base
-    assert trial_resources(half, {"GPU": 1}) == Slot(0.5, 1)
-    assert trial_resources(mode_plan(config(), "caption").base, {"CPU": 4}) == Slot(0, 1)
+    half = mode_search(config(train={"gpus_per_worker": 0.5}), "caption").base
+    assert trial_resources(half, {"GPU": 1}) == TrialResources(0.5, 1)
+    assert trial_resources(mode_search(config(), "caption").base, {"CPU": 4}) == TrialResources(0, 1)
 
 
 def test_a_dry_run_lists_trials_and_what_asha_is_expected_to_save(tmp_path: Path) -> None:

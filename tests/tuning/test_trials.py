@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlrank.errors import UserError
-from vlrank.tuning.halving import Halving
+from vlrank.tuning.asha import Asha, expected_epochs, rungs
 from vlrank.tuning.results import selection, verdict
 from vlrank.tuning.run import open_sweep
-from vlrank.tuning.search import _record, optuna_point
-from vlrank.tuning.space import parse_space
-from vlrank.tuning.trials import Sweep, Trial, expected, interval, rungs
+from vlrank.tuning.search import record_evaluation
+from vlrank.tuning.space import optuna_point, parse_space
+from vlrank.tuning.trials import Sweep, Trial, interval
 
 
 def trial(name: str, *values: float, status: str = "completed", **more: object) -> Trial:
@@ -95,13 +95,13 @@ def test_rungs_and_what_asha_is_expected_to_save() -> None:
     assert rungs(1, 3, 10) == [1, 3, 9]
     assert rungs(1, 3, 9) == [1, 3], "nothing is saved by stopping at the last epoch"
     assert rungs(4, 2, 4) == []
-    assert expected(27, 1, 3, 9) == (27 + 9 * 2 + 3 * 6, 24)
-    assert expected(4, 4, 2, 4) == (16, 0)
+    assert expected_epochs(27, 1, 3, 9) == (27 + 9 * 2 + 3 * 6, 24)
+    assert expected_epochs(4, 4, 2, 4) == (16, 0)
 
 
-def halving(sweep: Sweep, epochs: int = 9, factor: int = 3) -> Halving:
+def asha_over(sweep: Sweep, epochs: int = 9, factor: int = 3) -> Asha:
     modes = {trial.mode: epochs for trial in sweep}
-    return Halving(sweep, modes, lambda trial: epochs, grace_period=1, reduction_factor=factor)
+    return Asha(sweep, modes, lambda trial: epochs, grace_period=1, reduction_factor=factor)
 
 
 def run_to_the_end(curves: list[list[float]], folder: Path, factor: int, at_once: int, kills: Any = None) -> Sweep:
@@ -109,10 +109,10 @@ def run_to_the_end(curves: list[list[float]], folder: Path, factor: int, at_once
     epochs, sweep = len(curves[0]), Sweep(folder / "trials.jsonl")
     for number in range(len(curves)):
         sweep.add(trial(f"{number:03d}", status="pending"))
-    asha, running = halving(sweep, epochs, factor), []
+    asha, running = asha_over(sweep, epochs, factor), []
     while True:
         while len(running) < at_once:
-            one = asha.promoted([other.trial_id for other in running]) or next(
+            one = asha.promote([other.trial_id for other in running]) or next(
                 (other for other in sweep.unfinished() if other.status != "paused" and other not in running), None
             )
             if one is None:
@@ -124,7 +124,7 @@ def run_to_the_end(curves: list[list[float]], folder: Path, factor: int, at_once
         for one in list(running):
             epoch = len(one.epochs) + 1
             one.record(epoch, curves[int(one.trial_id[-3:])][epoch - 1])
-            if not asha.goes_on(one):
+            if not asha.trains_on(one):
                 one.status = "paused"
             elif epoch == epochs:
                 one.status = "completed"
@@ -132,7 +132,7 @@ def run_to_the_end(curves: list[list[float]], folder: Path, factor: int, at_once
         sweep.save()
         if kills is not None and kills.draw(st.booleans()):
             sweep = Sweep(folder / "trials.jsonl")
-            asha, running = halving(sweep, epochs, factor), []
+            asha, running = asha_over(sweep, epochs, factor), []
 
 
 VALUES = st.floats(0, 1, allow_nan=False).map(lambda value: round(value, 3))
@@ -166,7 +166,7 @@ def test_halving_ends_with_a_winner_and_leaves_nobody_behind(
 def test_one_in_three_goes_on_and_only_when_three_have_come(tmp_path: Path) -> None:
     sweep = run_to_the_end([[e / 100 - i / 20 for e in range(9)] for i in range(9)], tmp_path, factor=3, at_once=1)
     assert [one.epochs_run for one in sweep] == [9, 3, 3, 1, 1, 1, 1, 1, 1]
-    assert expected(9, 1, 3, 9) == (sum(one.epochs_run for one in sweep), 8)
+    assert expected_epochs(9, 1, 3, 9) == (sum(one.epochs_run for one in sweep), 8)
 
 
 def test_a_sweep_too_small_to_halve_still_has_a_winner(tmp_path: Path) -> None:
@@ -177,17 +177,17 @@ def test_a_sweep_too_small_to_halve_still_has_a_winner(tmp_path: Path) -> None:
 def test_a_failed_trial_makes_room_for_the_next(tmp_path: Path) -> None:
     statuses = {"000": (0.9, "failed"), "001": (0.8, "paused"), "002": (0.7, "paused"), "003": (0.6, "paused")}
     sweep = sweep_with(tmp_path, *(trial(name, value, status=status) for name, (value, status) in statuses.items()))
-    asha = halving(sweep)
-    assert asha.promoted() is sweep.trials["caption-001"]
-    assert asha.promoted(["caption-001"]) is None, "it is on its way"
-    assert asha.promoted() is sweep.trials["caption-001"], "unless it was killed before it started"
+    asha = asha_over(sweep)
+    assert asha.promote() is sweep.trials["caption-001"]
+    assert asha.promote(["caption-001"]) is None, "it is on its way"
+    assert asha.promote() is sweep.trials["caption-001"], "unless it was killed before it started"
 
 
 def test_modes_are_never_compared_with_each_other(tmp_path: Path) -> None:
     sweep = sweep_with(tmp_path, *(trial(f"00{i}", 0.9, status="completed") for i in range(3)))
     other = sweep.add(Trial("raw_image", "raw_image-000", {}, "recall@10", status="running"))
     other.record(1, 0.1)
-    assert halving(sweep).goes_on(other)
+    assert asha_over(sweep).trains_on(other)
 
 
 def test_optuna_learns_from_the_files_and_repeats_itself() -> None:
@@ -198,8 +198,8 @@ def test_optuna_learns_from_the_files_and_repeats_itself() -> None:
         one.config = {"lr": 1e-3 * (1 + number / 100) if number % 2 else 1e-5 * (1 + number), "batch_size": 8}
         others.append(one)
     others[0].config = {"lr": 0.5, "batch_size": 64}  # defaults outside the space are no obstacle
-    new = trial("012", status="pending")
-    points = [optuna_point(new, [*others, new], space, index=12, total=13, seed=seed) for seed in (0, 0, 1, 2, 3)]
+    results = [(one.config, one.value) for one in others]
+    points = [optuna_point(results, space, index=12, total=13, seed=seed) for seed in (0, 0, 1, 2, 3)]
     assert points[0] == points[1]
     assert sum(point["lr"] > 2e-4 for point in points[1:]) >= 3, "most suggestions lie near the good trials"
 
@@ -240,7 +240,7 @@ def test_a_rung_is_reached_at_the_end_of_an_epoch() -> None:
     known = trial("000", status="running")
     known.epochs = []
     for step, done in ((25, 0.25), (100, 1.0)):
-        _record(known, {"epoch": 1, "epochs_done": done, "step": step, known.metric: 0.1})
+        record_evaluation(known, {"epoch": 1, "epochs_done": done, "step": step, known.metric: 0.1})
     assert [entry["epoch"] for entry in known.epochs] == [0.25, 1.0]
 
 

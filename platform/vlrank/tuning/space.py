@@ -12,6 +12,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -225,7 +226,7 @@ def sampled_points(dimensions: Mapping[str, Dimension], search: str, seed: int |
         yield {key: dimensions[key].sample(rng) for key in keys}
 
 
-def plan_points(
+def trial_points(
     dimensions: Mapping[str, Dimension], default: Point, search: str, trials: int, seed: int | str
 ) -> list[Point]:
     """The default first, then up to ``trials - 1`` further points, none twice.
@@ -244,6 +245,48 @@ def plan_points(
             points.append(point)
             fruitless = 0
     return points
+
+
+def optuna_point(
+    results: Sequence[tuple[Point, float]], dimensions: Mapping[str, Dimension], *, index: int, total: int, seed: int
+) -> Point:
+    """A point from Optuna's TPE sampler (Bergstra et al. 2011).
+
+    The study is rebuilt from the results each time, so that a resumed sweep chooses as an unbroken one.
+
+    Args:
+        results: The mode's other trials: point and best validation metric.
+        dimensions: The space.
+        index: The trial's place among the mode's trials.
+        total: The number of the mode's trials.
+        seed: The sweep's seed.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions = {key: _distribution(dimension) for key, dimension in dimensions.items()}
+    # TPE models nothing in its start-up trials; its default of 10 would make a sweep of 8 a random search.
+    sampler = optuna.samplers.TPESampler(seed=seed * 1009 + index, n_startup_trials=max(2, total // 3))
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for point, value in results:
+        with suppress(ValueError):  # defaults outside the space teach the sampler nothing
+            study.add_trial(optuna.trial.create_trial(params=point, distributions=distributions, value=value))
+    chosen = study.ask(distributions).params
+    return {
+        key: float(f"{value:.4g}") if isinstance(dimensions[key], Uniform) else value for key, value in chosen.items()
+    }
+
+
+def _distribution(dimension: Dimension) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(dimension, Uniform):
+        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    if isinstance(dimension, RandInt):
+        return IntDistribution(dimension.low, dimension.high)
+    if isinstance(dimension, Choice):
+        return CategoricalDistribution(dimension.values)
+    raise TypeError(f"no Optuna distribution for {dimension!r}")
 
 
 def check_points(dimensions: Mapping[str, Dimension], base: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -159,24 +160,18 @@ def interval(trial: Trial, z: float = 1.96) -> tuple[float, float] | None:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def rungs(grace_period: int, reduction_factor: int, epochs: int) -> list[int]:
-    """The epochs at which ASHA compares trials (Li et al. 2020), below the last one, where nothing is left to save."""
-    milestones = []
-    milestone = grace_period
-    while milestone < epochs:
-        milestones.append(milestone)
-        milestone *= reduction_factor
-    return milestones
+def drop_checkpoints(sweep: Sweep, mode: str, runs: Path, *, keep_best: bool) -> None:
+    """Delete the checkpoints of the mode's finished trials, except the winner's if ``keep_best``; curves stay.
 
-
-def expected(trials: int, grace_period: int, reduction_factor: int, epochs: int) -> tuple[float, int]:
-    """Expected epochs in all and trials stopped, if 1 in ``reduction_factor`` passes each rung (at least one does).
-
-    Asynchronous runs stop fewer: some pass that better ones overtake later.
+    Failed trials keep theirs: the next run of the sweep continues from them.
     """
-    left, total, previous = trials, 0.0, 0
-    for milestone in rungs(grace_period, reduction_factor, epochs):
-        total += left * (milestone - previous)
-        left = max(1, left // reduction_factor)
-        previous = milestone
-    return total + left * (epochs - previous), trials - left
+    best = sweep.best_of(mode) if keep_best else None
+    for trial in sweep.of(mode):
+        folder = runs / trial.trial_id
+        if trial is best or trial.status not in ("completed", "stopped") or not folder.is_dir():
+            continue
+        for child in folder.iterdir():
+            if child.is_dir():
+                # A worker that is just being killed may still write there; the end of the sweep deletes once more.
+                shutil.rmtree(child, ignore_errors=True)
+        (folder / "best.json").unlink(missing_ok=True)
