@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlrank import bulk
+from vlrank import bulk, storage
 from vlrank.bulk import BulkResult, Shards, run_bulk
 from vlrank.config import RayConfig
 from vlrank.data.schemas import GENERATED
@@ -206,7 +206,7 @@ def test_a_file_system_without_locks_is_named_with_its_remedy(
     def flock(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(bulk.fcntl, "flock", flock)
+    monkeypatch.setattr(storage.fcntl, "flock", flock)
     with pytest.raises(UserError, match="without locks") as caught, bulk._exclusive(tmp_path):
         pass
     assert str(tmp_path) in caught.value.problem

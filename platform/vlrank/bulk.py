@@ -29,8 +29,6 @@ atomic renames, which rules out most mounts of object stores: give a bucket by i
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import math
 import time
@@ -50,7 +48,7 @@ from vlrank.data.schemas import BULK_QUARANTINE
 from vlrank.data.tables import atomic_path, disk_errors, empty_frame, parquet_file, write_parquet_atomic
 from vlrank.errors import UserError, causes, user_error_in
 from vlrank.runtime import quiet_data
-from vlrank.storage import BucketPath, Held, Location, claim, each, listing
+from vlrank.storage import BucketPath, Held, Location, claim, each, listing, take_lock
 
 if TYPE_CHECKING:
     import ray.data
@@ -479,12 +477,8 @@ def _exclusive(folder: Location) -> Iterator[Held]:
         return
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(file, UserError(f"another run is writing to {folder}", "Wait until it has finished, or stop it."))
         except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(
-                    f"another run is writing to {folder}", "Wait until it has finished, or stop it."
-                ) from None
             raise UserError(
                 f"{folder} lies on a file system without locks ({error.strerror}): two runs could write there at once",
                 "Have it mounted with locks (Lustre: the option flock; NFS: version 4, or lockd on server and client), "

@@ -12,8 +12,6 @@ DATASET/
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -44,7 +42,18 @@ from vlrank.data.tables import (
     write_parquet_atomic,
 )
 from vlrank.errors import UserError
-from vlrank.storage import BucketPath, Held, Location, claim, each, listing, location, remove_tree, upload_tree
+from vlrank.storage import (
+    BucketPath,
+    Held,
+    Location,
+    claim,
+    each,
+    listing,
+    location,
+    remove_tree,
+    take_lock,
+    upload_tree,
+)
 
 if TYPE_CHECKING:  # only the type: data does not need the rooms that are built on it
     from vlrank.data.items import ItemMeta
@@ -78,7 +87,7 @@ class Dataset:
             what = "is not a dataset (it has no manifest.json)" if folder.exists() else "does not exist"
             raise UserError(f"dataset {folder} {what}", f"Make it with `vlrank prepare ... --out {folder}`.")
         manifest = read_json(folder / "manifest.json")
-        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        version = manifest.get("schema_version")
         if version != schemas.SCHEMA_VERSION:
             raise UserError(
                 f"dataset {folder} has schema version {version!r}, this vlrank reads {schemas.SCHEMA_VERSION}",
@@ -414,14 +423,10 @@ class DatasetWriter:
             self.folder.mkdir(exist_ok=True)
             lock = os.open(self.folder, os.O_RDONLY)
             self._held.callback(os.close, lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise UserError(
-                        f"another process is writing {path}", "Wait for it, or choose another folder."
-                    ) from None
-                # A file system without locks: go on without the protection.
+            with suppress(OSError):  # a file system without locks: go on without the protection
+                take_lock(
+                    lock, UserError(f"another process is writing {path}", "Wait for it, or choose another folder.")
+                )
             self._held.callback(self._drop_draft)
             for entry in self.folder.iterdir():  # left by a killed process
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

@@ -128,18 +128,23 @@ def atomic_write_json(path: Location, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def read_json(path: Location) -> Any:
-    """The content of a JSON file.
+def read_json(path: Location) -> dict[str, Any]:
+    """The object in a JSON file.
 
     Raises:
-        UserError: missing or not JSON.
+        UserError: missing, not readable, not JSON, or not an object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: it is not valid JSON ({error})") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds a {type(loaded).__name__}, expected an object")
+    return loaded
 
 
 def read_json_lines(path: Location) -> list[dict[str, Any]]:

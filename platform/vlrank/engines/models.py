@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from vlrank.config import Mode, RankingConfig
+from vlrank.data.tables import read_json
 from vlrank.errors import UserError
 from vlrank.prompting.modes import Family, mode_spec
 from vlrank.storage import BucketPath, Location, fetch_model, location
@@ -122,21 +122,6 @@ def _family(base: str, details: dict[str, Any]) -> Family:
         return "vision" if details["family"] == "vision" else "text"
     config = location(base) / "config.json"
     return "vision" if config.is_file() and "vision_config" in read_json(config) else "text"
-
-
-def read_json(path: Location) -> dict[str, Any]:
-    """The object in a model folder's file.
-
-    Raises:
-        UserError: it cannot be read, is no JSON or no object.
-    """
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} holds a {type(loaded).__name__}, expected an object")
-    return loaded
 
 
 def on_this_node(model: ModelFolder) -> ModelFolder:

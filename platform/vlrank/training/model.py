@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlrank.config import TrainConfig
+from vlrank.data.tables import read_json
 from vlrank.engines.structure import core
 from vlrank.errors import UserError
 from vlrank.installation import install_command
@@ -116,15 +117,13 @@ def resolve_base(config: TrainConfig) -> Base:
 
 
 def _stored_quantised(folder: str) -> bool:
-    from vlrank.engines.models import read_json
-
     config = Path(folder) / "config.json"
     return config.is_file() and "quantization_config" in read_json(config)
 
 
 def _model_folder(given: Location, spec: ModeSpec) -> Location:
     """The folder with the weights: of a run of `vlrank train` that of its best checkpoint."""
-    from vlrank.engines.models import best_checkpoint, read_json
+    from vlrank.engines.models import best_checkpoint
 
     folder = best_checkpoint(given)
     if not (folder / "config.json").is_file():
