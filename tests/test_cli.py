@@ -47,6 +47,9 @@ def test_every_stage_explains_its_options(stage: str) -> None:
     assert done.returncode == 0
     assert "--config" in done.stdout
     assert "--dry_run" in done.stdout
+    if stage in ("train", "rerank"):  # what a message sends its reader here for
+        assert "ray.address" in done.stdout
+        assert {"train": "ranking.top_k", "rerank": "engine.replicas"}[stage] in done.stdout
 
 
 @pytest.mark.parametrize(

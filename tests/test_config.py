@@ -134,3 +134,12 @@ def test_the_message_of_a_rule_stands_without_the_librarys_words() -> None:
         load_config(EvaluateConfig, dataset="d", rankings=["r"], out="o", ks=[0])
     assert "ks must be at least 1, got 0" in str(caught.value)
     assert "Value error" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", Config.__subclasses__(), ids=lambda kind: kind.__name__)
+def test_every_key_is_explained_in_a_sentence(kind: type[Config]) -> None:
+    """`vlrank STAGE --help` is where a newcomer learns what a key does."""
+    for name, field in kind.model_fields.items():
+        text = field.description or ""
+        assert text.endswith("."), name
+        assert len(text.split()) >= 3, name

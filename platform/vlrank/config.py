@@ -37,118 +37,160 @@ class RayConfig(Config):
 
     address: str | None = Field(
         None,
-        description="Ray address; unset joins RAY_ADDRESS or the job's own cluster, else starts Ray on this machine",
+        description="Address of a running Ray cluster. By default vlrank joins RAY_ADDRESS or the cluster of its job, "
+        "and else starts Ray on this machine.",
     )
-    num_cpus: int | None = Field(None, ge=1, description="logical CPUs of a Ray started here; default max(8, cores)")
+    num_cpus: int | None = Field(
+        None, ge=1, description="Logical CPUs of a Ray that is started here. Default: the number of cores, at least 8."
+    )
 
 
 class EngineConfig(Config):
     """A pool of inference engines for generation and reranking."""
 
-    name: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto takes vLLM where it is installed")
-    replicas: int = Field(1, ge=1, description="engines in the fixed pool")
+    name: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="`auto` takes vLLM where it is installed."
+    )
+    replicas: int = Field(1, ge=1, description="Number of engines that work side by side.")
     gpus: float | None = Field(
-        None, ge=0, description="GPUs per engine, fractions allowed; default 1 where there is one, else 0"
+        None, ge=0, description="GPUs per engine, fractions allowed. Default: 1 where there is a GPU, else 0."
     )
-    cpus: float = Field(1, gt=0, description="CPUs per engine")
-    batch_size: int = Field(64, ge=1, description="prompts handed to an engine at once")
+    cpus: float = Field(1, gt=0, description="CPUs per engine.")
+    batch_size: int = Field(64, ge=1, description="Number of prompts that an engine gets at once.")
     max_model_len: int | None = Field(
-        None, ge=16, description="longest prompt plus answer, tokens; default the model's own"
+        None, ge=16, description="Longest prompt plus answer, in tokens. Default: the longest that the model allows."
     )
-    tensor_parallel_size: int = Field(1, ge=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    enforce_eager: bool | None = Field(None, description="skip vLLM's compilation; default true on a CPU")
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM as they are")
+    tensor_parallel_size: int = Field(1, ge=1, description="Number of GPUs that one vLLM engine is spread over.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number format of the weights. auto takes what the model folder says."
+    )
+    enforce_eager: bool | None = Field(
+        None, description="Skip vLLM's compilation and CUDA graphs. Default: true on a CPU."
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of a GPU's memory that the engines on it may take."
+    )
+    engine_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments, passed to vLLM unchanged."
+    )
 
 
 class ColumnsConfig(Config):
     """What the columns of raw files are called; unset ones are found by the names that public data sets use."""
 
-    user: str | None = None
-    item: str | None = None
-    timestamp: str | None = None
-    rating: str | None = None
-    title: str | None = None
-    brand: str | None = None
-    categories: str | None = None
-    description: str | None = None
-    image: str | None = Field(None, description="path relative to the metadata file, or URL")
-    names: tuple[str, ...] = Field((), description="column names of a delimited reviews file without a header line")
+    user: str | None = Field(None, description="Column of the reviews with the user's id.")
+    item: str | None = Field(None, description="Column of both files with the item's id.")
+    timestamp: str | None = Field(None, description="Column of the reviews with the time.")
+    rating: str | None = Field(None, description="Column of the reviews with the rating.")
+    title: str | None = Field(None, description="Column of the metadata with the title.")
+    brand: str | None = Field(None, description="Column of the metadata with the brand.")
+    categories: str | None = Field(None, description="Column of the metadata with the categories.")
+    description: str | None = Field(None, description="Column of the metadata with the description.")
+    image: str | None = Field(
+        None, description="Column of the metadata with the picture: a path relative to the metadata file, or a URL."
+    )
+    names: tuple[str, ...] = Field((), description="Column names of a delimited reviews file that has no header line.")
     delimiter: str | None = Field(
-        None, min_length=1, max_length=1, description="default comma, or tab in .tsv, .inter, .item"
+        None,
+        min_length=1,
+        max_length=1,
+        description="Character between two columns. Default: a comma, or a tab in .tsv, .inter and .item files.",
     )
 
 
 class PicturesConfig(Config):
     """How pictures are fetched and what is refused."""
 
-    workers: int = Field(2, ge=0, description="Ray actors; 0 works in this process without Ray")
-    concurrency_per_host: int = Field(8, ge=1, description="simultaneous requests to one host, all workers together")
-    requests_per_second: float = Field(20, gt=0, description="to one host, all workers together")
-    attempts: int = Field(
-        4, ge=1, description="tries per picture; only what may pass (429, 5xx, time-outs) is tried again"
+    workers: int = Field(
+        2, ge=0, description="Number of Ray actors that fetch pictures. 0 fetches them in this process, without Ray."
     )
-    backoff_s: float = Field(1.0, ge=0, description="first pause before a retry, doubled each time")
-    timeout_s: float = Field(30, gt=0, description="for one try, redirects included")
-    max_bytes: int = Field(20_000_000, ge=1, description="larger files are refused")
-    max_pixels: int = Field(50_000_000, ge=1, description="larger pictures are refused before they are decoded")
-    max_redirects: int = Field(5, ge=0)
-    allow_private: bool = Field(False, description="allow addresses that are not public (localhost, 10.x, ...)")
-    shard_rows: int = Field(256, ge=1, description="pictures committed at once: what a crash can cost at most")
+    concurrency_per_host: int = Field(8, ge=1, description="Simultaneous requests to one host, all workers together.")
+    requests_per_second: float = Field(20, gt=0, description="Requests per second to one host, all workers together.")
+    attempts: int = Field(
+        4, ge=1, description="Tries per picture. Only errors that may pass (429, 5xx, time-outs) are tried again."
+    )
+    backoff_s: float = Field(
+        1.0, ge=0, description="Seconds before the first retry; each further pause is twice as long."
+    )
+    timeout_s: float = Field(30, gt=0, description="Seconds for one try, redirects included.")
+    max_bytes: int = Field(20_000_000, ge=1, description="Larger files are refused.")
+    max_pixels: int = Field(50_000_000, ge=1, description="Larger pictures are refused before they are decoded.")
+    max_redirects: int = Field(5, ge=0, description="Redirects that one request may follow.")
+    allow_private: bool = Field(False, description="Allow addresses that are not public (localhost, 10.x, ...).")
+    shard_rows: int = Field(256, ge=1, description="Pictures committed at once: a crash costs no more than these.")
 
 
 class PrepareConfig(Config):
-    """``vlrank prepare``: raw reviews, metadata and pictures become a dataset folder."""
+    """``vlrank prepare``: turn raw reviews, metadata and pictures into a dataset folder."""
 
     reviews: tuple[ConfigLocation, ...] = Field(
-        (), description="interactions: .json(l), .csv, .tsv, .inter or .parquet, also compressed"
+        (), description="Files of interactions: .json(l), .csv, .tsv, .inter or .parquet, also compressed."
     )
     meta: tuple[ConfigLocation, ...] = Field(
-        (), description="items: .json(l), .csv, .tsv, .item or .parquet, also compressed"
+        (), description="Files of items: .json(l), .csv, .tsv, .item or .parquet, also compressed."
     )
     dataset_code: str | None = Field(
         None,
-        description="an Amazon data set instead of --reviews and --meta: beauty, games, sports, ... or its full name",
+        description="An Amazon data set, instead of --reviews and --meta: beauty, games, sports, ... or its full name.",
     )
-    release: Literal["2014", "2018", "2023"] = Field("2014", description="Amazon release of dataset_code")
+    release: Literal["2014", "2018", "2023"] = Field("2014", description="Amazon release of --dataset_code.")
     raw_dir: LocalPath = Field(
-        Path("data/raw"), description="where raw files of dataset_code are looked for and downloaded to"
+        Path("data/raw"), description="Folder where the raw files of --dataset_code are looked for and downloaded to."
     )
-    download: bool = Field(True, description="download missing raw files of dataset_code")
-    out: ConfigLocation | None = Field(None, description="dataset folder; default data/DATASET_CODE")
-    min_rating: float = Field(0, ge=0, description="keep interactions rated at least this; 0 keeps all")
-    min_uc: int = Field(5, ge=1, description="fewest interactions of a user, to the fixpoint with min_sc")
-    min_sc: int = Field(5, ge=1, description="fewest interactions of an item, to the fixpoint with min_uc")
-    keep_duplicates: bool = Field(False, description="keep repeated (user, item) pairs instead of the first only")
-    keep_untitled: bool = Field(False, description="keep items without a title, shown by their id")
-    split: Literal["leave_one_out", "temporal"] = "leave_one_out"
+    download: bool = Field(True, description="Download missing raw files of --dataset_code.")
+    out: ConfigLocation | None = Field(None, description="Dataset folder. Default: data/DATASET_CODE.")
+    min_rating: float = Field(0, ge=0, description="Keep interactions rated at least this; 0 keeps all.")
+    min_uc: int = Field(
+        5,
+        ge=1,
+        description="Keep users with at least this many interactions. Repeated together with --min_sc until nothing "
+        "changes.",
+    )
+    min_sc: int = Field(
+        5,
+        ge=1,
+        description="Keep items with at least this many interactions. Repeated together with --min_uc until nothing "
+        "changes.",
+    )
+    keep_duplicates: bool = Field(False, description="Keep repeated (user, item) pairs instead of the first alone.")
+    keep_untitled: bool = Field(False, description="Keep items without a title, shown by their id.")
+    split: Literal["leave_one_out", "temporal"] = Field(
+        "leave_one_out",
+        description="leave_one_out takes each user's last item for test and the one before for validation; temporal "
+        "divides at two points in time.",
+    )
     val_fraction: float = Field(
-        0.1, gt=0, lt=1, description="temporal: share of the interactions in the validation period"
+        0.1, gt=0, lt=1, description="Temporal split: share of the interactions in the validation period."
     )
-    test_fraction: float = Field(0.1, gt=0, lt=1, description="temporal: share of the interactions in the test period")
+    test_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Temporal split: share of the interactions in the test period."
+    )
     val_from: int | None = Field(
-        None, description="temporal: start of validation, seconds since 1970, instead of a share"
+        None, description="Temporal split: start of the validation period in seconds since 1970, instead of a share."
     )
-    test_from: int | None = Field(None, description="temporal: start of the test period, seconds since 1970")
+    test_from: int | None = Field(
+        None, description="Temporal split: start of the test period in seconds since 1970, instead of a share."
+    )
     timestamp_unit: Literal["auto", "s", "ms", "us", "ns"] = Field(
-        "auto", description="auto tells by the size of the number"
+        "auto", description="Unit of the timestamps. auto decides by the size of the numbers."
     )
     impossible_times: Literal["keep", "quarantine"] = Field(
-        "keep", description="interactions before 1990 or in the future: kept and counted, or put aside"
+        "keep", description="Interactions before 1990 or in the future are kept and counted, or put in quarantine."
     )
-    use_image: bool = Field(False, description="copy or download the items' pictures")
-    retry_failed: bool = Field(False, description="try only the pictures that failed before")
+    use_image: bool = Field(False, description="Copy or download the items' pictures.")
+    retry_failed: bool = Field(False, description="Try again only the pictures that failed before.")
     image_root: LocalPath | None = Field(
-        None, description="folder of relative picture paths; default the metadata file's"
+        None, description="Folder of relative picture paths. Default: the folder of the metadata file."
     )
-    max_text_chars: int = Field(600, ge=16, description="item text is cut to this many characters")
-    max_line_mb: int = Field(64, ge=1, description="longer lines of JSON files go to quarantine")
-    allow_truncated: bool = Field(False, description="use what can be read of a compressed file that was cut off")
-    overwrite: bool = Field(False, description="replace an existing dataset made with other options")
-    columns: ColumnsConfig = ColumnsConfig()
-    pictures: PicturesConfig = PicturesConfig()
-    ray: RayConfig = RayConfig()
+    max_text_chars: int = Field(600, ge=16, description="Item text is cut to this many characters.")
+    max_line_mb: int = Field(
+        64, ge=1, description="Lines of JSON files that are longer than this many megabytes go to quarantine."
+    )
+    allow_truncated: bool = Field(False, description="Use what can be read of a compressed file that was cut off.")
+    overwrite: bool = Field(False, description="Replace an existing dataset that was made with other options.")
+    columns: ColumnsConfig = Field(ColumnsConfig(), description="What the columns of the raw files are called.")
+    pictures: PicturesConfig = Field(PicturesConfig(), description="How pictures are fetched and which are refused.")
+    ray: RayConfig = Field(RayConfig(), description="Where the work runs.")
 
     @model_validator(mode="after")
     def _has_input(self) -> PrepareConfig:
@@ -171,88 +213,106 @@ class PrepareConfig(Config):
 
 
 class GenerateConfig(Config):
-    """``vlrank generate``: captions or semantic summaries for every item."""
+    """``vlrank generate``: write captions or semantic summaries for every item."""
 
-    dataset: ConfigLocation
-    what: What
-    model: str = Field("Qwen/Qwen3-VL-2B-Instruct", description="Hugging Face name or local folder")
-    prompt: str | None = Field(None, description="prompt id, e.g. caption/v1; default the newest of its kind")
-    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face model")
-    adapter: LocalPath | None = Field(None, description="LoRA adapter folder, used with the model")
-    max_tokens: int = Field(96, ge=1)
-    temperature: float = Field(0.0, ge=0)
-    seed: Seed = 0
-    image_side: int = Field(448, ge=32, description="pictures are scaled down to this many pixels on the longer side")
-    quality: bool = Field(True, description="reject empty, cut off, repetitive, ... texts")
-    language: Literal["en", "any"] = Field("en", description="what the quality gate takes for the right language")
-    attempts: int = Field(2, ge=1, description="tries, each with another seed, before a rejected text is quarantined")
-    shard_rows: int = Field(512, ge=1, description="rows committed at once: what a crash can cost at most")
-    retry_failed: bool = Field(False, description="try quarantined items again")
-    limit: int | None = Field(None, ge=1, description="only the first items, for a trial")
-    sample: int | None = Field(None, ge=1, description="only this many random items, with a contact sheet (HTML)")
-    render_workers: int = Field(
-        0, ge=0, description="CPU processes that prepare pictures for vLLM; 0 leaves that to the engine's own process"
+    dataset: ConfigLocation = Field(..., description="Dataset folder of `vlrank prepare`.")
+    what: What = Field(..., description="What to write for each item.")
+    model: str = Field(
+        "Qwen/Qwen3-VL-2B-Instruct", description="Hugging Face name or local folder of the model that writes."
     )
-    gpu_hour_price: float | None = Field(None, ge=0, description="for the cost line of the summary")
-    engine: EngineConfig = EngineConfig()
-    ray: RayConfig = RayConfig()
+    prompt: str | None = Field(
+        None, description="Prompt id such as caption/v1, or a YAML file. Default: the newest prompt of its kind."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hugging Face model.")
+    adapter: LocalPath | None = Field(None, description="Folder of a LoRA adapter to use with the model.")
+    max_tokens: int = Field(96, ge=1, description="Longest answer, in tokens.")
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 is greedy decoding.")
+    seed: Seed = Field(0, description="Seed of sampling and of the choice of --sample.")
+    image_side: int = Field(448, ge=32, description="Pictures are scaled down to this many pixels on the longer side.")
+    quality: bool = Field(True, description="Reject answers that are empty, cut off, repetitive, copied or refusals.")
+    language: Literal["en", "any"] = Field("en", description="Language that the quality check expects.")
+    attempts: int = Field(
+        2, ge=1, description="Tries per item, each with another seed, before a rejected answer goes to quarantine."
+    )
+    shard_rows: int = Field(512, ge=1, description="Items committed at once: a crash costs no more than these.")
+    retry_failed: bool = Field(False, description="Try items in quarantine again.")
+    limit: int | None = Field(None, ge=1, description="Only the first items, for a trial.")
+    sample: int | None = Field(None, ge=1, description="Only this many random items, shown on a contact sheet (HTML).")
+    render_workers: int = Field(
+        0, ge=0, description="CPU processes that prepare pictures for vLLM. 0 leaves that to the engine's own process."
+    )
+    gpu_hour_price: float | None = Field(
+        None, ge=0, description="Price of a GPU-hour, for the cost line of the summary."
+    )
+    engine: EngineConfig = Field(EngineConfig(), description="The engines that write.")
+    ray: RayConfig = Field(RayConfig(), description="Where the work runs.")
 
 
 class RetrieveConfig(Config):
-    """``vlrank retrieve``: candidate lists from a first-stage retriever."""
+    """``vlrank retrieve``: make candidate lists, or import those of another program."""
 
-    dataset: ConfigLocation
-    method: str = Field("popularity", description="popularity, item_knn, als, or a file to import")
-    name: str | None = Field(None, description="candidates/NAME; default the method, or the file's name")
-    top_k: int = Field(50, ge=1, description="candidates per user")
-    split: Split = Field("test", description="the split of an imported file that does not say it")
-    ids: Literal["auto", "source", "vlrank"] = Field(
-        "auto", description="whose ids an imported file holds: those of the raw data, or user_id and item_id"
+    dataset: ConfigLocation = Field(..., description="Dataset folder of `vlrank prepare`.")
+    method: str = Field(
+        "popularity",
+        description="A retriever (popularity, item_knn or als), or a file with the lists of another program.",
     )
-    exclude_history: bool = Field(True, description="remove what the user already had from imported lists")
-    seed: Seed = 0
+    name: str | None = Field(
+        None, description="The lists become candidates/NAME. Default: the method, or the file's name."
+    )
+    top_k: int = Field(50, ge=1, description="Candidates per user.")
+    split: Split = Field("test", description="Split of an imported file that does not name its split.")
+    ids: Literal["auto", "source", "vlrank"] = Field(
+        "auto", description="Ids in an imported file: those of the raw data (source), or user_id and item_id (vlrank)."
+    )
+    exclude_history: bool = Field(True, description="Remove items from imported lists that the user already had.")
+    seed: Seed = Field(0, description="Seed of the retriever.")
 
 
 class ExportConfig(Config):
-    """``vlrank export``: candidates or rankings as a file for other programs, with the ids of the raw data."""
+    """``vlrank export``: write candidates or rankings for other programs."""
 
-    dataset: ConfigLocation
-    lists: str = Field(..., description="candidates/NAME, or a file of rankings or candidates")
+    dataset: ConfigLocation = Field(..., description="Dataset folder of `vlrank prepare`.")
+    lists: str = Field(..., description="Lists to write: candidates/NAME, or a file of rankings or candidates.")
     out: ConfigLocation = Field(
-        ..., description=".tsv, .csv or .parquet: user_id, item_id, score, rank a line; .jsonl; .trec"
+        ...,
+        description="File: .tsv, .csv or .parquet with a line of user_id, item_id, score and rank per item, .jsonl, "
+        "or .trec.",
     )
-    split: Split = "test"
+    split: Split = Field("test", description="Split to write.")
 
 
 class LoraConfig(Config):
     """LoRA adapter shape (Hu et al. 2021)."""
 
-    r: int = Field(8, ge=1)
-    alpha: int = Field(16, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    r: int = Field(8, ge=1, description="Rank of the adapter.")
+    alpha: int = Field(16, ge=1, description="The adapter's output is scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        description="Layers that get an adapter.",
+    )
 
 
 class RankingConfig(Config):
     """What a prompt holds and how a ranking is read from it; the same in training, validation and reranking."""
 
-    top_k: int = Field(50, ge=1, description="candidates reranked per user")
-    max_history: int = Field(20, ge=1, description="most recent items shown")
-    max_item_chars: int = Field(400, ge=8, description="an item's line in the prompt is cut to this many characters")
-    max_prompt_tokens: int = Field(4096, ge=64, description="longer prompts lose their oldest history items")
+    top_k: int = Field(50, ge=1, description="Candidates reranked per user.")
+    max_history: int = Field(20, ge=1, description="Most recent items shown in the prompt.")
+    max_item_chars: int = Field(400, ge=8, description="An item's line in the prompt is cut to this many characters.")
+    max_prompt_tokens: int = Field(4096, ge=64, description="Longer prompts lose their oldest history items.")
     max_image_pixels: int = Field(
-        224 * 224, ge=32 * 32, description="larger pictures are scaled down to this many pixels"
+        224 * 224, ge=32 * 32, description="Larger pictures are scaled down to this many pixels."
     )
-    window: int = Field(20, ge=2, description="candidates per prompt; more go through sliding windows")
-    stride: int = Field(10, ge=1)
-    permutations: int = Field(1, ge=1, description="average over this many seeded shuffles of the candidates")
+    window: int = Field(20, ge=2, description="Candidates per prompt; longer lists go through sliding windows.")
+    stride: int = Field(10, ge=1, description="Places between the starts of two windows.")
+    permutations: int = Field(1, ge=1, description="Average over this many seeded shuffles of the candidates.")
     missing: Literal["drop", "text"] = Field(
-        "drop", description="items without what the mode shows: left out, or shown by text"
+        "drop", description="Items without what the mode shows are left out (drop) or shown by their text (text)."
     )
     popularity_prior: bool | None = Field(
         None,
-        description="multiply probabilities by an item's training interactions + 1; default where training drew its "
-        "negatives in proportion to them",
+        description="Multiply probabilities by the item's training interactions + 1. Default: true where training "
+        "drew its negatives in proportion to these.",
     )
 
     @model_validator(mode="after")
@@ -263,88 +323,130 @@ class RankingConfig(Config):
 
 
 class TrainConfig(Config):
-    """``vlrank train``: one reranker in one mode."""
+    """``vlrank train``: train one reranker in one mode."""
 
-    dataset: ConfigLocation
-    out: ConfigLocation
-    mode: Mode
+    dataset: ConfigLocation = Field(..., description="Dataset folder of `vlrank prepare`.")
+    out: ConfigLocation = Field(..., description="Run folder. A run that is there already continues.")
+    mode: Mode = Field(..., description="What the prompt shows of an item.")
     model: str | None = Field(
-        None, description="Hugging Face name, model folder or fully fine-tuned run; default the mode's base model"
+        None,
+        description="Hugging Face name, model folder or run folder of a fully trained model. Default: the mode's base "
+        "model.",
     )
-    method: Literal["lora", "full"] | None = Field(None, description="default the mode's")
-    train_vision: bool = Field(False, description="full fine-tuning only: train the vision tower too")
+    method: Literal["lora", "full"] | None = Field(
+        None, description="Train a LoRA adapter or all weights. Default: the mode's method."
+    )
+    train_vision: bool = Field(False, description="With --method full: train the vision tower too.")
     train_inputs: Literal["mode", "caption"] = Field(
-        "mode", description="raw_image only: caption trains on captions and ranks with pictures"
+        "mode", description="raw_image only: `caption` trains on captions and ranks with pictures."
     )
-    epochs: int = Field(10, ge=1)
-    batch_size: int = Field(8, ge=1, description="global batch, whatever the number of workers")
+    epochs: int = Field(10, ge=1, description="Passes over the training users.")
+    batch_size: int = Field(8, ge=1, description="Samples per optimizer step, whatever the number of workers.")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="samples per forward pass; default as many as a worker's share"
+        None, ge=1, description="Samples per forward pass. Default: a worker's whole share of the batch."
     )
-    auto_batch: bool = Field(False, description="GPU: find the largest micro-batch that fits; the global batch stays")
-    lr: float = Field(1e-4, gt=0)
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    auto_batch: bool = Field(
+        False, description="On a GPU: find the largest forward pass that fits; --batch_size stays."
+    )
+    lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    warmup_ratio: float = Field(
+        0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises to its peak."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of the optimizer.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
     optim: Literal["auto", "adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit"] = Field(
-        "auto", description="auto is adamw: float32 moments and weights; adamw_bf16 keeps both in bfloat16"
+        "auto",
+        description="Optimizer. auto is adamw with float32 moments and weights; adamw_bf16 keeps both in bfloat16; "
+        "the 8-bit ones are those of bitsandbytes.",
     )
-    patience: int = Field(5, ge=1, description="evaluations without improvement before stopping")
-    loss: Literal["answer", "all"] = "answer"
-    negatives: int = Field(19, ge=1, description="sampled per target")
+    patience: int = Field(5, ge=1, description="Stop after this many evaluations without improvement.")
+    loss: Literal["answer", "all"] = Field(
+        "answer", description="Train on the answer alone, or on all tokens of the prompt."
+    )
+    negatives: int = Field(19, ge=1, description="Negatives per target.")
     negative_sampling: Literal["uniform", "popularity"] = Field(
-        "uniform", description="random negatives: all items alike, or in proportion to their training interactions + 1"
+        "uniform",
+        description="Draw negatives from all items alike, or in proportion to their training interactions + 1.",
     )
     candidates: str = Field(
-        "ground_truth", description="ground_truth, or retrieval:NAME for negatives from candidates/NAME"
+        "ground_truth", description="ground_truth samples negatives; retrieval:NAME takes them from candidates/NAME."
     )
     random_share: tuple[Share, Share] = Field(
-        (0.0, 0.0), description="retrieval: share of random negatives in the first and in the last epoch"
+        (0.0, 0.0), description="With retrieval:NAME: share of random negatives in the first and in the last epoch."
     )
-    samples_per_user: int | Literal["every_prefix"] = Field(1, description="random split points per user and epoch")
-    val_users: int = Field(1000, ge=1, description="validation users, a fixed seeded sample")
-    eval_steps: int | None = Field(None, ge=1, description="validate every so many steps; default after each epoch")
+    samples_per_user: int | Literal["every_prefix"] = Field(
+        1, description="Random targets per user and epoch, or every_prefix for all of them."
+    )
+    val_users: int = Field(1000, ge=1, description="Validation users, a seeded sample that stays the same.")
+    eval_steps: int | None = Field(None, ge=1, description="Validate every so many steps. Default: after each epoch.")
     metric: str | None = Field(
         None,
         pattern=r"^(recall|ndcg|mrr)@[1-9][0-9]*$",
-        description="e.g. recall@5 or ndcg@10; default recall@min(10, top_k)",
+        description="Validation metric that selects the best checkpoint, e.g. recall@5 or ndcg@10. Default: "
+        "recall@min(10, top_k).",
     )
-    max_missing: float = Field(0.2, ge=0, le=1, description="largest share of items without what the mode shows")
+    max_missing: float = Field(
+        0.2, ge=0, le=1, description="Refuse a dataset in which a larger share of the items lacks what the mode shows."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
+        "auto", description="Number format of the computation. auto is bfloat16 on a GPU and float32 on a CPU."
     )
     backend: Literal["auto", "unsloth", "transformers"] = Field(
-        "auto", description="text models; auto takes Unsloth for LoRA where it is installed"
+        "auto", description="Library behind text models. auto takes Unsloth for LoRA where it is installed."
     )
     load_in_4bit: bool | None = Field(
-        None, description="text LoRA: NF4 base weights; default true where bitsandbytes is installed"
+        None,
+        description="LoRA on text models: keep the base weights in 4 bits (NF4). Default: true where bitsandbytes is "
+        "installed.",
     )
-    packing: bool | None = Field(None, description="prompts back to back in rows of pack_tokens; default true on a GPU")
+    packing: bool | None = Field(
+        None,
+        description="Put prompts back to back in rows of --pack_tokens instead of padding them. Default: true on a "
+        "GPU.",
+    )
     pack_tokens: int | None = Field(
         None,
         ge=64,
-        description="tokens of a packed row; default what a step fills well, at most half of the free GPU memory",
+        description="Tokens of a packed row. Default: as many as a step fills well, in at most half of the free GPU "
+        "memory.",
     )
-    compile: bool | None = Field(None, description="compile each decoder layer; default true on a GPU with packing")
-    cache_vision: bool = Field(True, description="features of a frozen vision tower are computed once per picture")
-    gradient_checkpointing: bool = False
-    parallel: Literal["ddp", "fsdp2"] = Field("ddp", description="several workers: whole copies, or sharded weights")
-    lora: LoraConfig = LoraConfig()
-    ranking: RankingConfig = RankingConfig()
-    seed: Seed = 0
-    workers: int = Field(1, ge=1)
-    gpus_per_worker: float | None = Field(None, ge=0, description="default 1 where there is one, else 0")
-    cpus_per_worker: float = Field(1, gt=0)
+    compile: bool | None = Field(None, description="Compile each decoder layer. Default: true on a GPU with packing.")
+    cache_vision: bool = Field(
+        True, description="Compute the features of a frozen vision tower once per picture and keep them."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass, to save memory."
+    )
+    parallel: Literal["ddp", "fsdp2"] = Field(
+        "ddp",
+        description="Several workers: each holds a whole copy of the model (ddp) or a part of the weights (fsdp2).",
+    )
+    lora: LoraConfig = Field(LoraConfig(), description="Shape of the LoRA adapter.")
+    ranking: RankingConfig = Field(
+        RankingConfig(), description="What a prompt holds and how a ranking is read from it."
+    )
+    seed: Seed = Field(0, description="Seed of sampling, shuffling and initialisation.")
+    workers: int = Field(1, ge=1, description="Number of training processes.")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="GPUs per worker. Default: 1 where there is a GPU, else 0."
+    )
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs per worker.")
     loader_workers: int | None = Field(
-        None, ge=0, description="processes that prepare batches ahead; default 4 on a GPU, else 0"
+        None, ge=0, description="Processes per worker that prepare batches ahead. Default: 4 on a GPU, else 0."
     )
-    max_failures: int = Field(2, ge=0, description="worker failures survived by resuming from the last checkpoint")
-    save_total_limit: int = Field(2, ge=1)
-    resume: Literal["auto", "never"] = Field("auto", description="auto goes on from the last checkpoint in out")
+    max_failures: int = Field(
+        2, ge=0, description="Worker failures after which the run still resumes from its last checkpoint."
+    )
+    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept, the best one included.")
+    resume: Literal["auto", "never"] = Field(
+        "auto",
+        description="`auto` resumes from the last checkpoint in --out; `never` deletes the run in --out and starts "
+        "again.",
+    )
     report_to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
-        (), description="TensorBoard's files lie in OUT/logs"
+        (), description="Where to send metrics, besides the run folder. TensorBoard's files go to OUT/logs."
     )
-    ray: RayConfig = RayConfig()
+    ray: RayConfig = Field(RayConfig(), description="Where the work runs.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
@@ -373,32 +475,46 @@ class TrainConfig(Config):
 
 
 class TuneConfig(Config):
-    """``vlrank tune``: ASHA over learning rate, batch size and any other training key, per mode."""
+    """``vlrank tune``: search the best training settings of each mode with ASHA."""
 
-    dataset: ConfigLocation
-    out: LocalPath
-    modes: tuple[Mode, ...] = Field(MODES, description="all, or some of them")
+    dataset: ConfigLocation = Field(..., description="Dataset folder of `vlrank prepare`.")
+    out: LocalPath = Field(..., description="Sweep folder. A sweep that is there already continues.")
+    modes: tuple[Mode, ...] = Field(MODES, description="Modes to search: all, or some of them.")
     space: dict[str, Any] = Field(
         default_factory=dict,
-        description="training key -> {loguniform|uniform|randint: [low, high]}, {choice: [...]} or a fixed value; "
-        "over configs/tune/MODE.yaml, key by key",
+        description="Search space: a training key -> {loguniform|uniform|randint: [low, high]}, {choice: [...]} or a "
+        "fixed value. Replaces keys of configs/tune/MODE.yaml.",
     )
-    spaces: dict[Mode, dict[str, Any]] = Field(default_factory=dict, description="the same for one mode, over space")
-    trials: int = Field(8, ge=1, description="per mode, the default configuration first")
-    search: Literal["random", "grid", "optuna"] = "random"
-    scheduler: Literal["asha", "none"] = Field("asha", description="none trains every trial to its end")
-    grace_period: int = Field(1, ge=1, description="epochs before ASHA may let a trial wait")
-    reduction_factor: int = Field(3, ge=2, description="ASHA lets the best 1/N of a rung go on")
-    max_concurrent_trials: int | None = Field(None, ge=1, description="default what the resources allow")
-    trial_retries: int = Field(1, ge=0, description="a failed trial is tried again this often, then reported")
-    confirm_seeds: int = Field(0, ge=0, description="train each mode's best and default again on so many fresh seeds")
-    test: bool = Field(False, description="rank the test users once with each mode's winner")
-    engine: EngineConfig = Field(EngineConfig(), description="for test")
-    keep_checkpoints: Literal["best", "all"] = Field("best", description="of finished trials; per mode")
-    train: dict[str, Any] = Field(default_factory=dict, description="training keys shared by all trials")
-    per_mode: dict[Mode, dict[str, Any]] = Field(default_factory=dict, description="training keys of one mode's trials")
-    seed: Seed = 0
-    ray: RayConfig = RayConfig()
+    spaces: dict[Mode, dict[str, Any]] = Field(
+        default_factory=dict, description="Search space of single modes; replaces keys of `space`."
+    )
+    trials: int = Field(8, ge=1, description="Trials per mode. The first is the mode's default configuration.")
+    search: Literal["random", "grid", "optuna"] = Field(
+        "random", description="How points are chosen. grid tries every combination, whatever --trials says."
+    )
+    scheduler: Literal["asha", "none"] = Field(
+        "asha", description="asha pauses trials that fall behind; none trains every trial to its end."
+    )
+    grace_period: int = Field(1, ge=1, description="Epochs before ASHA may pause a trial.")
+    reduction_factor: int = Field(3, ge=2, description="ASHA lets the best 1/N of the trials at a rung train on.")
+    max_concurrent_trials: int | None = Field(
+        None, ge=1, description="Trials that run at the same time. Default: as many as the resources allow."
+    )
+    trial_retries: int = Field(1, ge=0, description="A failed trial is tried again this often and then reported.")
+    confirm_seeds: int = Field(
+        0, ge=0, description="Train each mode's best and default configuration again on this many fresh seeds."
+    )
+    test: bool = Field(False, description="Rank the test users once, with each mode's winner.")
+    engine: EngineConfig = Field(EngineConfig(), description="The engine that ranks the test users.")
+    keep_checkpoints: Literal["best", "all"] = Field(
+        "best", description="Checkpoints of finished trials to keep: each mode's best, or all."
+    )
+    train: dict[str, Any] = Field(default_factory=dict, description="Training keys of all trials.")
+    per_mode: dict[Mode, dict[str, Any]] = Field(
+        default_factory=dict, description="Training keys of one mode's trials."
+    )
+    seed: Seed = Field(0, description="Seed of the choice of points.")
+    ray: RayConfig = Field(RayConfig(), description="Where the work runs.")
 
     @field_validator("modes", mode="before")
     @classmethod
@@ -412,29 +528,37 @@ class TuneConfig(Config):
 
 
 class RerankConfig(Config):
-    """``vlrank rerank``: candidates in, full rankings out."""
+    """``vlrank rerank``: rank candidates with a trained model, in bulk."""
 
-    dataset: ConfigLocation
-    model: str = Field(..., description="a run folder of vlrank train, or a checkpoint folder")
-    candidates: str = Field("ground_truth", description="candidates/NAME, or ground_truth: target + sampled negatives")
-    split: Split = "test"
-    out: ConfigLocation
-    limit: int | None = Field(None, ge=1, description="only the first users")
-    negatives: int = Field(19, ge=1, description="for candidates: ground_truth")
-    ranking: dict[str, Any] = Field(default_factory=dict, description="overrides of the run's ranking settings")
-    as_mode: Mode | None = Field(None, description="the mode of a model that vlrank did not train")
+    dataset: ConfigLocation = Field(..., description="Dataset folder of `vlrank prepare`.")
+    model: str = Field(..., description="Run folder of `vlrank train`, or a checkpoint folder.")
+    candidates: str = Field(
+        "ground_truth", description="NAME of candidates/NAME, or ground_truth: the target among sampled negatives."
+    )
+    split: Split = Field("test", description="Users whose target belongs to this split.")
+    out: ConfigLocation = Field(..., description="File for the rankings: .parquet, .trec or .jsonl.")
+    limit: int | None = Field(None, ge=1, description="Only the first users, for a trial.")
+    negatives: int = Field(19, ge=1, description="With --candidates ground_truth: negatives per target.")
+    ranking: dict[str, Any] = Field(
+        default_factory=dict, description="Replaces ranking settings of the run, e.g. ranking.permutations=3."
+    )
+    as_mode: Mode | None = Field(None, description="Mode of a model that vlrank did not train.")
     fusion_weight: Literal["auto"] | float | None = Field(
-        None, description="weight 0..1 of the retriever's scores; auto chooses it on validation users; unset: none"
+        None,
+        description="Weight from 0 to 1 of the retriever's scores; auto chooses it on validation users. Default: "
+        "scores are not fused.",
     )
-    fusion_users: int = Field(1000, ge=1, description="validation users that fusion_weight=auto looks at")
+    fusion_users: int = Field(1000, ge=1, description="Validation users that --fusion_weight auto ranks.")
     prompt_workers: int | None = Field(
-        None, ge=0, description="processes that make prompts; default 2 per engine on GPUs; 0: the engines do it"
+        None,
+        ge=0,
+        description="Processes that make prompts. 0 leaves that to the engines. Default: 2 per engine on GPUs, else 0.",
     )
-    shard_rows: int = Field(256, ge=1, description="users committed at once: what a crash can cost at most")
-    retry_failed: bool = Field(False, description="try quarantined users again")
-    seed: Seed = 0
-    engine: EngineConfig = EngineConfig()
-    ray: RayConfig = RayConfig()
+    shard_rows: int = Field(256, ge=1, description="Users committed at once: a crash costs no more than these.")
+    retry_failed: bool = Field(False, description="Try users in quarantine again.")
+    seed: Seed = Field(0, description="Seed of sampled negatives and of permutations.")
+    engine: EngineConfig = Field(EngineConfig(), description="The engines that score.")
+    ray: RayConfig = Field(RayConfig(), description="Where the work runs.")
 
     @model_validator(mode="after")
     def _weight_is_a_share(self) -> RerankConfig:
@@ -444,30 +568,44 @@ class RerankConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """``vlrank evaluate``: metrics with intervals and a report."""
+    """``vlrank evaluate``: compare rankings with rivals and write a report."""
 
-    dataset: ConfigLocation
-    rankings: tuple[ConfigLocation, ...] = Field(..., min_length=1)
-    out: ConfigLocation = Field(..., description="folder for report.html and metrics.json")
-    split: Split = Field("test", description="of rankings files that do not say it")
-    ks: tuple[int, ...] = Field((1, 5, 10, 20, 50), min_length=1, description="cut-offs of the metrics")
+    dataset: ConfigLocation = Field(..., description="Dataset folder of `vlrank prepare`.")
+    rankings: tuple[ConfigLocation, ...] = Field(
+        ..., min_length=1, description="Files of rankings, of `vlrank rerank` or of other programs."
+    )
+    out: ConfigLocation = Field(..., description="Folder for report.html and metrics.json.")
+    split: Split = Field("test", description="Split of rankings files that do not name their split.")
+    ks: tuple[int, ...] = Field((1, 5, 10, 20, 50), min_length=1, description="Cut-offs K of the metrics.")
     baselines: tuple[str, ...] = Field(
         ("identity", "random", "popularity", "item_knn", "als", "bm25"),
-        description="rivals on the same lists; also embedding and pointwise, with a model",
+        description="Rivals that rank the same candidates. Also embedding and pointwise, which need a model.",
     )
-    embedding_model: str | None = Field(None, description="text embedding model for the embedding baseline")
-    pointwise_model: str | None = Field(None, description="language model for the pointwise (yes/no) baseline")
-    pointwise_mode: Mode | None = Field(None, description="what the pointwise baseline shows of items; unset: texts")
-    max_history: int = Field(20, ge=1, description="recent items that bm25, embedding and pointwise look at")
-    candidates: str | None = Field(None, description="candidates/NAME that were reranked; default found by content")
-    protocol: Literal["auto", "ground_truth", "retrieval"] = Field("auto", description="default found by content")
-    compare: tuple[str, ...] = Field((), description="two methods (names or files): their paired difference")
-    bootstrap: int = Field(2000, ge=100, description="resamples for the intervals")
-    runs: tuple[ConfigLocation, ...] = Field((), description="training runs whose curves the report shows")
-    sweep: LocalPath | None = Field(None, description="a sweep of vlrank tune to show")
-    stage_times: dict[str, float] = Field(default_factory=dict, description="stage -> seconds, shown in the report")
-    sample_users: int = Field(60, ge=0, description="users to browse in the report")
-    seed: Seed = 0
+    embedding_model: str | None = Field(None, description="Text embedding model of the embedding rival.")
+    pointwise_model: str | None = Field(None, description="Language model of the pointwise (yes/no) rival.")
+    pointwise_mode: Mode | None = Field(
+        None, description="What the pointwise rival shows of an item. Default: its text."
+    )
+    max_history: int = Field(20, ge=1, description="Most recent items that bm25, embedding and pointwise look at.")
+    candidates: str | None = Field(
+        None, description="NAME of the candidates/NAME that were reranked. Default: found by comparing the lists."
+    )
+    protocol: Literal["auto", "ground_truth", "retrieval"] = Field(
+        "auto",
+        description="Whether the target was put among the candidates (ground_truth) or had to be retrieved. auto "
+        "finds it by comparing the lists.",
+    )
+    compare: tuple[str, ...] = Field(
+        (), description="Two methods, by name or file, whose difference is shown in every metric."
+    )
+    bootstrap: int = Field(2000, ge=100, description="Resamples behind each interval.")
+    runs: tuple[ConfigLocation, ...] = Field(
+        (), description="Run folders of `vlrank train` whose curves the report shows."
+    )
+    sweep: LocalPath | None = Field(None, description="Sweep folder of `vlrank tune` that the report shows.")
+    stage_times: dict[str, float] = Field(default_factory=dict, description="Stage -> seconds, shown in the report.")
+    sample_users: int = Field(60, ge=0, description="Users whose lists can be browsed in the report.")
+    seed: Seed = Field(0, description="Seed of resampling and of the users to browse.")
 
     @model_validator(mode="after")
     def _two_to_compare(self) -> EvaluateConfig:
@@ -479,14 +617,16 @@ class EvaluateConfig(Config):
 
 
 class DemoConfig(Config):
-    """``vlrank demo``: the whole platform on an embedded shop, without a GPU."""
+    """``vlrank demo``: run every stage on an embedded shop, without a GPU."""
 
-    out: LocalPath = Field(Path("vlrank-demo"), description="folder for everything the demo makes")
-    modes: tuple[Mode, ...] = MODES
-    seed: Seed = 0
-    trials: int = Field(3, ge=0, description="trials of the sweep; 0 leaves it out")
-    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto takes vLLM where it is installed")
-    fresh: bool = Field(False, description="delete what an earlier demo left in the folder first")
+    out: LocalPath = Field(Path("vlrank-demo"), description="Folder for everything that the demo makes.")
+    modes: tuple[Mode, ...] = Field(MODES, description="Modes to train.")
+    seed: Seed = Field(0, description="Seed of the shop and of training.")
+    trials: int = Field(3, ge=0, description="Trials of the sweep; 0 leaves the sweep out.")
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="Inference engine. auto takes vLLM where it is installed."
+    )
+    fresh: bool = Field(False, description="First delete what an earlier demo left in the folder.")
 
 
 C = TypeVar("C", bound=Config)

@@ -27,6 +27,16 @@ C = TypeVar("C", bound=Config)
 class StageCommand(click.Command):
     """A click command whose repeatable options take several values at once: ``--meta A B`` = ``--meta A --meta B``."""
 
+    nested_keys: Sequence[tuple[str, str]] = ()
+    """Keys without an option of their own, as they are given, with their help texts."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options, then the nested keys."""
+        super().format_options(ctx, formatter)
+        if self.nested_keys:
+            with formatter.section("Nested keys, given as KEY=VALUE or in the YAML file"):
+                formatter.write_dl(self.nested_keys)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Spread such values before click sees them; a ``key=value`` word ends a list."""
         several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
@@ -74,12 +84,12 @@ def stage_command(
         extra: Further click parameters, consumed by ``adapt``.
     """
     params: list[click.Parameter] = list(extra)
-    nested: list[str] = []
+    nested: list[tuple[str, str]] = []
     for field_name, field in config_type.model_fields.items():
         if field_name in positional:
             params.append(click.Argument([field_name], required=False, metavar=field_name.upper()))
         elif _is_nested(field.annotation):
-            nested.append(field_name)
+            nested += _nested_keys(field_name, field)
         elif field_name not in hidden:
             params.append(_option(field_name, field, (aliases or {}).get(field_name, ())))
     params.append(
@@ -98,13 +108,12 @@ def stage_command(
         check_out(config)
         return run(config)
 
-    return StageCommand(
-        name,
-        params=params,
-        callback=callback,
-        help=_first_upper((config_type.__doc__ or "").partition(": ")[2]),
-        epilog=f"Nested keys are given as KEY=VALUE: {', '.join(f'{key}.*' for key in nested)}." if nested else None,
+    params.sort(key=lambda param: "[required]" not in (getattr(param, "help", None) or ""))  # required ones first
+    command = StageCommand(
+        name, params=params, callback=callback, help=_first_upper((config_type.__doc__ or "").partition(": ")[2])
     )
+    command.nested_keys = nested
+    return command
 
 
 def check_out(config: Config) -> None:
@@ -138,29 +147,45 @@ def _is_nested(annotation: Any) -> bool:
     return get_origin(annotation) is dict
 
 
+def _nested_keys(name: str, field: FieldInfo) -> list[tuple[str, str]]:
+    """``("ranking.top_k", help)`` for each key of a nested config; one row for a free mapping."""
+    if get_origin(field.annotation) is dict:
+        return [(f"{name}.KEY", field.description or "")]
+    inner: type[Config] = field.annotation  # type: ignore[assignment]
+    return [(f"{name}.{key}", _help(one)) for key, one in inner.model_fields.items()]
+
+
 def _option(name: str, field: FieldInfo, aliases: Sequence[str]) -> click.Option:
-    annotation, multiple = field.annotation, False
+    annotation, multiple = _value_type(field)
+    if annotation is bool:
+        return click.Option([f"--{name}/--no_{name}", *aliases], default=None, help=_help(field))
+    # pydantic converts and reports in the config's own words
+    return click.Option(
+        [f"--{name}", *aliases], type=click.STRING, multiple=multiple, default=None, help=_help(field), metavar="VALUE"
+    )
+
+
+def _help(field: FieldInfo) -> str:
+    """The field's description, its choices and its default."""
+    annotation, _ = _value_type(field)
+    text = field.description or ""
+    if get_origin(annotation) is Literal and all(isinstance(value, str) for value in get_args(annotation)):
+        text += f" One of: {', '.join(get_args(annotation))}."
+    if field.is_required():
+        text += " [required]"
+    elif field.default_factory is None and field.default not in (None, ()) and field.default is not False:
+        default = field.default if isinstance(field.default, tuple) else (field.default,)
+        text += f" [default: {' '.join('true' if value is True else str(value) for value in default)}]"
+    return text.strip()
+
+
+def _value_type(field: FieldInfo) -> tuple[Any, bool]:
+    """The type of one value, and whether there may be several."""
+    annotation: Any = field.annotation
     members = [member for member in get_args(annotation) if member is not type(None)]
     if get_origin(annotation) in (Union, types.UnionType) and len(members) == 1:
         annotation = members[0]
-    if get_origin(annotation) is tuple:
-        multiple, annotation = True, get_args(annotation)[0]
-    default = None if field.is_required() or field.default in (None, ()) else field.default
-    text = (field.description or "").rstrip(".")
-    if default is not None and not isinstance(default, bool):
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        text += f" [default: {shown}]"
-    elif field.is_required():
-        text += " [required]"
-    if annotation is bool:
-        return click.Option([f"--{name}/--no_{name}", *aliases], default=None, help=text)
-    kind: Any = click.STRING  # pydantic converts and reports in the config's own words
-    if get_origin(annotation) is Literal and all(isinstance(value, str) for value in get_args(annotation)):
-        kind = None
-        text = f"{'|'.join(get_args(annotation))}  {text}"
-    return click.Option(
-        [f"--{name}", *aliases], type=kind, multiple=multiple, default=None, help=text.strip(), metavar="VALUE"
-    )
+    return (get_args(annotation)[0], True) if get_origin(annotation) is tuple else (annotation, False)
 
 
 def main(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
