@@ -13,7 +13,15 @@ from vlrank.supervisor import supervised
 from vlrank.version import __version__
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _InOrder(click.Group):
+    """Lists commands in the order of the work instead of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands as they were added."""
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="vlrank")
 def cli() -> None:
     """Train, tune and run multimodal listwise rerankers on Ray.
@@ -38,13 +46,11 @@ for name, (config_type, run, dry_run) in _COMMANDS.items():
             positional=["dataset"] if "dataset" in config_type.model_fields else [],
         )
     )
-cli.add_command(submit_command)
-cli.add_command(jobs_command)
 
 
 @cli.command()
 def doctor() -> int:
-    """Versions, devices, memory, Ray address, engines and extras; for what is missing, the command that installs it."""
+    """Show what is installed, what is missing, and how to install it."""
     from vlrank.doctor import doctor as examine
 
     return examine()
@@ -59,6 +65,10 @@ def inspect(dataset: str, user: str | None, item: str | None) -> None:
     from vlrank.data.inspect import inspect_dataset
 
     inspect_dataset(dataset, user=user, item=item)
+
+
+cli.add_command(submit_command)
+cli.add_command(jobs_command)
 
 
 def main() -> None:

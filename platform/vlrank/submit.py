@@ -306,7 +306,7 @@ _address = click.option("--address", envvar="RAY_API_SERVER_ADDRESS", default=DE
 
 @click.command("submit", context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @_address
-@click.option("--workdir", help="Folder that every node sees; relative paths are taken from it.")
+@click.option("--workdir", help="Folder that every node sees; relative paths start there.")
 @click.option("--env", "environment", type=click.Path(path_type=Path), help="YAML: interpreters and variables.")
 @click.option("--no_wait", is_flag=True, help="Do not follow the log.")
 @click.argument("stage", metavar="STAGE")
@@ -314,7 +314,10 @@ _address = click.option("--address", envvar="RAY_API_SERVER_ADDRESS", default=DE
 def submit_command(
     address: str, workdir: str | None, environment: Path | None, no_wait: bool, stage: str, argv: tuple[str, ...]
 ) -> Summary:
-    """Run a stage as a job of a Ray cluster: `vlrank submit train /data/shop --mode caption --out /runs/a`."""
+    """Run a stage as a job of a Ray cluster.
+
+    Example: `vlrank submit train /data/shop --mode caption --out /runs/a`.
+    """
     if stage in ("-h", "--help"):  # of this command; behind a stage's name it is the stage's own
         print(click.get_current_context().get_help())
         raise SystemExit(0)
