@@ -1,6 +1,6 @@
 """Lessons on a shop's own photos, for a model that has never seen one (`hm_pixels.py --lessons`).
 
-The lessons are the demo's (`vlrank.demo.pretrain`: find the line that fits, guided attention) with H&M's photos and
+The lessons are the demo's (`pretrain.py`: find the line that fits, guided attention) with H&M's photos and
 words in place of drawn products: which of these pictures shows a black dress, and what does this one show? Words come
 from the catalogue: kind (the last category) and colour (of the title). Nothing is said of users or purchases.
 """
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pretrain import END, PICTURES_PER_BATCH, TURNS, Bank, Family, Lessons, Row, fresh_model, picture_patches, teach
 from vlrank.data.items import ItemMeta
-from vlrank.demo.base_models import corpus, picture_patches, save_model, train_tokenizer
-from vlrank.demo.pretrain import END, PICTURES_PER_BATCH, TURNS, Bank, Family, Lessons, Row, fresh_model, teach
+from vlrank.demo.base_models import corpus, save_model, train_tokenizer
 from vlrank.generation.prompts import load_prompt
 from vlrank.prompting.modes import mode_spec
 from vlrank.prompting.prompts import build_prompt, render_messages

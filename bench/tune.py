@@ -41,8 +41,8 @@ SEARCHES = ("random", "asha", "asha_of_ray")
 
 def make_data(folder: Path, items: int, users: int) -> tuple[Path, Path]:
     """A shop with the summaries that a perfect eye would write, and the demo's small text model."""
+    from pretrain import summary
     from vlrank.demo.base_models import make_demo_models
-    from vlrank.demo.pretrain import summary
 
     shop = make_shop(folder / "shop", n_items=items, n_users=users)
     told = {product.source_id: summary(product.style, product.colour, product.kind) for product in make_products(items)}

@@ -1,16 +1,26 @@
 """The tiny models must be complete: transformers, PEFT, Unsloth and vLLM load them like real ones."""
 
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from vlrank.demo import pretrain
-from vlrank.demo.base_models import corpus, make_demo_models, picture_patches, train_tokenizer
+from vlrank.demo.base_models import corpus, make_demo_models, train_tokenizer
 from vlrank.demo.shop import draw
 from vlrank.generation.prompts import load_prompt
 from vlrank.prompting.chat_template import render_messages
+
+
+@pytest.fixture(scope="module")
+def pretrain() -> Iterator[ModuleType]:
+    """The script that made the shipped weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2] / "bench")
+        yield importlib.import_module("pretrain")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +76,7 @@ def test_the_vision_model_says_what_it_sees(models: dict[str, Path]) -> None:
     assert np.mean(right) > 0.8, said
 
 
-def test_lessons_name_the_one_line_that_fits() -> None:
+def test_lessons_name_the_one_line_that_fits(pretrain: ModuleType) -> None:
     """Pre-training must teach to read, so every question has one right answer and its guides point at it."""
     tokenizer = train_tokenizer(corpus())
     lessons = pretrain.Lessons("text", tokenizer, [], batch=1, grow=1, seed=0)
@@ -82,5 +92,5 @@ def test_lessons_name_the_one_line_that_fits() -> None:
         assert all(end > start for start, end in read)
 
 
-def test_a_picture_becomes_one_visual_token() -> None:
-    assert picture_patches(draw("Mug", "red", "plain")).shape == (4, 3 * 2 * 16 * 16)
+def test_a_picture_becomes_one_visual_token(pretrain: ModuleType) -> None:
+    assert pretrain.picture_patches(draw("Mug", "red", "plain")).shape == (4, 3 * 2 * 16 * 16)

@@ -10,14 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from vlrank.compat import patch_torchvision
 from vlrank.data.tables import atomic_write_json
 
 if TYPE_CHECKING:
-    from PIL import Image
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -210,10 +206,10 @@ def save_model(
         from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
         processor = Qwen3VLProcessor(
-            image_processor=Qwen2VLImageProcessor(**_picture_options(image_pixels)),
+            image_processor=Qwen2VLImageProcessor(**picture_options(image_pixels)),
             tokenizer=AutoTokenizer.from_pretrained(path),
             # vLLM measures videos even where none is allowed, and divides by zero when a frame is smaller than a token.
-            video_processor=Qwen3VLVideoProcessor(**_picture_options(8 * image_pixels)),
+            video_processor=Qwen3VLVideoProcessor(**picture_options(8 * image_pixels)),
             chat_template=CHAT_TEMPLATE,
         )
         processor.save_pretrained(path)
@@ -223,7 +219,8 @@ def save_model(
     return path
 
 
-def _picture_options(longest_edge: int) -> dict[str, Any]:
+def picture_options(longest_edge: int) -> dict[str, Any]:
+    """Options of the models' image processor; ``longest_edge`` is its bound on the pixels of a picture."""
     return {
         "size": {"shortest_edge": CELL * CELL, "longest_edge": longest_edge},
         "patch_size": PATCH,
@@ -234,22 +231,13 @@ def _picture_options(longest_edge: int) -> dict[str, Any]:
     }
 
 
-def picture_patches(picture: Image.Image) -> npt.NDArray[np.float32]:
-    """A picture as the vision tower takes it, at the size of one visual token: [4 patches, values]."""
-    patch_torchvision()
-    from transformers import Qwen2VLImageProcessor
-
-    processor = Qwen2VLImageProcessor(**_picture_options(CELL * CELL))
-    return np.asarray(processor(images=[picture], return_tensors="np")["pixel_values"], dtype=np.float32)
-
-
 DEMO_SIZES = {"hidden": 64, "layers": 3, "heads": 4}
-"""Shape of the demo's two models; what their weights were trained with."""
+"""Shape of the demo's two models, as their weights have it."""
 WEIGHTS = Path(__file__).parent / "weights"
 
 
 def make_demo_models(folder: Path) -> dict[str, Path]:
-    """The demo's base models, ``text`` and ``vision``: built from their configs, with the weights of `pretrain`.
+    """The demo's base models, ``text`` and ``vision``, with the weights that bench/pretrain.py made.
 
     Returns:
         Family -> model folder; an existing one is left as it is.

@@ -1,4 +1,4 @@
-"""How the demo's base models came to be: ``python -m vlrank.demo.pretrain text|vision OUT.safetensors``.
+"""How the demo's base models came to be: ``python bench/pretrain.py text|vision OUT.safetensors``.
 
 A real Qwen can read a numbered list, tell what a picture shows and find the line that fits a description long before it
 is fine-tuned. A model with random weights cannot, and learning it takes more tokens than a laptop reads in a demo. So
@@ -38,9 +38,11 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
+from vlrank.compat import patch_torchvision
 from vlrank.data.items import ItemMeta
-from vlrank.demo.base_models import DEMO_SIZES, corpus, picture_patches, text_model, train_tokenizer, vision_model
+from vlrank.demo.base_models import CELL, DEMO_SIZES, corpus, picture_options, text_model, train_tokenizer, vision_model
 from vlrank.demo.shop import BRANDS, COLOURS, KINDS, PATTERNS, STYLES, draw
 from vlrank.generation.prompts import load_prompt
 from vlrank.prompting.chat_template import render_messages
@@ -324,6 +326,15 @@ def _picture_bank(copies: int) -> tuple[Bank, npt.NDArray[np.float32]]:
     with ProcessPoolExecutor() as pool:
         patches = list(pool.map(_one_picture, range(len(kinds)), kinds, chunksize=16))
     return kinds, np.stack(patches)
+
+
+def picture_patches(picture: Image.Image) -> npt.NDArray[np.float32]:
+    """A picture as the vision tower takes it, at the size of one visual token: [4 patches, values]."""
+    patch_torchvision()
+    from transformers import Qwen2VLImageProcessor
+
+    processor = Qwen2VLImageProcessor(**picture_options(CELL * CELL))
+    return np.asarray(processor(images=[picture], return_tensors="np")["pixel_values"], dtype=np.float32)
 
 
 def _one_picture(number: int, attributes: tuple[str, str, str]) -> npt.NDArray[np.float32]:
