@@ -130,7 +130,7 @@ def _stages(config: DemoConfig, settings: dict[str, Any], out: Path, clock: _Clo
     from vlrank.training.run import run as train
     from vlrank.tuning.run import run as tune
 
-    dataset = out / "dataset"
+    dataset = out / "shop"  # the report is titled after the folder
     engine = {"name": config.engine, **settings["engine"]}
 
     def build(kind: type[C], *layers: dict[str, Any], **keys: Any) -> C:

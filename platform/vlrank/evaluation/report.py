@@ -54,13 +54,14 @@ def render(config: EvaluateConfig, dataset: Dataset, groups: Sequence[Group]) ->
     Raises:
         UserError: a run or sweep folder of the config does not exist.
     """
-    items = _Items(dataset)
+    items, runs = _Items(dataset), [_run_curves(path) for path in config.runs]
     views = [_view(config, dataset, group, items) for group in groups]
     data = {
         "groups": [view.pop("data") for view in views],
         "items": items.table(),
         "pictures": items.has_pictures,
-        "runs": [_run_curves(path) for path in config.runs],
+        "runs": runs,
+        "curves": sorted({name for run in runs for name in run["series"] if "@" in name}, key=_curve_order),
         "sweep": None if config.sweep is None else _sweep(config.sweep),
     }
     return _page(
@@ -167,6 +168,11 @@ def _view(config: EvaluateConfig, dataset: Dataset, group: Group, items: _Items)
     }
 
 
+def _curve_order(name: str) -> tuple[bool, str]:
+    """NDCG@10 first, as it tells more than Recall; the others by name."""
+    return "ndcg@10" not in name, name
+
+
 def _severity(finding: Finding) -> int:
     return ("error", "warning", "note").index(finding.level)
 
@@ -176,16 +182,21 @@ def _headline(group: Group, ndcg: str, recall: str) -> list[str]:
     best = max(group.models, key=lambda method: method.metrics.means[ndcg])
     k = recall.partition("@")[2]
     where = "first" if k == "1" else f"among the first {k}"
-    sentences = [f"{best.name} puts the wanted item {where} for {percent(best.metrics.means[recall])} of the users."]
-    rival = RETRIEVER if group.ordered else "random"
-    for name in (rival, "popularity"):
+    sentences = [f"{best.name} puts the target {where} for {percent(best.metrics.means[recall])} of the users."]
+    rivals = [method for method in group.methods if method.kind == "baseline"]
+    strongest = max(rivals, key=lambda method: method.metrics.means[ndcg], default=None)
+    compared = {
+        RETRIEVER if group.ordered else "random": "",
+        strongest.name if strongest else "": ", the strongest rival",
+    }
+    for name, note in compared.items():
         difference = _difference(group.differences, best.name, name, ndcg)
         if difference is None:
             continue
-        sign = {"better": "better than", "worse": "worse than", "unclear": "not clearly different from"}
+        relation = {"better": "better than", "worse": "worse than", "unclear": "not clearly different from"}
         sentences.append(
-            f"It is {sign[difference.verdict]} {'the ' if name == RETRIEVER else ''}{display(name)}: {label(ndcg)} "
-            f"{difference.mean_a:.4f} against {difference.mean_b:.4f} "
+            f"It is {relation[difference.verdict]} {'the ' if name == RETRIEVER else ''}{display(name)}{note}: "
+            f"{label(ndcg)} {difference.mean_a:.4f} against {difference.mean_b:.4f} "
             f"(difference {difference.difference:+.4f}, 95% interval {difference.low:+.4f} to {difference.high:+.4f})."
         )
     return sentences

@@ -25,7 +25,8 @@
 
   // ---- charts: drawn when they come into view, drawn again when theme or choice change
   const charts = new Map();
-  const colour = (method, index) => method.kind === "model" ? css(`--p${index % 5}`) : css("--grey");
+  const hueOf = (index) => css(`--p${index % 10}`);
+  const colour = (method, index) => method.kind === "model" ? hueOf(index) : css("--grey");
   const DASH = { identity: "solid", random: "dot", popularity: "dash", item_knn: "dashdot", als: "longdash", bm25: "longdashdot", embedding: "5px,2px" };
   const SYMBOL = { identity: "square", random: "x", popularity: "diamond", item_knn: "triangle-up", als: "triangle-down", bm25: "pentagon", embedding: "star" };
   const axis = (title, more = {}) => ({
@@ -213,34 +214,49 @@
   });
 
   // ---- training and tuning
-  const lines = (pick) => DATA.runs.flatMap((run, i) => Object.entries(run.series).filter(([name]) => pick(name)).map(([name, points], j) => ({
-    x: points.map((p) => p[0]), y: points.map((p) => p[1]), type: "scatter", mode: "lines+markers", name: plain(`${run.name}: ${label(name.replace(/^(val|eval)_/, ""))}`),
-    line: { color: css(`--p${i % 5}`), width: 2, dash: ["solid", "dot", "dash", "dashdot"][j % 4] }, marker: { size: 5 }, hovertemplate: "%{x}: %{y:.4f}<extra></extra>",
+  const seriesName = (name) => label(name.replace(/^(val|eval)_/, ""));
+  const lines = (pick) => DATA.runs.flatMap((run, i) => Object.entries(run.series).filter(([name]) => pick(name)).map(([name, points], j, own) => ({
+    x: points.map((p) => p[0]), y: points.map((p) => p[1]), type: "scatter", mode: "lines+markers",
+    name: plain(own.length > 1 ? `${run.name}: ${seriesName(name)}` : run.name),
+    line: { color: hueOf(i), width: 2, dash: ["solid", "dot", "dash", "dashdot"][j % 4] }, marker: { size: 5 }, hovertemplate: "%{x}: %{y:.4f}<extra></extra>",
   })));
+  // Whole epochs, about ten of them.
+  const whole = (traces) => ({ dtick: Math.max(1, Math.ceil(Math.max(1, ...traces.flatMap((trace) => trace.x)) / 10)) });
   const xname = DATA.runs[0]?.axis ?? "epoch";
   const place = (name, make) => { const element = document.querySelector(`[data-plot=${name}]`); if (element) chart(element, make); };
-  place("runs-metric", () => [lines((name) => name.includes("@")), layout({ xaxis: axis(xname), yaxis: axis("validation", { rangemode: "tozero" }) })]);
-  place("runs-loss", () => [lines((name) => name.includes("loss")), layout({ xaxis: axis(xname), yaxis: axis("loss") })]);
+  const curve = document.querySelector("[data-control=runs-metric]");
+  place("runs-metric", () => {
+    const traces = lines((name) => name === pressed(curve));
+    return [traces, layout({ xaxis: axis(xname, whole(traces)), yaxis: axis(seriesName(pressed(curve)), { rangemode: "tozero" }) })];
+  });
+  if (curve) segmented(curve, () => draw(document.querySelector("[data-plot=runs-metric]")));
+  place("runs-loss", () => {
+    const traces = lines((name) => name.includes("loss"));
+    return [traces, layout({ xaxis: axis(xname, whole(traces)), yaxis: axis("loss") })];
+  });
   const sweep = DATA.sweep ?? [];
   const modes = [...new Set(sweep.map((trial) => trial.mode))];
   const about = (trial) => plain(Object.entries(trial.config).map(([k, v]) => `${k} ${typeof v === "number" ? Number(v.toPrecision(3)) : v}`).join(", "));
-  place("sweep", () => [sweep.map((trial) => ({
-    x: trial.points.map((p) => p[0]), y: trial.points.map((p) => p[1]), type: "scatter", mode: "lines+markers", name: plain(trial.mode), legendgroup: trial.mode,
-    showlegend: sweep.find((other) => other.mode === trial.mode) === trial, line: { color: css(`--p${modes.indexOf(trial.mode) % 5}`), width: 1.5 }, marker: { size: 5 }, opacity: 0.8,
-    hovertemplate: `epoch %{x}: %{y:.4f}<br>${about(trial)}<extra>${plain(trial.name)}</extra>`,
-  })), layout({ xaxis: axis("epoch"), yaxis: axis(label(sweep[0]?.metric ?? "metric")) })]);
+  place("sweep", () => {
+    const traces = sweep.map((trial) => ({
+      x: trial.points.map((p) => p[0]), y: trial.points.map((p) => p[1]), type: "scatter", mode: "lines+markers", name: plain(trial.mode), legendgroup: trial.mode,
+      showlegend: sweep.find((other) => other.mode === trial.mode) === trial, line: { color: hueOf(modes.indexOf(trial.mode)), width: 1.5 }, marker: { size: 5 }, opacity: 0.8,
+      hovertemplate: `epoch %{x}: %{y:.4f}<br>${about(trial)}<extra>${plain(trial.name)}</extra>`,
+    }));
+    return [traces, layout({ xaxis: axis("epoch", whole(traces)), yaxis: axis(label(sweep[0]?.metric ?? "metric")) })];
+  });
   const value = (trial) => Math.max(...trial.points.map((p) => p[1]));
   const tried = (mode) => sweep.filter((trial) => trial.mode === mode && trial.points.length);
   const gpus = sweep.some((trial) => trial.gpus);
   place("sweep-best", () => [modes.map((mode, i) => {
-    // In the order in which trials were planned, each after the one before: what they cost does not depend on how many ran at once.
+    // In the order of the trials, one after the other: the cost does not depend on how many ran at the same time.
     let spent = 0, best = -Infinity;
     const steps = tried(mode).flatMap((trial) => {
       const at = trial.points.map(([, metric, seconds]) => [spent + seconds * (trial.gpus || 1) / 3600, best = Math.max(best, metric)]);
       spent += trial.seconds * (trial.gpus || 1) / 3600;
       return at;
     });
-    return { x: steps.map((p) => p[0]), y: steps.map((p) => p[1]), type: "scatter", mode: "lines", name: plain(mode), line: { shape: "hv", color: css(`--p${i % 5}`), width: 2 }, hovertemplate: "%{y:.4f} after %{x:.3f} h<extra></extra>" };
+    return { x: steps.map((p) => p[0]), y: steps.map((p) => p[1]), type: "scatter", mode: "lines", name: plain(mode), line: { shape: "hv", color: hueOf(i), width: 2 }, hovertemplate: "%{y:.4f} after %{x:.3f} h<extra></extra>" };
   }), layout({ xaxis: axis(gpus ? "GPU-hours" : "hours of trials"), yaxis: axis(label(sweep[0]?.metric ?? "metric")) })]);
   const choice = document.querySelector("[data-sweep-mode]");
   const shown = () => tried(choice ? pressed(choice) : modes[0]);
