@@ -174,6 +174,9 @@ class PrepareConfig(Config):
     timestamp_unit: Literal["auto", "s", "ms", "us", "ns"] = Field(
         "auto", description="Unit of the timestamps. auto decides by the size of the numbers."
     )
+    impossible_times: Literal["keep", "quarantine"] = Field(
+        "keep", description="Interactions before 1990 or in the future are kept and counted, or put in quarantine."
+    )
     use_image: bool = Field(False, description="Copy or download the items' pictures.")
     retry_failed: bool = Field(False, description="Try again only the pictures that failed before.")
     image_root: LocalPath | None = Field(
