@@ -152,6 +152,36 @@ def test_an_unreadable_picture_costs_its_own_prompt(tiny_vision_model: Path, tmp
     np.testing.assert_allclose(scored[1], brute_force(engine.model, encoder, good), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mistral", {"sliding_window": 16}),
+        ("gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0}),
+        ("gpt_oss", {"sliding_window": 4096, "num_local_experts": 2, "num_experts_per_tok": 1}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
+    ],
+)
+def test_windows_soft_caps_sinks_and_states_are_scored_as_a_plain_pass_scores_them(
+    tiny_text_model: Path, tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    encoder = Encoder.load(tiny_text_model, mode_spec("semantic_summary_small"), RANKING)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": len(encoder.tokenizer)}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 24, "pad_token_id": 0, "eos_token_id": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **sizes, **heads, **changes)
+    made = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # sdpa leaves the soft cap out
+    for name, weight in made.named_parameters():
+        if weight.dim() > 1 or "sinks" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    made.save_pretrained(tmp_path)
+    model = load_model(open_model(tmp_path, "semantic_summary_small"))
+    batch = [encoder.encode(text_items(k, "old"), text_items(n)) for k, n in [(0, 3), (4, 12)]]
+    for encoded, scores in zip(batch, score_labels(model, encoder, batch), strict=True):
+        np.testing.assert_allclose(scores, brute_force(made.eval(), encoder, encoded), atol=1e-4)
+
+
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither config\.json nor adapter_config\.json"):
         open_model(tmp_path)

@@ -115,6 +115,23 @@ def test_patience_and_a_metric_that_cannot_tell_models_apart(
     assert json.loads((checkpoint / "vlrank.json").read_text())["ranking"]["popularity_prior"] is True
 
 
+def test_a_model_with_windows_is_trained_unpacked_and_says_so(
+    settings: Callable[..., TrainConfig], tiny_text_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    from vlrank.demo.base_models import save_model
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_text_model)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 24, "sliding_window": 64}
+    model = save_model(tmp_path / "mistral", MistralForCausalLM(MistralConfig(**sizes, **heads)), tokenizer)
+    config = settings("semantic_summary_small", model=str(model), method="full", packing=True, epochs=1)
+    run(config)
+    printed = " ".join(capsys.readouterr().err.split())
+    assert printed.count("prompts are not packed: mistral has attention within a sliding window of 64 tokens") == 1
+
+
 def test_a_run_that_has_blown_up_stops_and_keeps_nothing_of_it(settings: Callable[..., TrainConfig]) -> None:
     config = settings("caption", lr=1e30, epochs=1, warmup_ratio=0.0, max_grad_norm=1e9)
     with pytest.raises(UserError, match=r"not a number at step|exploded at step"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlrank.errors import UserError
+
 
 def core(model: Any) -> Any:
     """The plain transformers model inside PEFT and data-parallel wrappers."""
@@ -11,17 +13,34 @@ def core(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def language_model(model: Any) -> Any:
+    """The part without output head and vision tower: token ids -> hidden states."""
+    whole = core(model)
+    inner = whole.base_model if whole.base_model is not whole else getattr(whole, "model", whole)
+    return getattr(inner, "language_model", inner)
+
+
 def decoder_layers(model: Any) -> Any:
-    """The ``ModuleList`` of a language model's layers, of Qwen3-VL too."""
-    inner = core(model).model
-    return getattr(inner, "language_model", inner).layers
+    """The ``ModuleList`` of a language model's layers: the longest one, whatever its name (layers, h, blocks).
+
+    Raises:
+        UserError: there is none.
+    """
+    from torch.nn import ModuleList
+
+    lists = [part for part in language_model(model).children() if isinstance(part, ModuleList)]
+    if not lists:
+        raise UserError(
+            f"{type(core(model)).__name__} keeps its decoder layers in no list", "Set `model` to another causal model."
+        )
+    return max(lists, key=len)
 
 
 def blocks(model: Any) -> list[str]:
     """Class names of the layers that are sharded one by one."""
     layers = [decoder_layers(model)[0]]
-    if hasattr(core(model).model, "visual"):
-        layers.append(core(model).model.visual.blocks[0])
+    if tower := getattr(core(model).base_model, "visual", None):
+        layers.append(tower.blocks[0])
     return [type(layer).__name__ for layer in layers]
 
 

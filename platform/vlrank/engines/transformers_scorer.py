@@ -12,6 +12,8 @@ import torch
 
 from vlrank.config import EngineConfig
 from vlrank.engines.models import ModelFolder
+from vlrank.engines.packable import other_layers
+from vlrank.engines.weights import load_whole
 from vlrank.errors import UserError
 from vlrank.prompting.encoding import Encoded, Encoder
 
@@ -25,7 +27,7 @@ def score_labels(model: Any, encoder: Encoder, batch: Sequence[Encoded], *, tree
     The trie's inner nodes are appended to the prompts as a tree: each of its tokens sees the prompt, its ancestors and
     itself (4D attention mask) at the position that it would have as a continuation, so that one pass reads every node.
     Works with any model whose attention takes a mask (sdpa, eager), in training too: it is put into eval mode for the
-    call.
+    call. Layers with a window, chunks or a recurrent state cannot see a tree: their models read one row per node.
 
     Args:
         model: A causal language model or Qwen3-VL, plain or PEFT, on any device.
@@ -38,6 +40,8 @@ def score_labels(model: Any, encoder: Encoder, batch: Sequence[Encoded], *, tree
     """
     if not batch:
         return []
+    longest = max(len(encoded.ids) + len(encoded.trie.tree.tokens) for encoded in batch)
+    tree = tree and other_layers(_text_config(model), longest) is None
     with _scoring(model):
         return _score_tree(model, encoder, batch) if tree else _score_rows(model, encoder, batch)
 
@@ -150,14 +154,18 @@ def _logits(
         if hook is not None:
             hook.remove()
     columns = torch.tensor(wanted, dtype=torch.long, device=device)
+    logits = output.logits[:, -keep:][..., columns.to(output.logits.device)]
+    noise = 0.02 if logits.dtype.itemsize < 4 else 1e-4
+    logits = logits.float()
     if seen and seen[0].shape[:2] == (len(ids), keep):
         weight = head.weight[columns.to(head.weight.device)].float()
         with torch.autocast(device.type, enabled=False):  # validation may run inside one, which would round again
-            logits = seen[0].float() @ weight.T
+            exact = seen[0].float() @ weight.T
             if head.bias is not None:
-                logits = logits + head.bias[columns].float()
-    else:  # a wrapped or adapted head: its own logits
-        logits = output.logits[:, -keep:][..., columns.to(output.logits.device)].float()
+                exact = exact + head.bias[columns].float()
+        # Some models scale or cap what their head gives (Cohere, Gemma, Granite): then their own logits count.
+        if torch.allclose(exact, logits, rtol=noise, atol=noise):
+            logits = exact
     return logits.cpu().numpy()
 
 
@@ -222,7 +230,7 @@ def load_model(model: ModelFolder, dtype: str = "auto", device: str | None = Non
         dtype = "auto" if device != "cpu" else "float32"
     kind = AutoModelForImageTextToText if model.family == "vision" else AutoModelForCausalLM
     try:
-        loaded = kind.from_pretrained(model.base, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+        loaded = load_whole(kind, model.base, dtype=dtype)
         if model.is_adapter:
             from peft import PeftModel
 

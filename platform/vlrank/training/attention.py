@@ -8,6 +8,7 @@ functions. Without it the function is plain sdpa.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -19,9 +20,17 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlrank.engines import varlen
+from vlrank.engines.packable import why_not_packed
 from vlrank.engines.structure import decoder_layers
+from vlrank.errors import UserError
 
 NAME = "vlrank_packed"
+_BEYOND_CAUSAL = {
+    "softcap": "attention with soft-capped scores",
+    "s_aux": "attention with sinks",
+    "position_bias": "attention with biased scores",
+}
+"""Arguments by which layers ask for more than causal attention."""
 
 
 def packed_attention(
@@ -53,6 +62,9 @@ def packed_attention(
 
     Returns:
         [1, T, heads, head dim], and None for the weights.
+
+    Raises:
+        ValueError: a packed row with something that is not causal attention: a mask, a window, a soft cap, sinks.
     """
     if packed_cu_seqlens is None:
         return sdpa_attention_forward(
@@ -60,6 +72,8 @@ def packed_attention(
         )
     if attention_mask is not None or query.shape[0] != 1:
         raise ValueError("packed rows come one at a time and without an attention mask")
+    if extra := _beyond_causal(module, kwargs, packed_longest):
+        raise ValueError(extra)
     if query.is_cuda and query.dtype != torch.float32:
         q, k, v = (tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value))
         kernel = varlen.flash4 if flash4 else varlen.flash2
@@ -75,21 +89,49 @@ def packed_attention(
     return torch.cat(parts, dim=1), None
 
 
+def _beyond_causal(module: torch.nn.Module, kwargs: dict[str, Any], longest: int) -> str | None:
+    window = kwargs.get("sliding_window")
+    if window is not None and window < longest:
+        return f"attention within a sliding window of {window:,} tokens"
+    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        return "attention in both directions"
+    return next((name for key, name in _BEYOND_CAUSAL.items() if kwargs.get(key) is not None), None)
+
+
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def use_packed_attention(model: Any) -> None:
-    """Switch a model's language layers to `packed_attention`; the vision tower keeps its own."""
+class NotPackable(UserError):
+    """Prompts of this model must not share a row."""
+
+
+def use_packed_attention(model: Any, longest: float = math.inf) -> None:
+    """Switch a model's language layers to `packed_attention`; the vision tower keeps its own.
+
+    Args:
+        model: A plain causal language model or Qwen3-VL.
+        longest: Tokens of the longest prompt.
+
+    Raises:
+        NotPackable: some layers are not plain causal attention, see `vlrank.engines.packable`.
+    """
     config = model.config.get_text_config()
     device = next(model.parameters()).device
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = (config.num_attention_heads, config.num_key_value_heads, head_dim)
-    flash4 = device.type == "cuda" and varlen.flash4_agrees(*heads, device)
+    flash4 = device.type == "cuda" and varlen.flash4_agrees(*_heads(config), device)
     name = f"{NAME}_flash4" if flash4 else NAME
     ALL_ATTENTION_FUNCTIONS.register(name, partial(packed_attention, flash4=True) if flash4 else packed_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, _no_mask)
+    if kind := why_not_packed(model, name, longest):
+        raise NotPackable(f"prompts are not packed: {config.model_type} has {kind}", "Set packing: false.")
     config._attn_implementation = name
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Query heads, key heads and the width of a head."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
 
 
 def compile_layers(model: Any, backend: str | Callable[..., Any] = "inductor", *, dynamic: bool = False) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlrank.config import TrainConfig
 from vlrank.data.tables import read_json
 from vlrank.engines.structure import core
+from vlrank.engines.weights import check_whole, load_whole
 from vlrank.errors import UserError
 from vlrank.installation import install_command
 from vlrank.prompting.chat_template import check_chat_template
@@ -190,7 +191,7 @@ def weight_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 def _load_transformers(config: TrainConfig, base: Base, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration
 
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    options: dict[str, Any] = {"dtype": dtype}
     if base.in_4bit:
         from transformers import BitsAndBytesConfig
 
@@ -199,7 +200,7 @@ def _load_transformers(config: TrainConfig, base: Base, device: torch.device, dt
         )
         options["device_map"] = {"": device}
     kind = Qwen3VLForConditionalGeneration if base.family == "vision" else AutoModelForCausalLM
-    model = kind.from_pretrained(base.name, **options)
+    model = load_whole(kind, base.name, **options)
     if base.in_4bit:
         exact_4bit_on_cpu(model)
     else:
@@ -239,6 +240,7 @@ def _load_unsloth(config: TrainConfig, base: Base, device: torch.device, dtype: 
         dtype=dtype,
         local_files_only=Path(base.name).is_dir(),
     )
+    check_whole(model, base.name)
     exact_4bit_on_cpu(model)
     return FastLanguageModel.get_peft_model(
         model,

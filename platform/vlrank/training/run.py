@@ -347,6 +347,7 @@ def _watch(config: TrainConfig, total: int) -> Iterator[None]:
 
     def follow() -> None:
         shown, at, warned = seen, 0, False
+        said: set[str] = set()
         history: list[dict[str, Any]] = []
         with progress(f"train {config.mode}", total=total) as bar:
             while True:
@@ -355,6 +356,10 @@ def _watch(config: TrainConfig, total: int) -> Iterator[None]:
                     facts = json.loads((config.out / PROGRESS_FILE).read_text(encoding="utf-8"))
                     bar.advance(facts.get("step", 0) - at, note=_progress_note(facts))
                     at = facts.get("step", 0)
+                    for line in facts.get("said", []):
+                        if line not in said:
+                            announce("Note:", line, "yellow")
+                            said.add(line)
                 with suppress(UserError):  # a bucket that does not answer for once
                     history = read_history(config.out)
                 best = max((line["selection"] for line in history[:shown]), default=float("-inf"))

@@ -18,6 +18,7 @@ from vlrank.config import TrainConfig
 from vlrank.console import quiet_libraries
 from vlrank.data.items import ItemMeta
 from vlrank.data.picture import PictureMissing, UnreadablePicture
+from vlrank.engines.structure import core
 from vlrank.errors import UserError
 from vlrank.storage import (
     BucketPath,
@@ -82,7 +83,7 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         hide_extras(bitsandbytes=not base.in_4bit and "8bit" not in config.optim)
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-    from vlrank.engines.structure import blocks, core, weights
+    from vlrank.engines.structure import blocks, weights
     from vlrank.training.batches import Steps
     from vlrank.training.model import load_trainable
     from vlrank.training.trainer import Outcome, ReportCallback, RerankTrainer, patience_spent
@@ -106,20 +107,12 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
     encoder, training_encoder, pictures, run_plan, unreadable = _prepare_pictures(
         config, trainable, data, rank, world, show
     )
+    longest = config.ranking.max_prompt_tokens + ANSWER_ROOM
     packing = config.packing if config.packing is not None else on_gpu and not base.unsloth
     if packing:
-        from vlrank.training.attention import compile_layers, use_packed_attention
-
-        use_packed_attention(core(trainable.model))
-        if on_gpu and base.method == "lora" and config.parallel == "ddp":
-            from vlrank.training.lora import fuse_lora
-
-            fuse_lora(trainable.model)
-        if config.compile if config.compile is not None else on_gpu:
-            compile_layers(core(trainable.model))
+        packing = _pack(config, base, trainable.model, longest, on_gpu, show)
     own_share = -(-config.batch_size // world)
     micro_batch_size = min(config.micro_batch_size or own_share, own_share)
-    longest = config.ranking.max_prompt_tokens + ANSWER_ROOM
     pack_tokens = max(config.pack_tokens, longest) if packing and config.pack_tokens else None
     steps = Steps(
         run_plan.samples,
@@ -229,6 +222,24 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
             trainer.train(resume_from_checkpoint=folder)
     shutil.rmtree(staging.parent, ignore_errors=True)
     return trainer.outcome()
+
+
+def _pack(config: TrainConfig, base: Base, model: Any, longest: int, on_gpu: bool, show: _Progress) -> bool:
+    """Prepare a model for packed rows; False, said once, where its layers do not allow them."""
+    from vlrank.training.attention import NotPackable, compile_layers, use_packed_attention
+
+    try:
+        use_packed_attention(core(model), longest)
+    except NotPackable as error:
+        show.say(error.problem)
+        return False
+    if on_gpu and base.method == "lora" and config.parallel == "ddp":
+        from vlrank.training.lora import fuse_lora
+
+        fuse_lora(model)
+    if config.compile if config.compile is not None else on_gpu:
+        compile_layers(core(model))
+    return True
 
 
 def _fit_memory(
@@ -426,6 +437,10 @@ class _Progress:
         self._path = None if folder is None else folder / PROGRESS_FILE
         self._last: dict[str, Any] = {}
         self._written = 0.0
+
+    def say(self, line: str) -> None:
+        """Have the driver print a line, once."""
+        self(said=[*self._last.get("said", []), line], note=self._last.get("note", ""))
 
     def __call__(self, **facts: Any) -> None:
         if self._path is None:
