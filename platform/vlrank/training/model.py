@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from packaging.version import Version
+
 from vlrank.config import TrainConfig
 from vlrank.data.tables import read_json
 from vlrank.engines.structure import core
@@ -277,8 +279,10 @@ def accept_features(model: Any) -> int:
     Raises:
         ValueError: pixels and features have the same width and could not be told apart.
     """
+    import transformers
     from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
+    chunked = Version(transformers.__version__) >= Version("5.18")  # deepstack features too come as a chunk per picture
     inner = core(model).model
     config = core(model).config.vision_config
     hidden, layers = config.out_hidden_size, len(config.deepstack_visual_indexes)
@@ -294,7 +298,9 @@ def accept_features(model: Any) -> int:
             return compute(pixel_values, image_grid_thw, **kwargs)
         # One chunk for all pictures: the caller concatenates them anyway, and splitting would wait for the GPU.
         output, *deepstack = pixel_values.split(hidden, dim=-1)
-        return BaseModelOutputWithDeepstackFeatures(pooler_output=(output,), deepstack_features=deepstack)
+        return BaseModelOutputWithDeepstackFeatures(
+            pooler_output=(output,), deepstack_features=[(layer,) for layer in deepstack] if chunked else deepstack
+        )
 
     inner.get_image_features = get_image_features
     return width
