@@ -160,9 +160,11 @@ def patient_start(seconds: float, running: Callable[[], bool]) -> Iterator[None]
         while True:
             try:
                 return get_node(*arguments)
-            except RuntimeError:
-                if time.monotonic() > end or not running():
+            except RuntimeError as error:
+                if time.monotonic() > end:
                     raise
+                if not running():
+                    raise ChildProcessError("one of Ray's own processes ended while it started") from error
                 time.sleep(0.1)
 
     services.get_node = patient

@@ -66,7 +66,7 @@ def _join(address: str, **options: Any) -> None:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise UserError(
-            f"no Ray cluster answers at {address}: {_first_line(error)}",
+            f"the Ray cluster at {address} could not be joined: {_first_line(error)}",
             "Give the address of a running cluster as ray.address or RAY_ADDRESS, or `local` to start Ray here.",
         ) from error
 
@@ -139,8 +139,9 @@ _FOLDER_BYTES = (103 if sys.platform == "darwin" else 107) - len(
 def _unusable(folder: Path) -> str | None:
     if len(os.fsencode(folder)) > _FOLDER_BYTES:
         return "too long for the path of a socket"
+    there = next(place for place in (folder, *folder.parents) if place.exists())
     try:
-        with tempfile.TemporaryFile(dir=folder if folder.exists() else folder.parent):
+        with tempfile.TemporaryFile(dir=there):
             return None
     except OSError as error:
         return error.strerror or str(error)
@@ -155,9 +156,11 @@ def ray_processes() -> list[psutil.Process]:
 def _own_signal_handlers() -> Iterator[None]:
     """Ray replaces SIGTERM's handler by one that prints its stack and aborts; puts the one found back."""
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def quiet_data() -> DataContext:
