@@ -15,7 +15,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -113,6 +113,7 @@ class _Supervisor:
         self._code: int | None = None
         self._code_at = self._signalled_at = float("inf")
         self._watched: dict[int, str] = {}
+        self._ends: list[int] = []  # descriptors, readable once the watched processes have ended
         self._unread = b""
         self._reader, self._writer = os.pipe()
 
@@ -172,7 +173,8 @@ class _Supervisor:
                 return self._kill_and_report("error", _lost(lost), 1)
             if now > self._signalled_at + GRACE_S and self._code is None:
                 return self._kill_and_report("interrupted", INTERRUPTED, 130)
-            select.select([self._reader], [], [], 0.25)
+            ends = self._ends if self._code is None else ()
+            select.select([self._reader, *ends], [], [], 0.25)
 
     def _ended(self, signalled: bool) -> int:
         if self._code is not None and not (signalled and self._code not in (0, 2, 130)):
@@ -183,6 +185,8 @@ class _Supervisor:
         return self._kill_and_report("error", _died(self._status or 0), 1)
 
     def _kill_and_report(self, status: str, message: str, code: int) -> int:
+        if self._status is None:
+            os.kill(self._child, signal.SIGKILL)  # first of all, before it prints what Ray thinks of the end of others
         _end_descendants(0)
         self._report(status, message)
         return code
@@ -198,6 +202,9 @@ class _Supervisor:
             message = json.loads(line)
             if "watch" in message:
                 self._watched = {int(pid): name for pid, name in message["watch"].items()}
+                for descriptor in self._ends:
+                    os.close(descriptor)
+                self._ends = _end_descriptors(self._watched)
             if "signal" in message:
                 self._on_signal(message["signal"])
             if "code" in message:
@@ -253,6 +260,17 @@ def _alive(pid: int) -> bool:
         return running(psutil.Process(pid))
     except psutil.NoSuchProcess:
         return False
+
+
+def _end_descriptors(pids: Iterable[int]) -> list[int]:
+    """For `select`; where the system has none, the processes are looked at four times a second."""
+    descriptors = []
+    for pid in pids:
+        try:
+            descriptors.append(os.pidfd_open(pid))
+        except (AttributeError, OSError):
+            continue
+    return descriptors
 
 
 def _end_descendants(patience: float) -> None:
