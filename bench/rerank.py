@@ -203,7 +203,7 @@ def raw(config: Any) -> dict[str, Any]:
     from vlrank.engines.vllm_scorer import engine_kwargs
     from vlrank.prompting.encoding import Encoder
     from vlrank.prompting.modes import mode_spec
-    from vlrank.reranking.pipeline import sampled_candidates
+    from vlrank.prompting.negatives import sampled_candidates
 
     folder = replace(open_model(config.model, config.as_mode), ranking=RankingConfig(**config.ranking))
     encoder = Encoder.load(config.model, mode_spec(config.as_mode), folder.ranking)
@@ -212,7 +212,7 @@ def raw(config: Any) -> dict[str, Any]:
     pool = np.arange(1, dataset.n_items + 1)
     prompts, tokens = [], 0
     for user, (history, target) in islice(dataset.histories("test").items(), config.limit):
-        listed = sampled_candidates(target, [*history, target], pool, config.negatives, [config.seed, user])
+        listed, _ = sampled_candidates(user, history, target, pool, config.negatives, config.seed)
         encoded = encoder.encode([meta[i] for i in history], [meta[i] for i in listed])
         prompt: dict[str, Any] = {"prompt_token_ids": compact(encoded.ids, encoder.image_token_id)}
         if encoded.image_paths:

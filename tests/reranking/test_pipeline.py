@@ -20,9 +20,10 @@ from vlrank.errors import UserError
 from vlrank.prompting.modes import mode_spec
 from vlrank.reranker import Qwen3VLReranker
 from vlrank.reranking import pipeline
-from vlrank.reranking.pipeline import _open, _plan, _shards, _source, best_weight, dry_run, run, sampled_candidates
+from vlrank.reranking.pipeline import _open, _plan, _shards, _source, best_weight, dry_run, run
 from vlrank.reranking.ranker import UserLists, open_prompts
 from vlrank.storage import Location
+from vlrank.training.samples import validation_samples
 
 TRANSFORMERS = EngineConfig(name="transformers", cpus=1)
 
@@ -69,20 +70,17 @@ def config(dataset: Dataset, model: Path, out: Path, **more: object) -> RerankCo
 # ---- without Ray -----------------------------------------------------------------------------------------------------
 
 
-def test_sampled_candidates_are_the_target_among_the_unknown() -> None:
-    pool = np.arange(1, 101)
-    first = sampled_candidates(7, [1, 2, 3, 7], pool, 19, [0, 5])
-    assert first == sampled_candidates(7, [1, 2, 3, 7], pool, 19, [0, 5])
-    assert len(set(first)) == 20
-    assert 7 in first
-    assert not {1, 2, 3} & set(first)
-    assert first != sampled_candidates(7, [1, 2, 3, 7], pool, 19, [0, 6])
-    assert sorted(sampled_candidates(2, [], np.arange(1, 4), 19, [0])) == [1, 2, 3]
-    places = [sampled_candidates(7, [7], pool, 19, [0, user]).index(7) for user in range(2000)]
-    large = np.arange(1, 100_001)  # drawn another way
-    drawn = [sampled_candidates(7, [7, 8], large, 19, [1, user]) for user in range(50)]
-    assert all(len(set(row)) == 20 and 7 in row and 8 not in row for row in drawn)
-    assert np.bincount(places, minlength=20).min() > 60  # about 100 at each place: the target hides everywhere
+def test_split_val_measures_what_validation_does(dataset: Dataset, model: Path) -> None:
+    """Other candidates are another metric: the user's later items were never shown here, and were in training."""
+    settings = config(dataset, model, Path("r.parquet"), split="val", negatives=7, seed=3)
+    _, folder, spec = _open(settings)
+    work = _plan(settings, dataset, folder, spec, dataset.item_meta(), "val", None)
+    here = dict(work.wanted.select("user_id", "candidates").iter_rows())
+    items = np.arange(1, dataset.n_items + 1)
+    there = validation_samples(dataset.histories("val"), items, negatives=7, users=10_000, seed=3)
+    assert here == {sample.user_id: list(sample.candidates) for sample in there}
+    tests = {user: target for user, (_, target) in dataset.histories("test").items()}
+    assert any(tests[user] in candidates for user, candidates in here.items())
 
 
 def test_sampled_candidates_are_named_so_that_no_table_claims_them(dataset: Dataset, model: Path) -> None:

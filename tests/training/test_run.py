@@ -16,6 +16,7 @@ import yaml
 
 from vlrank.config import TrainConfig, load_config
 from vlrank.data.dataset import Dataset
+from vlrank.data.lists import rank_by_score
 from vlrank.errors import UserError
 from vlrank.training import pictures
 from vlrank.training.data import TrainingData, display_name, plan, selection_metric
@@ -31,7 +32,7 @@ from vlrank.training.run import (
     run,
 )
 from vlrank.training.trainer import RerankTrainer, Stability, device_full, largest_that_fits
-from vlrank.training.validation import rank_metrics, rank_of
+from vlrank.training.validation import rank_metrics
 from vlrank.training.worker import remove_orphans
 
 Make = Callable[..., TrainConfig]
@@ -63,12 +64,12 @@ def test_rank_metrics_agree_with_the_evaluation_room() -> None:
 
 def test_ties_keep_the_order_of_the_prompt() -> None:
     scores = np.array([0.5, 0.9, 0.5, 0.1], dtype=np.float32)
-    assert [rank_of(scores, target) for target in range(4)] == [2, 1, 3, 4]
+    assert [rank_by_score(scores, target) for target in range(4)] == [2, 1, 3, 4]
 
 
 def test_scores_that_are_no_numbers_rank_the_target_last() -> None:
     """Every comparison with them is false, which would make a broken model the best one."""
-    assert rank_of(np.full(20, np.nan, dtype=np.float32), 3) == 20
+    assert rank_by_score(np.full(20, np.nan, dtype=np.float32), 3) == 20
 
 
 def test_a_metric_that_cannot_tell_models_apart_is_replaced(settings: Make) -> None:

@@ -15,7 +15,6 @@ from vlrank.errors import UserError
 from vlrank.prompting.modes import mode_spec
 from vlrank.training.samples import (
     TrainingSamples,
-    draw_outside,
     keep_usable,
     stratified_users,
     usable_items,
@@ -148,41 +147,14 @@ def test_negatives_by_popularity_follow_the_training_interactions() -> None:
     assert len(set(drawn)) > 60, "items that nobody bought occur too"
 
 
-# ---- drawing --------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=100)
-@given(
-    size=st.integers(2, 300), taken=st.sets(st.integers(1, 300), max_size=60), n=st.integers(0, 40), seed=st.integers(0)
-)
-def test_drawing_outside(size: int, taken: set[int], n: int, seed: int) -> None:
-    items = np.arange(1, size + 1)
-    free = set(items.tolist()) - taken
-    if len(free) < n:
-        return
-    drawn = draw_outside(np.random.default_rng(seed), items, taken, n)
-    assert len(drawn) == len(set(drawn)) == n
-    assert set(drawn) <= free
-
-
-def test_rejection_and_listing_draw_alike() -> None:
-    # 20 items are listed, 400 are drawn by rejection; both give every free item the same chance.
-    for size in (20, 400):
-        rng = np.random.default_rng(0)
-        counts = Counter(item for _ in range(4000) for item in draw_outside(rng, np.arange(1, size + 1), {1, 2}, 3))
-        expected = 4000 * 3 / (size - 2)
-        assert all(abs(counts[i] - expected) < 6 * math.sqrt(expected) for i in range(3, size + 1))
-        assert not counts[1]
-
-
 # ---- validation -----------------------------------------------------------------------------------------------------
 
 
 def test_validation_never_changes_and_ranks_the_target_among_outsiders() -> None:
     histories = {user: (items, 100 - user) for user, items in SEQUENCES.items()}
-    first = validation_samples(histories, SEQUENCES, ITEMS, users=20, seed=4)
-    assert first == validation_samples(histories, SEQUENCES, ITEMS, users=20, seed=4)
-    assert first != validation_samples(histories, SEQUENCES, ITEMS, users=20, seed=5)
+    first = validation_samples(histories, ITEMS, users=20, seed=4)
+    assert first == validation_samples(histories, ITEMS, users=20, seed=4)
+    assert first != validation_samples(histories, ITEMS, users=20, seed=5)
     for sample in first:
         target = 100 - sample.user_id
         assert sample.candidates[sample.label - 1] == target
@@ -192,7 +164,7 @@ def test_validation_never_changes_and_ranks_the_target_among_outsiders() -> None
 
 def test_validation_with_a_retriever_counts_what_it_missed() -> None:
     samples = validation_samples(
-        {1: ([1], 9), 2: ([1], 8)}, {}, ITEMS, negatives=3, pools={1: [5, 9, 6, 7, 4], 2: [5, 6, 7, 4, 8]}
+        {1: ([1], 9), 2: ([1], 8)}, ITEMS, negatives=3, pools={1: [5, 9, 6, 7, 4], 2: [5, 6, 7, 4, 8]}
     )
     assert [sample.label > 0 for sample in samples] == [True, False]  # 8 is fifth, only four are shown
     assert set(samples[0].candidates) == {5, 9, 6, 7}

@@ -150,6 +150,17 @@ class Lists:
         return own[where] == asked
 
 
+def rank_by_score(scores: NDArray[np.floating[Any]], target: int) -> int:
+    """Rank of the target (0-based position) among ``scores`` (float [N]), from 1; of equal scores the earlier is first.
+
+    Scores that are no numbers rank it last: comparing with them would put it first.
+    """
+    if np.isnan(scores).any():
+        return len(scores)
+    own = scores[target]
+    return int(1 + (scores > own).sum() + (scores[:target] == own).sum())
+
+
 def offsets_of(lengths: NDArray[np.integer[Any]]) -> Ints:
     """``[2, 0, 3]`` -> ``[0, 2, 2, 5]``."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)

@@ -31,6 +31,7 @@ from vlrank.console import Summary, announce
 from vlrank.data.candidates_io import check_output, write_rankings
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
+from vlrank.data.lists import rank_by_score
 from vlrank.data.schemas import RANKINGS
 from vlrank.data.tables import atomic_write_json, file_size
 from vlrank.engines.models import ModelFolder, on_this_node, open_model
@@ -39,6 +40,7 @@ from vlrank.errors import UserError
 from vlrank.prompting.chat_template import check_chat_template
 from vlrank.prompting.encoding import PREPARATION
 from vlrank.prompting.modes import ModeSpec, mode_spec, shows
+from vlrank.prompting.negatives import sampled_candidates
 from vlrank.reranking.ranker import Ranking, UserLists, open_prompts, open_ranker, tokenizer_folder
 from vlrank.reranking.windows import fuse, stable_order, windows
 from vlrank.runtime import ray_session
@@ -235,12 +237,11 @@ def _plan(
     retrieved: dict[int, dict[int, float]] = {}
     listed: dict[int, list[int]] = {}
     if config.candidates == "ground_truth":
-        known = dict(dataset.sequences().select("user_id", "item_ids").iter_rows())
         pool = np.asarray(sorted(usable), dtype=np.int64)
         for user in sorted(histories)[:limit]:
-            target = histories[user][1]
+            history, target = histories[user]
             if target in usable:
-                listed[user] = sampled_candidates(target, known[user], pool, config.negatives, [config.seed, user])
+                listed[user] = list(sampled_candidates(user, history, target, pool, config.negatives, config.seed)[0])
         considered = len(histories) if limit is None else min(limit, len(histories))
     else:
         table = _retrieved(config, dataset, split)
@@ -283,31 +284,6 @@ def _reached(items: list[int], usable: Container[int], top_k: int) -> list[int]:
     """The head of a list that holds its best ``top_k`` usable items: those that are not make room for further ones."""
     places = [place for place, item in enumerate(items) if item in usable][:top_k]
     return items[: places[-1] + 1] if len(places) == top_k else items
-
-
-def sampled_candidates(target: int, known: Sequence[int], pool: np.ndarray, n: int, seed: Sequence[int]) -> list[int]:
-    """The target among ``n`` items that the user does not know, in random order; a pure function of its arguments.
-
-    Args:
-        target: The item to find.
-        known: All items of the user.
-        pool: Items that can be shown, ascending.
-        n: Negatives; fewer where the pool has no more.
-        seed: Of this user.
-    """
-    rng = np.random.default_rng(seed)
-    taken = {*known, target}
-    if len(pool) < 4 * (n + len(taken)):
-        outside = np.setdiff1d(pool, np.asarray(list(taken)))
-        negatives = rng.choice(outside, size=min(n, len(outside)), replace=False).tolist()
-    else:  # draw and reject: a large catalogue is not gone through for every user
-        negatives = []
-        while len(negatives) < n:
-            for item in pool[rng.integers(len(pool), size=2 * n)].tolist():
-                if item not in taken and len(negatives) < n:
-                    taken.add(item)
-                    negatives.append(item)
-    return rng.permutation([*negatives, target]).tolist()
 
 
 def _reach(ranking: RankingConfig) -> int:
@@ -549,9 +525,8 @@ def best_weight(lists: Sequence[tuple[Sequence[int], Sequence[float], Sequence[f
         total = 0.0
         for items, model, retriever, target in lists:
             if target in items:
-                scores, order = fuse(model, retriever, weight), stable_order(retriever)
-                ranked = [order[i] for i in stable_order(scores[order])]
-                rank = ranked.index(list(items).index(target)) + 1
+                order = stable_order(retriever)  # which ties of the fused scores keep
+                rank = rank_by_score(fuse(model, retriever, weight)[order], order.index(list(items).index(target)))
                 total += 1 / math.log2(rank + 1) if rank <= k else 0.0
         return total
 

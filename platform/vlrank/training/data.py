@@ -168,7 +168,6 @@ def plan(config: TrainConfig, data: TrainingData) -> Plan:
     )
     validation = validation_samples(
         data.validation,
-        data.sequences,
         usable.item_ids,
         negatives=config.negatives,
         users=config.val_users,

@@ -1,8 +1,7 @@
 """What a reranker learns from: histories, targets and negatives, drawn as a pure function of (seed, epoch, index).
 
 Nothing is stored between epochs, so a resumed run, another number of workers and another loader order all see the same
-samples. Negatives come from all items outside the user's *training* items; the validation and test items of the user
-are candidates like any other (leaving them out would make "never seen as a negative" a clue to the answer).
+samples. `vlrank.prompting.negatives` says which items are negatives.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 from vlrank.data.items import ItemMeta
 from vlrank.errors import UserError
 from vlrank.prompting.modes import ModeSpec, shows
+from vlrank.prompting.negatives import draw_negatives, sampled_candidates, shuffle_in
 
 HistoryAndTarget = tuple[list[int], int]
 """History (oldest first) and target of one user."""
@@ -209,44 +209,11 @@ class TrainingSamples:
             n_pool = min(len(pool), int((rng.random(self._negatives) >= self.random_share(epoch)).sum()))
             chosen = [pool[i] for i in rng.choice(len(pool), size=n_pool, replace=False)]
             n_random -= n_pool
-        return chosen + draw_outside(rng, self._drawn_from, self._taken[user] | set(chosen), n_random)
-
-
-def shuffle_in(rng: np.random.Generator, target: int, negatives: Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """Target and negatives in random order, and the target's 1-based position."""
-    order = rng.permutation(len(negatives) + 1)
-    everything = [target, *negatives]
-    return tuple(everything[i] for i in order), int(np.flatnonzero(order == 0)[0]) + 1
-
-
-def draw_outside(rng: np.random.Generator, items: np.ndarray, taken: frozenset[int] | set[int], n: int) -> list[int]:
-    """``n`` different items that are not taken, one after the other, each entry of ``items`` equally likely.
-
-    An item that is listed k times is drawn k times as often. Rejection is fast where most entries are free; where few
-    are, they are listed and shuffled.
-
-    Raises:
-        ValueError: fewer than ``n`` items are free.
-    """
-    if n <= 0:
-        return []
-    if len(items) < 4 * (n + len(taken)):
-        rest = items[~np.isin(items, np.fromiter(taken, dtype=np.int64, count=len(taken)))]
-        free = list(dict.fromkeys(rng.permutation(rest).tolist()))
-        if len(free) < n:
-            raise ValueError(f"{n} items wanted, {len(free)} are free")
-        return free[:n]
-    found: dict[int, None] = {}
-    while len(found) < n:
-        for item in items[rng.integers(len(items), size=2 * (n - len(found)))].tolist():
-            if item not in taken and len(found) < n:
-                found[item] = None
-    return list(found)
+        return chosen + draw_negatives(rng, self._drawn_from, self._taken[user] | set(chosen), n_random)
 
 
 def validation_samples(
     histories: Mapping[int, HistoryAndTarget],
-    train_sequences: Mapping[int, Sequence[int]],
     item_ids: np.ndarray,
     *,
     negatives: int = 19,
@@ -262,7 +229,6 @@ def validation_samples(
 
     Args:
         histories: user id -> (history oldest first, validation item).
-        train_sequences: For the negatives: items outside the user's training items.
         item_ids: Items that can be shown; histories and targets are cut to them.
         negatives: Candidates beside the target.
         users: How many users at most.
@@ -283,15 +249,13 @@ def validation_samples(
     result = []
     for user in stratified_users({user: len(history) for user, (history, _) in usable.items()}, users, seed):
         history, target = usable[user]
-        rng = np.random.default_rng([seed, 4, user])
         if pools is not None:
+            rng = np.random.default_rng([seed, 4, user])
             listed = [item for item in pools.get(user, ()) if item in allowed][: negatives + 1]
             candidates = tuple(listed[i] for i in rng.permutation(len(listed)))
             label = candidates.index(target) + 1 if target in candidates else 0
         else:
-            taken = set(train_sequences.get(user, ())) | {target}
-            room = len(allowed) - len(taken & allowed)
-            candidates, label = shuffle_in(rng, target, draw_outside(rng, item_ids, taken, min(negatives, room)))
+            candidates, label = sampled_candidates(user, histories[user][0], target, item_ids, negatives, seed)
         result.append(Sample(user, tuple(history), candidates, label))
     return result
 

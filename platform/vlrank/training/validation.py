@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from vlrank.data.lists import rank_by_score
 from vlrank.evaluation.metrics import evaluate_ranks
 from vlrank.prompting.encoding import PromptTooLong
 from vlrank.prompting.prior import with_prior
@@ -33,17 +34,6 @@ def rank_metrics(ranks: npt.ArrayLike, metrics: Sequence[str]) -> dict[str, floa
     ks = sorted({int(metric.partition("@")[2]) for metric in metrics})
     means = evaluate_ranks(listed, ks=ks, bootstrap=0).means
     return {metric: means[metric] for metric in metrics}
-
-
-def rank_of(scores: npt.NDArray[np.float32], target: int) -> int:
-    """Rank of ``target`` (0-based position), from 1; of equal scores the earlier position comes first.
-
-    Scores that are no numbers rank it last: comparing with them would put it first.
-    """
-    if np.isnan(scores).any():
-        return len(scores)
-    own = scores[target]
-    return int(1 + (scores > own).sum() + (scores[:target] == own).sum())
 
 
 def encode_samples(
@@ -105,7 +95,7 @@ def target_ranks(
     ranks = np.full(len(samples), np.inf)
     for i, (sample, answer) in enumerate(zip(samples, scores, strict=True)):
         if answer is not None:
-            ranks[i] = rank_of(with_prior(answer, priors[i]) if priors else answer, sample.label - 1)
+            ranks[i] = rank_by_score(with_prior(answer, priors[i]) if priors else answer, sample.label - 1)
     return ranks
 
 
