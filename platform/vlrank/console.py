@@ -67,7 +67,7 @@ class Summary:
     Attributes:
         title: The stage and what it worked on, e.g. ``"prepare: Gift_Cards_5.json.gz"``.
         lines: Facts to show, in order: label -> value.
-        output: Where the result lies.
+        output: The place of the result.
         counts: Machine-readable counts, e.g. ``{"items": 148, "quarantined": 2}``.
     """
 
@@ -94,7 +94,7 @@ def _format(value: object) -> str | Text:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
-class Steps:
+class ProgressBar:
     """A running progress bar; see `progress`."""
 
     def __init__(self, bar: Progress, task: Any) -> None:
@@ -108,7 +108,7 @@ class Steps:
 
 
 @contextmanager
-def progress(description: str, total: int | None) -> Iterator[Steps]:
+def progress(description: str, total: int | None) -> Iterator[ProgressBar]:
     """A progress bar with counts, elapsed and remaining time; in a log file it prints a line at the end only."""
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -119,4 +119,4 @@ def progress(description: str, total: int | None) -> Iterator[Steps]:
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, transient=False) as bar:
-        yield Steps(bar, bar.add_task(description, total=total, note=""))
+        yield ProgressBar(bar, bar.add_task(description, total=total, note=""))

@@ -1,1 +1,1 @@
-"""The embedded shop's way through every stage, with tiny models made on the spot."""
+"""The embedded shop, its tiny models, and its way through every stage."""

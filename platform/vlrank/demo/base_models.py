@@ -1,7 +1,7 @@
-"""Tiny Qwen3 and Qwen3-VL models, made from their configs: what the demo trains and what the tests load.
+"""Tiny Qwen3 and Qwen3-VL models, made from their configs, for the demo and for tests.
 
 They are complete Hugging Face folders (config, safetensors, tokenizer with Qwen's special tokens and digits, chat
-template, image processor) that transformers, PEFT, Unsloth and vLLM load like the real ones.
+template, image processor) that transformers, PEFT, Unsloth and vLLM load like real ones.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`vlrank demo`: the embedded shop through every stage, with tiny models made on the spot.
+"""`vlrank demo`: the embedded shop through every stage, with tiny models.
 
-Nothing here is special to the demo except the shop and the sizes: the stages are the ones that run on a cluster.
+Only the shop and the sizes are special to the demo; the stages are the same as on a cluster.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from vlrank.runtime import ray_session
 
 C = TypeVar("C", bound=Config)
 _UNTRAINED = "_zero_shot"
-"""Ends the name of the rankings that a mode's base model made."""
+"""End of the name of the rankings that a mode's base model made."""
 
 
 class _Clock:
-    """Announces each stage and remembers how long it took."""
+    """Announces each stage and measures its time."""
 
     def __init__(self, total: int) -> None:
         self.seconds: dict[str, float] = {}
@@ -120,8 +120,8 @@ def _check(config: DemoConfig) -> None:
 
 
 def _stages(config: DemoConfig, settings: dict[str, Any], out: Path, clock: _Clock) -> tuple[Path, list[Path]]:
-    """Everything from drawing the shop to rankings of the test users."""
-    # Imported late: `vlrank --help` loads this module's siblings, and torch and Ray take seconds.
+    """All stages from drawing the shop to rankings of the test users."""
+    # Imported here, as torch and Ray take seconds to load.
     from vlrank.data.prepare import run as prepare
     from vlrank.demo.base_models import make_demo_models
     from vlrank.demo.shop import write_raw_shop
@@ -170,7 +170,7 @@ def _stages(config: DemoConfig, settings: dict[str, Any], out: Path, clock: _Clo
     rankings = []
     for mode in config.modes:
         shape = training(mode)
-        # The base model on the same lists: what it could do before it saw a user of this shop.
+        # The base model on the same lists, before it has seen a user of this shop.
         before = {"model": shape["model"], "as_mode": mode, "ranking": shape["ranking"]}
         chosen_models = {mode: {"model": str(out / "runs" / mode)}, mode + _UNTRAINED: before}
         with clock.stage(f"rerank: {mode}, trained and not"):

@@ -22,7 +22,8 @@ class Finding:
 
     Attributes:
         check: Name of the check.
-        level: ``error``: the numbers do not mean what they seem to; ``warning``: they may be off; ``note``: to know.
+        level: ``error``: the numbers do not mean what they seem to mean; ``warning``: they may be wrong; ``note``: good
+            to know.
         message: In words, with the count.
         count, total: How many of how many.
     """
@@ -51,7 +52,7 @@ def check_candidates(
         lists: Candidates in the retriever's order.
         targets: int [U]; the target of each user of ``lists``.
         histories: user_id -> items before the target.
-        name: How messages call the lists.
+        name: Name of the lists in messages.
         expected: The number of candidates that every user should have.
         titles: Item titles at [item_id - 1], for near-duplicates.
         protocol: ``retrieval`` or ``ground_truth``.
@@ -86,7 +87,7 @@ def check_order(lists: Lists, name: str) -> list[Finding]:
     flat[segments[1:][inner & (steps != 0)]] = False
     flat &= lists.lengths > 1
     if flat.sum() > 0.05 * len(lists.users):
-        message = f"{name}: all scores are equal for {_users(int(flat.sum()), lists)}: their order is the input's"
+        message = f"{name}: all scores are equal for {_users(int(flat.sum()), lists)}: the input's order stays"
         findings.append(Finding("scores", "warning", message, int(flat.sum()), len(lists.users)))
     return findings
 
@@ -103,7 +104,7 @@ def check_times(sequences: pl.DataFrame, split: str, lengths: Mapping[int, int])
     position = known["user_id"].replace_strict(lengths, return_dtype=pl.Int64)
 
     def at(back: int) -> pl.Expr:
-        # A place before the list would be counted from its end.
+        # polars counts a negative place from the end of the list.
         place = pl.col("position") - back
         return pl.when(place >= 0).then(pl.col("timestamps").list.get(place, null_on_oob=True))
 
@@ -124,13 +125,13 @@ def check_times(sequences: pl.DataFrame, split: str, lengths: Mapping[int, int])
     if len(newest) and newest[-1] > newest[0]:
         target = times["target"].to_numpy()
         later = 1 - np.searchsorted(newest, target, side="right") / len(newest)
-        # Somebody always trains on a later day; what matters is how many do.
+        # Some user always trains on a later day; what matters is the number of such users.
         leaking = int((later > 0.05).sum())
         if leaking > 0.01 * len(times):
             message = (
-                f"time leakage: after the targets of {leaking / len(times):.0%} of the {split} users the training part "
-                f"of over 5% of all users goes on (median: {np.median(later):.0%}). Leave-one-out lets models see the "
-                "future of others; `vlrank prepare --split temporal` does not"
+                f"time leakage: for {leaking / len(times):.0%} of the {split} targets, over 5% of all users have later "
+                f"training interactions (median: {np.median(later):.0%} of the users). Leave-one-out lets models see "
+                "the future of other users; `vlrank prepare --split temporal` does not"
             )
             findings.append(Finding("time_leakage", "warning", message, leaking, len(times)))
     return findings
@@ -178,24 +179,22 @@ def _injected(lists: Lists, targets: Ints, name: str, n_items: int) -> list[Find
     total = len(ranks)
     if total >= 20 and covered == total and n_items > 2 * int(lists.lengths.max(initial=0)):
         message = (
-            f"{name}: every target is among its candidates; no retriever does that, so it was put there. "
+            f"{name}: every target is among its candidates. No retriever does that, so the targets were put in. "
             "Read these numbers as ground_truth, not as retrieval"
         )
         return [Finding("target_injected", "error", message, covered, total)]
-    # A target that was put in replaces or follows the rest: it stands at one place far more often than chance allows.
+    # Targets that were put in replace the last candidate or follow it: one place has far more targets than by chance.
     places = np.bincount(ranks[ranks > 0])
     if covered >= 50 and len(places) > 3:
         place = int(places.argmax())
         if place > 2 and places[place] > 0.5 * covered:
-            message = (
-                f"{name}: {places[place] / covered:.0%} of the retrieved targets stand at place {place}: put there?"
-            )
+            message = f"{name}: {places[place] / covered:.0%} of the retrieved targets stand at place {place}: were they put there?"
             return [Finding("target_injected", "error", message, int(places[place]), covered)]
     return []
 
 
 def _near_duplicates(lists: Lists, targets: Ints, titles: Sequence[str], name: str) -> list[Finding]:
-    """Candidates titled almost as the target: no ranker can tell them apart, and one of them counts as wrong."""
+    """Candidates with nearly the target's title: no ranker can tell them apart, and all but one count as wrong."""
     if not len(titles) or not len(lists.items):
         return []
     words = [sorted(set(re.findall(r"\w+", title.casefold()))) for title in titles]

@@ -80,8 +80,8 @@ def compare_ranks(
 ) -> list[Difference]:
     """Paired differences between two rankings of the same users.
 
-    Users with the same two ranks are alike, so resampling and sign flips draw counts of the kinds of users (multinomial
-    and binomial) instead of users: exact, and as fast for a million users as for a thousand.
+    Users with the same two ranks are interchangeable, so resampling and sign flips draw multinomial and binomial counts
+    of the kinds of users instead of single users: exact, and as fast for a million users as for a thousand.
 
     Args:
         a, b: int [U]; 1-based ranks of the same users' targets, 0 for a miss.
@@ -154,7 +154,7 @@ def _sign_flip(counts: NDArray[np.integer[Any]], deltas: Floats, flips: int, see
     moved = (deltas != 0).any(axis=1)
     counts, deltas = counts[moved], deltas[moved]
     observed = np.abs(counts @ deltas)
-    few = counts.sum() <= 20 * len(counts)  # then a coin per user is cheaper than a binomial draw per kind
+    few = counts.sum() <= 20 * len(counts)  # a coin per user is then cheaper than a binomial draw per kind
     weights = np.repeat(deltas, counts, axis=0) if few else deltas
     extreme = np.zeros(deltas.shape[1])
     step = max(1, 4_000_000 // max(len(weights), 1))
@@ -163,7 +163,7 @@ def _sign_flip(counts: NDArray[np.integer[Any]], deltas: Floats, flips: int, see
         if few:
             signs = 2.0 * rng.integers(0, 2, size=(size, len(weights)), dtype=np.int8) - 1
         else:
-            # Of n alike users k keep their sign: together they add (2k - n) times their difference.
+            # Of n users of a kind k keep their sign: together they add (2k - n) times their difference.
             signs = 2.0 * rng.binomial(counts, 0.5, size=(size, len(counts))) - counts
         extreme += (np.abs(signs @ weights) >= observed - 1e-9).sum(axis=0)
     return (1 + extreme) / (flips + 1)

@@ -147,7 +147,7 @@ def _ranked_candidates(models: Sequence[Model], table: Lists | None, seed: int) 
     """The candidates of the models: in the retriever's order if the table is known, else in a seeded random order.
 
     A table with longer lists is cut to the longest ranking if its head holds all that is ranked. Without a table the
-    longest rankings stand for the candidates, shuffled: an order that a model made must not break its rivals' ties.
+    longest rankings are taken for the candidates and shuffled: a model's order must not break its rivals' ties.
     """
     if table is not None:
         longest = max(int(lists.lengths.max(initial=0)) for _, lists in models)

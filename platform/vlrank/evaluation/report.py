@@ -1,7 +1,7 @@
-"""The report: one HTML file that needs no network and reads well to someone who has never seen the project.
+"""The report: one HTML file that needs no network, written for readers who have never seen the project.
 
-Numbers and tables are rendered here; ``templates/report.js`` draws the charts with Plotly, which is put into the file,
-and runs the browser of users. Whatever comes from the data is escaped by Jinja or by `_script_json`.
+Python renders numbers and tables; ``templates/report.js`` draws the charts with Plotly, which is embedded in the file,
+and lets readers browse users. Jinja and `_script_json` escape everything that comes from the data.
 """
 
 from __future__ import annotations
@@ -133,13 +133,13 @@ def p_value(value: float) -> str:
 
 
 def _script_json(value: Any) -> str:
-    """JSON that may stand inside a script element: no text of the data can end the element."""
+    """JSON for a script element: no text of the data can end the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def _view(config: EvaluateConfig, dataset: Dataset, group: Group, items: _Items) -> dict[str, Any]:
-    """What the template shows of a group, and under ``data`` what the charts draw."""
+    """A group's values for the template and, under ``data``, for the charts."""
     ndcg, recall, mrr = main_metrics(config.ks, group.length)
     k = int(recall.partition("@")[2])
     columns = [*(f"recall@{cut}" for cut in sorted(config.ks) if cut <= k), ndcg, mrr]
@@ -203,7 +203,7 @@ def _headline(group: Group, ndcg: str, recall: str) -> list[str]:
 
 
 def _differences_of(name: str, group: Group) -> list[Difference]:
-    """A model's comparisons with all others, from its point of view, in the order of the table."""
+    """A model's comparisons with all other methods, the model first, in the order of the table."""
     order = {method.name: place for place, method in enumerate(group.methods)}
     own = [d if d.a == name else d.flipped() for d in group.differences if name in (d.a, d.b)]
     return sorted(own, key=lambda d: order[d.b])
@@ -249,7 +249,7 @@ def _model_data(method: Method, group: Group) -> dict[str, Any]:
 def _position_bias(lists: Lists, group: Group) -> dict[str, Any]:
     """By place in the retriever's order: how often a model puts that place first, and how often the target is there.
 
-    Over the users whose target was retrieved, so that both are shares of the same users.
+    Both are shares of the same users: those whose target was retrieved.
     """
     wanted = group.base.rank_of(group.targets)
     rows = np.flatnonzero((wanted > 0) & (lists.lengths > 0))
@@ -265,7 +265,7 @@ def _calibration(lists: Lists, targets: Ints) -> dict[str, Any] | None:
     """Predicted probability of a candidate against how often it is the target, over users whose target is listed.
 
     Ten bins of equal width in probability; the expected calibration error weighs them by their candidates (Guo et al.
-    2017). None where the scores are no probabilities: they then do not sum to 1, as after sliding windows or fusion.
+    2017). None where the scores of a list do not sum to 1 and so are no probabilities, as after sliding windows or fusion.
     """
     listed = np.flatnonzero(lists.rank_of(targets) > 0)
     if lists.scores is None or not len(listed):
@@ -356,7 +356,7 @@ def _thumbnail(path: Location) -> str | None:
     try:
         small = read_rgb(path, at_least=_PICTURE_SIZE)
     except UnreadablePicture:
-        return None  # a damaged picture is no reason to have no report
+        return None  # a damaged picture must not cost the report
     small.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE))
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=68)
@@ -368,7 +368,7 @@ def _browse(config: EvaluateConfig, dataset: Dataset, group: Group, items: _Item
     model = group.models[0]
     old = group.base.rank_of(group.targets)
     new = model.metrics.ranks
-    middle = (group.base.lengths + 1) // 2  # without a retriever's order: better than half the list is a win
+    middle = (group.base.lengths + 1) // 2  # without a retriever's order the better half of the list is a win
     reference = old if group.ordered else np.where(old > 0, middle, 0)
     kinds = [(new > 0) & (new < reference), (new > 0) & (new > reference), (new > 0) & (new == reference), new == 0]
     rng = np.random.default_rng(config.seed)

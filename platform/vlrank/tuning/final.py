@@ -1,4 +1,4 @@
-"""The one look at the test users that a sweep allows itself: each mode's winner, after everything is chosen."""
+"""The one look at the test users in a sweep: each mode's winner, after everything is chosen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep shows on a dashboard while it runs, through Ray's metrics (Prometheus names in brackets)."""
+"""A running sweep on a dashboard, through Ray's metrics (Prometheus names in brackets)."""
 
 from __future__ import annotations
 

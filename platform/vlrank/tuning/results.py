@@ -1,4 +1,4 @@
-"""What a sweep found, in words and tables. No Ray in here."""
+"""The results of a sweep in words and tables; without Ray."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vlrank.tuning.trials import Trial, interval
 
 
 def selection(default: Trial, best: Trial, confirmation: Sequence[Trial]) -> dict[str, Any]:
-    """How much of the winner's gain over the defaults was selection noise.
+    """The winner's gain over the defaults, and the part of it that was selection noise.
 
-    The best of many noisy values is too good on average. Trained again on seeds that had no part in the choice, winner
-    and default show the gain to expect; the rest of the gain seen in the sweep was noise.
+    The best of many noisy values is too good on average. Winner and default, trained again on seeds that had no part in
+    the choice, show the gain to expect; the rest of the sweep's gain was noise.
     """
-    # Defaults that ASHA stopped early say nothing about what they come to in the end.
+    # Where ASHA stopped the defaults early, their final value is unknown.
     values = {"gain": best.value - default.value} if default.epochs and default.status == "completed" else {}
     seeds: dict[str, dict[str, float]] = {"best": {}, "default": {}}
     number = best.trial_id.rpartition("-")[2]
@@ -46,7 +46,7 @@ def selection(default: Trial, best: Trial, confirmation: Sequence[Trial]) -> dic
 
 
 def verdict(default: Trial, best: Trial, chosen: Mapping[str, Any]) -> str:
-    """The mode's line of the summary; ``chosen`` holds what `selection` returned."""
+    """The mode's line of the summary; ``chosen`` holds the result of `selection`."""
     around = interval(best)
     text = f"{best.metric} {best.value:.4f}" + (f" [{around[0]:.4f}, {around[1]:.4f}]" if around else "")
     point = ", ".join(f"{key} {value}" for key, value in best.config.items())

@@ -108,7 +108,7 @@ class Choice:
 _KINDS = ("loguniform", "uniform", "randint", "choice")
 _SET_BY_THE_SWEEP = ("dataset", "out", "mode", "ray")
 _MEASURE = ("negatives", "candidates", "val_users", "metric", "max_missing", "ranking.missing")
-"""Keys that change whom, or among what, validation ranks."""
+"""Keys that change which users validation ranks, or which candidates."""
 
 
 def parse_space(space: Mapping[str, Any]) -> dict[str, Dimension]:
@@ -198,7 +198,7 @@ def nested(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default_point(dimensions: Mapping[str, Dimension], defaults: Mapping[str, Any]) -> Point:
-    """What the trial without any search has for the keys of the space: the documented defaults.
+    """The point of the trial without any search: the documented defaults.
 
     Args:
         dimensions: The space.
@@ -234,7 +234,7 @@ def trial_points(
     A small discrete space may hold fewer points than ``trials``: then all of them are returned.
     """
     points = [default]
-    # Random draws from a small discrete space repeat themselves: stop after enough fruitless ones.
+    # Random draws from a small discrete space repeat points: stop after 1,000 without a new one.
     fruitless = 0
     for point in sampled_points(dimensions, search, seed):
         if len(points) >= trials or fruitless > 1000:
@@ -313,6 +313,6 @@ def combined(*spaces: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def names(points: Sequence[Point]) -> list[str]:
-    """The keys that differ between the points, in the order of the space: what a table has to show."""
+    """The keys that differ between the points, in the order of the space: the columns of a table."""
     keys = list(points[0]) if points else []
     return [key for key in keys if len({repr(point.get(key)) for point in points}) > 1]

@@ -1,7 +1,7 @@
-"""What a sweep knows, in one plain file: ``SWEEP/trials.jsonl``, a line per trial with its whole learning curve.
+"""The state of a sweep, in one plain file: ``SWEEP/trials.jsonl``, a line per trial with its whole learning curve.
 
-The file is rewritten, whole or not at all, at every event. It alone decides what a killed sweep still has to do, so
-nothing depends on Ray Tune's pickled state, which is saved every ten seconds at most and leaves ASHA's rungs out.
+The file is rewritten, whole or not at all, at every event. It alone decides what a killed sweep still has to do. Ray
+Tune's pickled state is not used: it is saved every ten seconds at most and does not contain ASHA's rungs.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Trial:
         mode: Mode.
         trial_id: ``MODE-000`` is the mode's default configuration; also the name of the run folder.
         config: The searched training keys.
-        metric: What `epochs` and `value` measure, e.g. ``recall@10``; higher is better.
+        metric: The metric of `epochs` and `value`, e.g. ``recall@10``; higher is better.
         users: Validation users behind the metric; 0 where unknown.
-        status: ``paused`` means waiting at one of ASHA's rungs, ``stopped`` that it waited in vain, ``completed`` that
-            it came to its own end.
-        stop_reason: In words.
+        status: ``paused``: at one of ASHA's rungs; ``stopped``: still paused when the sweep ended; ``completed``: trained
+            to its own end.
+        stop_reason: Why the trial ended or paused, in words.
         epochs: One entry per evaluation: ``{"epoch": 1, "metric": 0.31, "step": 40, "seconds": 12.0}``.
         seconds: Wall-clock seconds spent, all attempts together.
         gpus: GPUs the trial held.
-        attempts: How often it was started.
-        passed: The rung (epoch) that ASHA last let it pass.
+        attempts: The number of starts.
+        passed: The last rung (epoch) that the trial passed.
     """
 
     mode: str
@@ -57,7 +57,7 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether it will not run again in this sweep."""
+        """Whether the trial will not run again in this sweep."""
         return self.status in FINISHED
 
     @property
@@ -78,12 +78,12 @@ class Trial:
     def record(self, epoch: float, metric: float, **more: float) -> None:
         """Add an evaluation; one that is repeated after a resume replaces its first copy.
 
-        Evaluations are told apart by ``step`` where there is one, as an epoch may have several.
+        ``step`` identifies an evaluation where there is one, as an epoch may have several.
         """
         entry = {"epoch": epoch, "metric": metric, **more}
         for old in self.epochs:
             if _when(old) == _when(entry) and "seconds" in old:
-                entry["seconds"] = old["seconds"]  # reported again after a resume; it was there before
+                entry["seconds"] = old["seconds"]  # a repeated report must not change the time
         self.epochs = sorted([old for old in self.epochs if _when(old) != _when(entry)] + [entry], key=_when)
 
 
@@ -92,7 +92,7 @@ def _when(entry: dict[str, float]) -> float:
 
 
 class Sweep:
-    """All trials of a sweep, in the order in which they are to run, and their file.
+    """All trials of a sweep, in their order, and their file.
 
     Args:
         path: ``SWEEP/trials.jsonl``; read if it exists.
@@ -125,7 +125,7 @@ class Sweep:
         return [trial for trial in self if trial.mode == mode]
 
     def unfinished(self) -> list[Trial]:
-        """Trials that have not ended: interrupted ones first, then round the modes so that none waits for another."""
+        """Trials that have not ended: interrupted ones first, then one of each mode in turn."""
         position = {trial.trial_id: self.of(trial.mode).index(trial) for trial in self}
         waiting = [trial for trial in self if not trial.finished]
         return sorted(waiting, key=lambda trial: (trial.status != "running", position[trial.trial_id]))
@@ -148,9 +148,9 @@ class Sweep:
 def interval(trial: Trial, z: float = 1.96) -> tuple[float, float] | None:
     """95% interval of the trial's best value over validation users: Wilson's score interval (1927).
 
-    Exact in form for Recall, a proportion. NDCG and MRR of a user lie between 0 and 1 too, so their variance is at most
-    that of a proportion with the same mean (Bhatia and Davis 2000) and the interval is a little too wide. None before
-    the first evaluation, or where the number of users is unknown.
+    Recall is a proportion. NDCG and MRR of a user are between 0 and 1 too, so their variance is at most that of a
+    proportion with the same mean (Bhatia and Davis 2000), and their interval is a little too wide. None before the first
+    evaluation, or where the number of users is unknown.
     """
     if trial.best is None or not trial.users:
         return None
