@@ -188,7 +188,10 @@ def _injected(lists: Lists, targets: Ints, name: str, n_items: int) -> list[Find
     if covered >= 50 and len(places) > 3:
         place = int(places.argmax())
         if place > 2 and places[place] > 0.5 * covered:
-            message = f"{name}: {places[place] / covered:.0%} of the retrieved targets stand at place {place}: were they put there?"
+            message = (
+                f"{name}: {places[place] / covered:.0%} of the retrieved targets stand at place {place}: "
+                "were they put there?"
+            )
             return [Finding("target_injected", "error", message, int(places[place]), covered)]
     return []
 

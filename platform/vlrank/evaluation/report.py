@@ -265,7 +265,7 @@ def _calibration(lists: Lists, targets: Ints) -> dict[str, Any] | None:
     """Predicted probability of a candidate against how often it is the target, over users whose target is listed.
 
     Ten bins of equal width in probability; the expected calibration error weighs them by their candidates (Guo et al.
-    2017). None where the scores of a list do not sum to 1 and so are no probabilities, as after sliding windows or fusion.
+    2017). None where a list's scores do not sum to 1 and so are no probabilities, as after sliding windows or fusion.
     """
     listed = np.flatnonzero(lists.rank_of(targets) > 0)
     if lists.scores is None or not len(listed):

@@ -32,8 +32,8 @@ class Trial:
         config: The searched training keys.
         metric: The metric of `epochs` and `value`, e.g. ``recall@10``; higher is better.
         users: Validation users behind the metric; 0 where unknown.
-        status: ``paused``: at one of ASHA's rungs; ``stopped``: still paused when the sweep ended; ``completed``: trained
-            to its own end.
+        status: ``paused``: at one of ASHA's rungs; ``stopped``: still paused when the sweep ended; ``completed``:
+            trained to its own end.
         stop_reason: Why the trial ended or paused, in words.
         epochs: One entry per evaluation: ``{"epoch": 1, "metric": 0.31, "step": 40, "seconds": 12.0}``.
         seconds: Wall-clock seconds spent, all attempts together.
@@ -149,8 +149,8 @@ def interval(trial: Trial, z: float = 1.96) -> tuple[float, float] | None:
     """95% interval of the trial's best value over validation users: Wilson's score interval (1927).
 
     Recall is a proportion. NDCG and MRR of a user are between 0 and 1 too, so their variance is at most that of a
-    proportion with the same mean (Bhatia and Davis 2000), and their interval is a little too wide. None before the first
-    evaluation, or where the number of users is unknown.
+    proportion with the same mean (Bhatia and Davis 2000), and their interval is a little too wide. None before the
+    first evaluation, or where the number of users is unknown.
     """
     if trial.best is None or not trial.users:
         return None
