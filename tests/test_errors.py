@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import click
 import pytest
 from ray.exceptions import RayTaskError
@@ -70,3 +73,17 @@ def test_causes_that_point_to_each_other_end() -> None:
     first, second = ValueError(), KeyError()
     first.__cause__, second.__cause__ = second, first
     assert list(causes(first)) == [first, second]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_file_that_the_system_refuses_is_one_message(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command()
+    def command() -> None:
+        raise RuntimeError("task failed") from OSError(number, os.strerror(number), "/data/items.parquet")
+
+    with pytest.raises(SystemExit) as ended:
+        main(command, [])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: /data/items.parquet: {os.strerror(number)}\n")
+    assert user_error_in(FileNotFoundError(errno.ENOENT, "No such file", "/x")) is None, "a fault of ours, perhaps"
+    assert user_error_in(PermissionError(errno.EPERM, "Operation not permitted")) is None, "of no file"

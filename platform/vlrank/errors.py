@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 
 
@@ -54,7 +55,24 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def user_error_in(error: BaseException) -> UserError | None:
-    """The `UserError` among `causes`; None if there is none."""
-    found = [link for link in causes(error) if isinstance(link, UserError)]
+    """The `UserError` among `causes`, or one for a file that the system refuses; None if there is neither."""
+    links = list(causes(error))
+    found = [link for link in links if isinstance(link, UserError)]
     # Ray raises an exception of both kinds, whose text is a traceback, with the plain one as its cause.
-    return next((link for link in found if not isinstance(getattr(link, "cause", None), UserError)), None)
+    plain = [link for link in found if not isinstance(getattr(link, "cause", None), UserError)]
+    return next(iter([*plain, *filter(None, map(_of_system, links))]), None)
+
+
+_OF_SYSTEM = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Have the right to it given to you, or use another place."),
+    errno.EROFS: "Use a place that can be written to.",
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT), "Free some space, or use another disk; what was committed is intact."
+    ),
+}
+
+
+def _of_system(error: BaseException) -> UserError | None:
+    if isinstance(error, OSError) and error.filename and error.errno in _OF_SYSTEM:
+        return UserError(f"{error.filename}: {error.strerror}", _OF_SYSTEM[error.errno])
+    return None

@@ -122,7 +122,7 @@ def check_out(config: Config) -> None:
     Raises:
         UserError: ``out`` lies on a read-only file system, or permission is missing.
     """
-    out = getattr(config, "out", None)
+    out = getattr(config, "out", None) or getattr(config, "folder", None)
     if isinstance(out, Path):
         require_writable(out, "Choose another --out.")
 

@@ -290,7 +290,7 @@ def _end_descendants(patience: float) -> None:
                 continue
         except ChildProcessError:
             return
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 _PARENT_DEATH_SIGNAL, _SUBREAPER = 1, 36  # of Linux's <sys/prctl.h>
