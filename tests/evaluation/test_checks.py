@@ -66,6 +66,10 @@ def test_scores_that_contradict_or_say_nothing() -> None:
     assert "rise" in check([1, 2, 3], [3, 2, 1])[0]
     assert "equal" in check([1, 1, 1], [3, 2, 1])[0]
     assert "not finite" in check([1, float("nan"), 0])[0]
+    constant = np.log([0.5, 0.3, 0.2]).tolist()
+    assert "do not depend on the candidates" in check(*[constant] * 6)[0]
+    assert check(*[constant] * 5, np.log([0.6, 0.3, 0.1]).tolist()) == []
+    assert check(*[[-1, -2, -3]] * 6) == [], "ranks are alike by nature"
 
 
 def sequences(times: list[list[int]]) -> pl.DataFrame:

@@ -13,14 +13,16 @@ import pytest
 from tests.processes import Program
 from vlrank.config import EngineConfig, RankingConfig, RayConfig, RerankConfig, Split, load_config
 from vlrank.data.dataset import Dataset
+from vlrank.data.items import ItemMeta
 from vlrank.data.schemas import CANDIDATES, RANKINGS
 from vlrank.data.tables import atomic_write_json
 from vlrank.engines import vllm_args
 from vlrank.errors import UserError
 from vlrank.prompting.modes import mode_spec
+from vlrank.prompting.prior import with_prior
 from vlrank.reranker import Qwen3VLReranker
 from vlrank.reranking import pipeline
-from vlrank.reranking.pipeline import _open, _plan, _shards, _source, best_weight, dry_run, run
+from vlrank.reranking.pipeline import _is_constant, _open, _plan, _shards, _source, best_weight, dry_run, run
 from vlrank.reranking.ranker import UserLists, open_prompts
 from vlrank.storage import Location
 from vlrank.training.samples import validation_samples
@@ -87,6 +89,28 @@ def test_sampled_candidates_are_named_so_that_no_table_claims_them(dataset: Data
     # `evaluate` would else measure rivals on a candidates table that happens to hold the sampled items.
     settings, spec = config(dataset, model, Path("r.parquet")), mode_spec("caption")
     assert _source(settings, spec, RankingConfig(), None) == "qwen3vl/caption candidates=ground_truth"
+
+
+def test_a_model_that_does_not_look_is_noticed() -> None:
+    """Its NDCG is that of the places it prefers, and nothing in a table of metrics shows it."""
+    rng = np.random.default_rng(0)
+    meta = {item: ItemMeta(text="", popularity=item) for item in range(1, 50)}
+    lists = [rng.choice(np.arange(1, 50), size=20, replace=False) for _ in range(6)]
+
+    def constant(answers: list[np.ndarray], **ranking: bool) -> bool:
+        order = [np.argsort(-answer, kind="stable") for answer in answers]
+        columns = {
+            "user_id": range(6),
+            "item_ids": [items[by].tolist() for items, by in zip(lists, order, strict=True)],
+            "scores": [answer[by].tolist() for answer, by in zip(answers, order, strict=True)],
+        }
+        return _is_constant(pl.DataFrame(columns), meta, RankingConfig(**ranking))
+
+    places = np.log(rng.dirichlet(np.ones(20)))
+    assert constant([places] * 6)
+    assert constant([with_prior(places, np.log1p(items)) for items in lists], popularity_prior=True)
+    assert not constant([with_prior(places, np.log1p(items)) for items in lists])
+    assert not constant([places + rng.normal(size=20) * 0.01 for _ in lists])
 
 
 def test_the_fusion_weight_is_the_best_on_validation() -> None:

@@ -128,6 +128,22 @@ class Lists:
         ranks[rows[::-1]] = (found - self.offsets[rows] + 1)[::-1]
         return ranks
 
+    def same_scores(self, tolerance: float = 1e-3) -> bool:
+        """Whether all users have the same scores down their lists, up to a constant: they say nothing about the items.
+
+        Lists of equal length are compared, and at least five lists have to be: fewer may be alike by chance.
+        """
+        if self.scores is None:
+            return False
+        compared = 0
+        for length in np.unique(self.lengths[self.lengths > 1]):
+            block = self.take(np.flatnonzero(self.lengths == length))
+            scores = np.asarray(block.scores, np.float64).reshape(-1, length)
+            if not (np.ptp(scores - scores[:, :1], axis=0) <= tolerance).all():
+                return False
+            compared += len(scores) if len(scores) > 1 else 0
+        return compared >= 5
+
     def duplicates(self) -> NDArray[np.bool_]:
         """bool [N]: whether the same item already stands earlier in the list."""
         if not len(self.items):

@@ -83,6 +83,10 @@ def check_order(lists: Lists, name: str) -> list[Finding]:
     if len(rising):
         message = f"{name}: scores rise along the list of {_users(len(rising), lists)}; the order of the list counts"
         findings.append(Finding("scores", "note", message, len(rising), len(lists.users)))
+    mass = np.bincount(segments, np.exp(np.minimum(lists.scores, 1)), len(lists.users))
+    if np.allclose(mass, 1, atol=1e-3) and lists.same_scores():  # probabilities, where ranks are alike by nature
+        message = f"{name}: scores do not depend on the candidates: all users have the same ones"
+        return [*findings, Finding("scores", "warning", message, len(lists.users), len(lists.users))]
     flat = np.ones(len(lists.users), bool)
     flat[segments[1:][inner & (steps != 0)]] = False
     flat &= lists.lengths > 1

@@ -31,7 +31,7 @@ from vlrank.console import Summary, announce
 from vlrank.data.candidates_io import check_output, write_rankings
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
-from vlrank.data.lists import rank_by_score
+from vlrank.data.lists import Lists, rank_by_score
 from vlrank.data.schemas import RANKINGS
 from vlrank.data.tables import atomic_write_json, file_size
 from vlrank.engines.models import ModelFolder, on_this_node, open_model
@@ -41,6 +41,7 @@ from vlrank.prompting.chat_template import check_chat_template
 from vlrank.prompting.encoding import PREPARATION
 from vlrank.prompting.modes import ModeSpec, mode_spec, shows
 from vlrank.prompting.negatives import sampled_candidates
+from vlrank.prompting.prior import log_prior
 from vlrank.reranking.ranker import Ranking, UserLists, open_prompts, open_ranker, tokenizer_folder
 from vlrank.reranking.windows import fuse, stable_order, windows
 from vlrank.runtime import ray_session
@@ -120,6 +121,9 @@ def run(config: RerankConfig) -> Summary:
         lines["asked"] = f"{prompts:,} prompts in {requests:,} requests, {hit_rate:.1%} of their tokens from the cache"
     if weight is not None:
         lines["fusion weight"] = weight
+    if _is_constant(rows, meta, folder.ranking):
+        announce("Note:", _CONSTANT, "yellow")
+        lines["warning"] = _CONSTANT
     lines["time"] = f"{time.monotonic() - started:,.1f} s"
     counts = {
         "users": table.height,
@@ -531,6 +535,18 @@ def best_weight(lists: Sequence[tuple[Sequence[int], Sequence[float], Sequence[f
         return total
 
     return max(_WEIGHTS, key=lambda weight: (round(gain(weight), 9), -weight))
+
+
+_CONSTANT = "scores do not depend on the candidates: the model gives all users the same ones"
+
+
+def _is_constant(rows: pl.DataFrame, meta: Mapping[int, ItemMeta], ranking: RankingConfig) -> bool:
+    """Whether the model's own answers are alike for all users."""
+    lists = Lists.from_frame(rows)
+    if ranking.popularity_prior and lists.scores is not None:
+        prior = dict(zip(meta, log_prior(meta.values()), strict=True))
+        lists = lists.sorted_by(lists.scores - np.array([prior[item] for item in lists.items.tolist()]))
+    return lists.same_scores()
 
 
 def _fused(rows: pl.DataFrame, work: _Work, weight: float | None, source: str) -> pl.DataFrame:
