@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlrank.data import interactions as module
-from vlrank.data.interactions import Interactions, concat, drop_duplicates, k_core, order, sequences, temporal_cuts
+from vlrank.data.interactions import Interactions, concat, drop_duplicates, k_core, order, sequences
 from vlrank.data.sources import Batch
+from vlrank.data.splits import temporal_cuts
 from vlrank.errors import UserError
 
 Row = tuple[str, str, int]

@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -29,6 +28,8 @@ import polars as pl
 
 from vlrank.config import Split, What
 from vlrank.data import schemas
+from vlrank.data.quarantine import read_quarantine, write_quarantine
+from vlrank.data.splits import training_part, with_targets
 from vlrank.data.tables import (
     Table,
     atomic_write_bytes,
@@ -37,6 +38,7 @@ from vlrank.data.tables import (
     empty_frame,
     file_sha256,
     file_size,
+    next_file,
     read_json,
     read_parquet,
     write_parquet_atomic,
@@ -163,7 +165,7 @@ class Dataset:
 
     def quarantine(self, stage: str) -> pl.DataFrame:
         """Rows that a stage could not use (`schemas.QUARANTINE`), oldest first; empty when there are none."""
-        return _read_quarantine(self.path, stage)
+        return read_quarantine(self.path, stage)
 
     def quarantine_stages(self) -> list[str]:
         """Stages that have quarantined rows."""
@@ -186,26 +188,13 @@ class Dataset:
         return int(self.manifest["counts"]["users"])
 
     def train_sequences(self) -> dict[int, list[int]]:
-        """user_id -> training items, oldest first; users without any are left out.
-
-        ``leave_one_out``: the sequence without its last two. ``temporal``: what happened before ``val_from``.
-        """
-        table = self._train_table()
+        """user_id -> training items, oldest first; users without any are left out."""
+        table = training_part(self.sequences(), self.manifest["split"])
         return dict(zip(table["user_id"].to_list(), table["items"].to_list(), strict=True))
 
-    def _train_table(self) -> pl.DataFrame:
-        table = self._with_lengths()
-        length = pl.col("n") - 2 if self._temporal is None else pl.col("n_train")
-        return table.filter(length > 0).select("user_id", items=pl.col("item_ids").list.head(length))
-
     def histories(self, split: Split) -> dict[int, tuple[list[int], int]]:
-        """user_id -> (history, oldest first; target); users without history or target are left out.
-
-        ``leave_one_out``: val is ``([:-2], [-2])``, test is ``([:-1], [-1])`` (as in SASRec, Kang and McAuley 2018).
-        ``temporal``: the target is the user's first interaction of the validation or test period and the history is
-        everything before it, so no prompt sees what happened later anywhere (Meng et al. 2020, "global temporal").
-        """
-        table = self._targets(split).select(
+        """user_id -> (history, oldest first; target); users without history or target are left out."""
+        table = with_targets(self.sequences(), self.manifest["split"], split).select(
             "user_id",
             history=pl.col("item_ids").list.head("position"),
             target=pl.col("item_ids").list.get("position", null_on_oob=True),
@@ -214,39 +203,8 @@ class Dataset:
         return {user: (history, target) for user, history, target in zip(users, histories, targets, strict=True)}
 
     def count_targets(self, split: Split) -> int:
-        """How many users `histories` has, without making the lists."""
-        return len(self._targets(split))
-
-    def _targets(self, split: Split) -> pl.DataFrame:
-        """Sequences that have a target in the split, with its ``position``."""
-        if split not in ("val", "test"):
-            raise ValueError(f"split must be 'val' or 'test', got {split!r}")
-        table = self._with_lengths()
-        if self._temporal is None:
-            position = pl.col("n") - (2 if split == "val" else 1)
-            present = position > 0
-        else:
-            position = pl.col("n_train") if split == "val" else pl.col("n_before_test")
-            end = pl.col("n_before_test") if split == "val" else pl.col("n")
-            present = (position > 0) & (position < end)
-        return table.with_columns(position=position).filter(present)
-
-    @property
-    def _temporal(self) -> tuple[int, int] | None:
-        split = self.manifest["split"]
-        return None if split["method"] == "leave_one_out" else (int(split["val_from"]), int(split["test_from"]))
-
-    def _with_lengths(self) -> pl.DataFrame:
-        """Sequences with ``n`` and, under a temporal split, the number of interactions before each cut (int64)."""
-        table = self.sequences().with_columns(n=pl.col("item_ids").list.len().cast(pl.Int64))
-        if self._temporal is None:
-            return table
-        val_from, test_from = self._temporal
-        before = {"n_train": val_from, "n_before_test": test_from}
-        times = pl.col("timestamps")
-        return table.with_columns(
-            [times.list.eval(pl.element() < cut).list.sum().cast(pl.Int64).alias(name) for name, cut in before.items()]
-        )
+        """The number of users of `histories`, without making the lists."""
+        return len(with_targets(self.sequences(), self.manifest["split"], split))
 
     def item_meta(self) -> dict[int, ItemMeta]:
         """item_id -> ``{"text", "image_path", "caption", "semantic_summary", "popularity"}``; None where there is none.
@@ -260,9 +218,8 @@ class Dataset:
             items = items.join(
                 texts.select("item_id", pl.col("text").alias(column)), on="item_id", how="left", maintain_order="left"
             )
-        taken = (
-            self._train_table().select(item_id=pl.col("items").explode()).group_by("item_id").agg(popularity=pl.len())
-        )
+        training = training_part(self.sequences(), self.manifest["split"])
+        taken = training.select(item_id=pl.col("items").explode()).group_by("item_id").agg(popularity=pl.len())
         items = items.join(taken, on="item_id", how="left", maintain_order="left")
         root = self.path.resolve()
         return {
@@ -308,37 +265,6 @@ def load_item_meta(path: str | Location) -> dict[int, ItemMeta]:
         UserError: not a dataset.
     """
     return Dataset.open(path).item_meta()
-
-
-def write_quarantine(folder: Location, stage: str, rows: Iterable[Mapping[str, Any]], *, replace: bool = False) -> None:
-    """Put rows aside with their reason.
-
-    Args:
-        folder: The dataset folder.
-        stage: Name of the stage, a plain file name.
-        rows: Mappings with ``key``, ``error_type`` and ``message``.
-        replace: The rows are all that is wrong now; drop those of earlier runs.
-    """
-    table = [
-        {"key": str(r["key"]), "stage": stage, "error_type": str(r["error_type"]), "message": str(r["message"])}
-        for r in rows
-    ]
-    old = listing(folder / "quarantine" / stage, "[!.]*.parquet") if replace else []
-    if table:
-        write_parquet_atomic(table, next_file(folder / "quarantine" / stage), schemas.QUARANTINE)
-    for file in old:
-        file.unlink()
-
-
-def _read_quarantine(folder: Location, stage: str) -> pl.DataFrame:
-    files = listing(folder / "quarantine" / stage, "[!.]*.parquet")
-    return pl.concat([empty_frame(schemas.QUARANTINE), *each(partial(read_parquet, schema=schemas.QUARANTINE), files)])
-
-
-def next_file(folder: Location) -> Location:
-    """A new name that sorts after all existing ones, and that no other process chooses at the same time."""
-    numbers = [int(file.name[:8]) for file in folder.glob("*.parquet") if file.name[:8].isdigit()]
-    return folder / f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex[:8]}.parquet"
 
 
 def store_image(folder: Location, data: bytes, suffix: str, *, sync: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""Interactions as integer arrays: filters, k-core, order, ids and splits.
+"""Interactions as integer arrays: filters, k-core, order and ids.
 
 Every function is a pure function of its input: no hash order, no randomness, no dependence on threads.
 """
@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlrank.data.sources import Batch
-from vlrank.errors import UserError
 
 # While a pass of `k_core` removes more than this share, scanning all rows is cheaper than following single ones.
 _SCAN_SHARE = 1 / 20
@@ -222,37 +221,6 @@ def _rank(codes: np.ndarray, names: pa.Array) -> tuple[np.ndarray, pa.Array]:
     rank = np.full(len(names), -1, np.int32)
     rank[used[by_name]] = np.arange(len(used), dtype=np.int32)
     return rank, in_use.take(pa.array(by_name))
-
-
-def temporal_cuts(
-    timestamps: np.ndarray, val_fraction: float, test_fraction: float, cuts: tuple[int, int] | None = None
-) -> tuple[int, int]:
-    """(val_from, test_from) in the unit of ``timestamps``; training is what happened before val_from.
-
-    A cut is the time of the interaction at that share of all interactions, and all interactions of that moment fall
-    behind it. So no training interaction is later than, or as late as, the first validation or test interaction.
-
-    Raises:
-        UserError: a period would be empty.
-    """
-    times = np.sort(timestamps)
-    n = len(times)
-    if cuts is None:
-        first_test = n - max(1, round(n * test_fraction))
-        first_val = max(0, first_test - max(1, round(n * val_fraction)))
-        val_from, test_from = int(times[first_val]), int(times[max(0, first_test)])
-    else:
-        val_from, test_from = cuts
-    before_val, before_test = np.searchsorted(times, [val_from, test_from])
-    parts = {"training": before_val, "validation": before_test - before_val, "test": n - before_test}
-    empty = [name for name, size in parts.items() if size == 0]
-    if empty:
-        raise UserError(
-            f"the temporal split at {val_from} and {test_from} leaves no interactions for {', '.join(empty)}"
-            f" (times run from {int(times[0])} to {int(times[-1])})",
-            "Give val_from and test_from, or other shares with val_fraction and test_fraction.",
-        )
-    return val_from, test_from
 
 
 def concat(batches: Iterable[Batch]) -> Interactions:

@@ -19,9 +19,9 @@ import polars as pl
 from vlrank.config import PrepareConfig
 from vlrank.console import progress
 from vlrank.data import schemas
-from vlrank.data.dataset import next_file, store_image
+from vlrank.data.dataset import store_image
 from vlrank.data.images import Fetched, fetch_pictures
-from vlrank.data.tables import atomic_path, disk_errors, read_parquet, write_parquet_atomic
+from vlrank.data.tables import atomic_path, disk_errors, next_file, read_parquet, write_parquet_atomic
 from vlrank.storage import BucketPath, Location, listing, several
 
 

@@ -39,11 +39,11 @@ from vlrank.data.interactions import (
     k_core,
     order,
     sequences,
-    temporal_cuts,
 )
 from vlrank.data.metadata import Item, items
 from vlrank.data.rawfiles import Rejects, estimate_rows
 from vlrank.data.sources import Batch, RawOptions, interactions
+from vlrank.data.splits import temporal_cuts
 from vlrank.data.summary import describe
 from vlrank.data.tables import disk_errors, file_sha256, read_parquet, write_parquet_atomic
 from vlrank.data.text import item_text

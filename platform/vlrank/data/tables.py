@@ -161,6 +161,12 @@ def read_json_lines(path: Location) -> list[dict[str, Any]]:
     return rows
 
 
+def next_file(folder: Location) -> Location:
+    """A new name that sorts after all existing ones, and that no other process chooses at the same time."""
+    numbers = [int(file.name[:8]) for file in folder.glob("*.parquet") if file.name[:8].isdigit()]
+    return folder / f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex[:8]}.parquet"
+
+
 def write_parquet_atomic(table: Table, path: Location, schema: pa.Schema) -> None:
     """Write a Parquet file with exactly the columns, types and order of ``schema``.
 

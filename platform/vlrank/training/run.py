@@ -20,8 +20,9 @@ import yaml
 
 from vlrank.config import TrainConfig
 from vlrank.console import Summary, announce, console, progress
-from vlrank.data.dataset import Dataset, write_quarantine
+from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
+from vlrank.data.quarantine import write_quarantine
 from vlrank.data.tables import atomic_write_json, atomic_write_text, disk_errors, read_json_lines
 from vlrank.errors import UserError
 from vlrank.prompting.chat_template import check_chat_template
