@@ -22,7 +22,7 @@ import os, signal, subprocess, sys, time
 import psutil
 from vlrank import supervisor
 
-supervisor.GRACE_S, supervisor._LEFTOVERS_S = 1.0, 0.2
+supervisor.GRACE_S, supervisor._LEFTOVERS_S = float(sys.argv[2]), 0.2
 
 def report(status, message):
     print(f"{status}: {message}", flush=True)
@@ -34,6 +34,10 @@ def helper(*words):
 
 def ready():
     open(sys.argv[1], "w").close()
+
+def wait():
+    while not os.path.exists(sys.argv[1] + ".go"):
+        time.sleep(0.02)
 
 def sleep():
     while True:
@@ -68,10 +72,10 @@ WATCHING = "watched = helper(); supervisor.watch([psutil.Process(watched.pid)]);
 class Command:
     """A supervised command in a process group of its own."""
 
-    def __init__(self, folder: Path, work: str) -> None:
+    def __init__(self, folder: Path, work: str, grace: float) -> None:
         marker = folder / "ready"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND.replace("{work}", work), str(marker)],
+            [sys.executable, "-c", COMMAND.replace("{work}", work), str(marker), str(grace)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -94,8 +98,8 @@ class Command:
 def start(tmp_path: Path) -> Iterator[Any]:
     started: list[Command] = []
 
-    def command(work: str) -> Command:
-        started.append(Command(tmp_path, work))
+    def command(work: str, grace: float = 60) -> Command:
+        started.append(Command(tmp_path, work, grace))
         return started[-1]
 
     yield command
@@ -114,9 +118,9 @@ def test_a_signal_to_the_process_or_its_group(start: Any, number: signal.Signals
     assert command.end() == (130, "said by the command\n")
 
 
-@pytest.mark.parametrize("work", [DEAF, SILENT])
-def test_a_command_that_says_nothing_is_ended_with_a_message(start: Any, work: str) -> None:
-    command = start(work)
+@pytest.mark.parametrize(("work", "grace"), [(DEAF, 1), (SILENT, 60)])
+def test_a_command_that_says_nothing_is_ended_with_a_message(start: Any, work: str, grace: float) -> None:
+    command = start(work, grace)
     os.kill(command.process.pid, signal.SIGTERM)
     code, said = command.end()
     assert code == 130
@@ -168,16 +172,18 @@ def test_a_lost_process_of_ray_ends_the_command(start: Any) -> None:
 
 
 @pytest.mark.parametrize(("end", "code"), [("pass", 0), ("sys.exit(2)", 2), ("sys.exit('no')", 1)])
-def test_codes_of_commands_that_end_by_themselves(start: Any, end: str, code: int) -> None:
-    assert start(f"helper(); ready(); time.sleep(1); {end}").end()[0] == code
+def test_codes_of_commands_that_end_by_themselves(start: Any, tmp_path: Path, end: str, code: int) -> None:
+    command = start(f"helper(); ready(); wait(); {end}")
+    (tmp_path / "ready.go").touch()
+    assert command.end()[0] == code
 
 
 def test_a_background_job_stays_deaf_to_ctrl_c(tmp_path: Path) -> None:
     """A shell without job control starts `command &` with SIGINT ignored, and nohup with SIGHUP."""
     marker = tmp_path / "ready"
-    code = COMMAND.replace("{work}", "ready(); time.sleep(1); print('done')")
+    code = COMMAND.replace("{work}", "ready(); wait(); print('done')")
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(marker)],
+        [sys.executable, "-c", code, str(marker), "60"],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -188,4 +194,5 @@ def test_a_background_job_stays_deaf_to_ctrl_c(tmp_path: Path) -> None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     os.killpg(process.pid, signal.SIGHUP)
+    (tmp_path / "ready.go").touch()
     assert (process.communicate(timeout=60)[0], process.returncode) == ("done\n", 0)

@@ -126,6 +126,8 @@ class _Supervisor:
                 signal.signal(number, self._on_signal)
         _prctl(_SUBREAPER, 1)
         parent = os.getpid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until both processes have their own handlers
+        early = self._signalled_at < float("inf")
         child = os.fork()
         if child == 0:
             os.close(self._reader)
@@ -138,13 +140,14 @@ class _Supervisor:
             for number in (signal.SIGTERM, signal.SIGHUP):
                 if before[number] is not signal.SIG_IGN:
                     signal.signal(number, _pass_on)
-            return True
-        os.close(self._writer)
-        os.set_blocking(self._reader, False)
-        self._child = child
-        if self._signalled_at < float("inf"):
+        else:
+            os.close(self._writer)
+            os.set_blocking(self._reader, False)
+            self._child = child
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        if child and early:
             os.kill(child, signal.SIGINT)
-        return False
+        return child == 0
 
     def _on_signal(self, number: int, _: FrameType | None = None) -> None:
         now = time.monotonic()
