@@ -133,6 +133,21 @@ def copy_model(source: Path, target: Path) -> bool:
     return not any(target.glob("*.safetensors"))
 
 
+def write_random_weights(folder: Path) -> None:
+    """Weights that the packed engine can load, in bfloat16."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder)
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = kind.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder / "weights")
+    for file in (folder / "weights").glob("*.safetensors*"):
+        file.rename(folder / file.name)
+    shutil.rmtree(folder / "weights")
+
+
 # ---- one variant, in its own process ---------------------------------------------------------------------------------
 
 
@@ -143,12 +158,19 @@ def run_variant(
     from vlrank.config import RerankConfig, load_config
 
     kind, *settings = variant.split(",")
+    engine = "packed" if kind == "packed" else "vllm"
     values = {key: int(value) for key, value in (setting.split("=") for setting in settings)}
     candidates, replicas = values.pop("candidates", 20), values.pop("replicas", 1)
-    if not any(model.glob("*.safetensors")):
+    if kind == "packed":
+        engine_kwargs = {}
+        if not any(model.glob("*.safetensors")):
+            write_random_weights(model)
+    elif not any(model.glob("*.safetensors")):
         engine_kwargs = {"load_format": "dummy", **engine_kwargs}
+    packed: dict[str, Any] = {"quantization": "fp8"} if values.pop("fp8", 0) else {}
+    packed |= {"row_tokens": values.pop("row")} if "row" in values else {}
     share = {"gpus": int(100 / replicas) / 100} if replicas > 1 else {}  # all on one GPU
-    if share and (memory := gpu_memory()) and "kv_cache_memory_bytes" not in engine_kwargs:
+    if kind != "packed" and share and (memory := gpu_memory()) and "kv_cache_memory_bytes" not in engine_kwargs:
         # Random weights have no files from which the job could tell their size: 8 GiB for them and all but the cache.
         engine_kwargs["kv_cache_memory_bytes"] = int(memory * 0.8 / replicas) - 8 * 2**30
     ranking = {"max_history": shape.history, "max_item_chars": 4000, "window": 20, "top_k": max(50, candidates)}
@@ -161,10 +183,10 @@ def run_variant(
         negatives=candidates - 1,
         shard_rows=values.pop("shard", 256),
         limit=values.pop("limit", None),
-        engine={"name": "vllm", "replicas": replicas, "engine_kwargs": engine_kwargs} | share,
+        engine={"name": engine, "replicas": replicas, "engine_kwargs": engine_kwargs} | share | packed,
         ranking=ranking | {"permutations": values.pop("permutations", 1)},
     )
-    if kind not in ("raw", "job") or values:
+    if kind not in ("raw", "job", "packed") or values:
         raise SystemExit(f"unknown variant {variant!r}")
     return raw(config) if kind == "raw" else job(config)
 

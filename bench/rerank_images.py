@@ -10,4 +10,4 @@ from rerank import Shape, main
 
 if __name__ == "__main__":
     shape = Shape("raw_image", words=8, summary_words=0, history=20, side=224)
-    main(shape, ["raw", "job", "job,permutations=3"], __doc__ or "")
+    main(shape, ["packed", "packed,fp8=1", "raw", "job", "job,permutations=3"], __doc__ or "")

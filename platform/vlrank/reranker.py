@@ -37,7 +37,7 @@ class Qwen3VLReranker:
         max_history: Most recent items shown.
         model: Base model to train, or a trained model: a run or checkpoint folder, a plain model folder, or a Hugging
             Face name; default the mode's base model.
-        engine: ``transformers`` (starts at once) or ``vllm`` (starts slowly, then ranks much faster).
+        engine: ``auto``, ``packed``, ``transformers`` or ``vllm``; see docs/reranking.md.
         **ranking: Further fields of `RankingConfig`: window, stride, permutations, ...
 
     Raises:
@@ -57,12 +57,13 @@ class Qwen3VLReranker:
         max_history: int = 20,
         model: str | Location | None = None,
         *,
-        engine: str = "transformers",
+        engine: str = "auto",
         **ranking: Any,
     ) -> None:
         self.spec = mode_spec(mode)
         self.ranking = load_config(RankingConfig, top_k=top_k, max_history=max_history, **ranking)
-        self.engine_config = load_config(EngineConfig, name=engine)
+        # A GPU computes whole rows: short ones answer a single user sooner.
+        self.engine_config = load_config(EngineConfig, name=engine, row_tokens=8192)
         self.model = None if model is None else str(model)
         self.item_meta: Mapping[int, ItemMeta] | None = None
         self._ranker: Ranker | None = None
@@ -207,7 +208,7 @@ class Qwen3VLReranker:
         *,
         mode: str | None = None,
         item_meta: Mapping[int, ItemMeta] | None = None,
-        engine: str = "transformers",
+        engine: str = "auto",
         **ranking: Any,
     ) -> Qwen3VLReranker:
         """A reranker from a run folder, a checkpoint, or what `save` wrote.

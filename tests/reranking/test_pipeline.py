@@ -192,7 +192,7 @@ def test_histories_are_cut_to_a_short_engine(
         settings = config(dataset, model, tmp_path / "r.parquet", engine=EngineConfig(**engine))
         return _open(settings)[1].ranking.max_prompt_tokens
 
-    monkeypatch.setattr(pipeline, "engine_name", lambda engine: engine.name)
+    monkeypatch.setattr(pipeline, "ranking_engine", lambda engine, folder: engine.name)
     assert longest(name="transformers", max_model_len=512) == 4096
     assert longest(name="vllm", max_model_len=512) == 512 - 16
     assert longest(name="vllm", max_model_len=8192) == 4096

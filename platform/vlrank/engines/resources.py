@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vlrank.config import EngineConfig
+from vlrank.engines.models import ModelFolder, read_json
 from vlrank.errors import UserError
 from vlrank.installation import install_command
 from vlrank.runtime import cluster_gpus
+from vlrank.storage import location
 
 
 class EngineDied(RuntimeError):
@@ -18,11 +21,15 @@ class EngineDied(RuntimeError):
 
 
 def engine_name(config: EngineConfig) -> Literal["vllm", "transformers"]:
-    """Which engine ``auto`` means here.
+    """Which engine ``auto`` means where texts are written; see `ranking_engine`.
 
     Raises:
-        UserError: vLLM was asked for and is not installed.
+        UserError: vLLM was asked for and is not installed, or an engine that only ranks.
     """
+    if config.name == "packed":
+        raise UserError(
+            "engine.name=packed ranks and writes no texts", "Set engine.name to vllm, transformers or auto."
+        )
     installed = importlib.util.find_spec("vllm") is not None
     if config.name == "vllm" and not installed:
         raise UserError(
@@ -31,6 +38,36 @@ def engine_name(config: EngineConfig) -> Literal["vllm", "transformers"]:
     if config.name == "auto":
         return "vllm" if installed else "transformers"
     return config.name
+
+
+PACKED_ARCHITECTURES = ("qwen3", "qwen2", "llama", "qwen3_vl")
+"""``model_type`` of the models that the packed engine computes."""
+
+
+def why_not_packed(config: Mapping[str, Any]) -> str | None:
+    """Why the packed engine cannot rank with a model, as far as its ``config.json`` tells; None where it can."""
+    kind, quantised = config.get("model_type"), config.get("quantization_config")
+    if kind not in PACKED_ARCHITECTURES:
+        return f"its architecture is {kind}, not one of {', '.join(PACKED_ARCHITECTURES)}"
+    if quantised and not (quantised.get("load_in_4bit") or quantised.get("_load_in_4bit")):
+        return f"its weights are quantised by {quantised.get('quant_method')}"
+    return None
+
+
+def ranking_engine(config: EngineConfig, model: ModelFolder) -> Literal["packed", "vllm", "transformers"]:
+    """Which engine ranks with a model: ``auto`` is the packed one, for what it cannot do vLLM, else transformers.
+
+    Raises:
+        UserError: vLLM was asked for and is not installed.
+    """
+    if config.name == "packed":
+        return "packed"
+    file = location(model.base) / "config.json"
+    known = read_json(file) if file.is_file() else {}
+    needs_vllm = config.tensor_parallel_size > 1 or config.engine_kwargs
+    if config.name != "auto" or needs_vllm or (known and why_not_packed(known)):
+        return engine_name(config)
+    return "packed"
 
 
 def engine_gpus(config: EngineConfig) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -10,12 +11,19 @@ import numpy.typing as npt
 
 from vlrank.config import EngineConfig
 from vlrank.engines.models import ModelFolder
-from vlrank.engines.resources import engine_name
+from vlrank.engines.resources import engine_name, ranking_engine
+from vlrank.errors import UserError
 from vlrank.prompting.encoding import Encoded, Encoder
 
 
 class LabelScorer(Protocol):
-    """One loaded model. A request that fails is returned as an exception in its place; the others are not disturbed."""
+    """One loaded model. A request that fails is returned as an exception in its place; the others are not disturbed.
+
+    Attributes:
+        callers: Threads that may call it at once, and keep it busy; 1 where calls must come one by one.
+    """
+
+    callers: int
 
     def score_labels(self, encoder: Encoder, requests: Sequence[Encoded]) -> list[npt.NDArray[np.float32] | Exception]:
         """Per request the float32 log-probabilities [N] of the labels "1".."N"; see `LabelTrie`."""
@@ -26,13 +34,32 @@ class LabelScorer(Protocol):
         ...
 
 
-def open_scorer(model: ModelFolder, config: EngineConfig) -> LabelScorer:
-    """Load a model into this process with the configured engine; ``auto`` takes vLLM where it is installed.
+def open_scorer(model: ModelFolder, config: EngineConfig, encoder: Encoder | None = None) -> LabelScorer:
+    """Load a model into this process with the configured engine; see `ranking_engine`.
+
+    Args:
+        model: What to load.
+        config: The engine.
+        encoder: Of the model: lets the packed engine compare itself with transformers.
 
     Raises:
         UserError: the engine is not installed, or the model cannot be loaded.
     """
-    if engine_name(config) == "vllm":
+    name = ranking_engine(config, model)
+    if name == "packed":
+        from vlrank.engines.packed_load import open_packed
+        from vlrank.engines.packed_model import Unsuited
+
+        try:
+            return open_packed(model, config, encoder)
+        except Unsuited as why:
+            if config.name == "packed":
+                raise UserError(
+                    f"engine.name=packed cannot rank with {model.path}: {why}", "Set engine.name=auto."
+                ) from why
+            name = engine_name(config)
+            print(f"{model.path} is ranked by {name}, not by packed: {why}", file=sys.stderr, flush=True)
+    if name == "vllm":
         from vlrank.engines.vllm_scorer import VllmScorer
 
         return VllmScorer(model, config)

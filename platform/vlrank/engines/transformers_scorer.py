@@ -230,7 +230,8 @@ def load_model(model: ModelFolder, dtype: str = "auto", device: str | None = Non
         dtype = "auto" if device != "cpu" else "float32"
     kind = AutoModelForImageTextToText if model.family == "vision" else AutoModelForCausalLM
     try:
-        loaded = load_whole(kind, model.base, dtype=dtype)
+        options = {"device_map": {"": device}} if device != "cpu" else {}
+        loaded = load_whole(kind, model.base, dtype=dtype, **options)
         if model.is_adapter:
             from peft import PeftModel
 
@@ -240,7 +241,7 @@ def load_model(model: ModelFolder, dtype: str = "auto", device: str | None = Non
             f"model {model.path} cannot be loaded as a {model.family} model: {str(error).splitlines()[0]}",
             f"Check the folder{f' and its base model {model.base}' if model.is_adapter else ''}.",
         ) from error
-    return loaded.to(device).eval()
+    return loaded.eval()
 
 
 class TransformersScorer:
@@ -251,6 +252,8 @@ class TransformersScorer:
         config: ``dtype`` and ``batch_size`` are used.
         batch_tokens: Padded tokens per forward pass, which bounds its memory.
     """
+
+    callers = 1
 
     def __init__(self, model: ModelFolder, config: EngineConfig, batch_tokens: int = 16384) -> None:
         self.folder, self.config, self.batch_tokens = model, config, batch_tokens

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 _log = logging.getLogger(__name__)
 _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
@@ -177,3 +177,69 @@ def flash4_agrees(heads: int, key_heads: int, head_dim: int, device: torch.devic
     if not agrees:
         _log.warning("FlashAttention 4 is not used: it differs from PyTorch's attention by %.1f%%", 100 * max(errors))
     return agrees
+
+
+def flash2_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_queries: torch.Tensor,
+    cu_keys: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+    scaling: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention from documents of queries to documents of keys by PyTorch's kernel, without a backward pass.
+
+    Args:
+        query: [T, heads, head dim], bfloat16 or float16.
+        key, value: [K, key-value heads, head dim].
+        cu_queries, cu_keys: int32 [documents + 1]; documents may be without queries, not without keys.
+        longest_query, longest_key: At least the lengths of the longest documents.
+        scaling: Factor of the scores.
+        causal: A query sees the keys up to its own place; the documents have as many keys as queries.
+
+    Returns:
+        [T, heads, head dim], and the log-sum-exp of the scores, float32 [heads, T].
+    """
+    options: dict[str, Any] = {"scale": scaling, "return_aux": AuxRequest(lse=True)}
+    if "window_size" in _VARLEN_OPTIONS:
+        options["window_size"] = (-1, 0) if causal else (-1, -1)
+    else:
+        options["is_causal"] = causal
+    options |= {"enable_gqa": True} if "enable_gqa" in _VARLEN_OPTIONS else {}
+    # How keys are split among thread blocks depends on the longest document of the row: a score would as well.
+    options |= {"num_splits": 1} if "num_splits" in _VARLEN_OPTIONS else {}
+    out, lse = varlen_attn(query, key, value, cu_queries, cu_keys, longest_query, longest_key, **options)
+    return out, lse if lse.shape == (query.shape[1], query.shape[0]) else lse.transpose(0, 1)
+
+
+def flash4_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_queries: torch.Tensor,
+    cu_keys: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+    scaling: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flash2_lse` by FlashAttention 4."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out, lse, *_ = _flash_attn_fwd(
+        query,
+        key,
+        value,
+        cu_seqlens_q=cu_queries,
+        cu_seqlens_k=cu_keys,
+        max_seqlen_q=longest_query,
+        max_seqlen_k=longest_key,
+        softmax_scale=scaling,
+        causal=causal,
+        num_splits=1,
+        return_lse=True,
+    )
+    return out, lse

@@ -124,6 +124,8 @@ class VllmScorer:
         UserError: the model cannot be loaded.
     """
 
+    callers = 4
+
     def __init__(self, model: ModelFolder, config: EngineConfig, in_flight: int = 128) -> None:
         from vlrank.compat import patch_torchvision
 

@@ -24,7 +24,7 @@ from vlrank.errors import UserError
 from vlrank.prompting.chat_template import complete_tokenizer
 from vlrank.prompting.labels import LabelTrie
 from vlrank.prompting.modes import ModeSpec
-from vlrank.prompting.prompts import Prompt, build_prompt, render
+from vlrank.prompting.prompts import CANDIDATES, Prompt, build_prompt, render
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,6 +46,7 @@ class Encoded:
         grids: One per picture.
         trie: The labels "1".."N" and how to read them.
         history_cut: History items left out from the oldest side so that the prompt fits.
+        prefix: Leading tokens that further prompts of the same user begin with; 0 where there are no further ones.
     """
 
     ids: list[int]
@@ -53,6 +54,7 @@ class Encoded:
     grids: tuple[Grid, ...]
     trie: LabelTrie
     history_cut: int = 0
+    prefix: int = 0
 
     @property
     def n_candidates(self) -> int:
@@ -114,6 +116,7 @@ class Encoder:
         self.tokenizer, self.spec, self.ranking, self.image_processor = tokenizer, spec, ranking, image_processor
         self._tries: dict[int, LabelTrie] = {}
         self._grids: dict[str, Grid] = {}
+        self._headline: list[int] | None = None
         self._pixels = _Recent(self._prepare, cached_pictures)
         self.image_token_id: int | None = None
         if image_processor is not None:
@@ -188,6 +191,16 @@ class Encoder:
             middle = (low + high) // 2
             low, high = (low, middle) if self._fits(encoded(middle)) else (middle + 1, high)
         return encoded(low)
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """Leading tokens of a prompt that do not depend on its candidates; 0 where their headline is not found."""
+        if self._headline is None:
+            self._headline = list(self.tokenizer(CANDIDATES, add_special_tokens=False)["input_ids"])
+        whole, n = np.asarray(ids), len(self._headline)
+        if len(whole) < n:
+            return 0
+        found = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(whole, n) == self._headline).all(axis=1))
+        return int(found[0]) if len(found) else 0
 
     def encode_prompt(self, prompt: Prompt, history_cut: int = 0) -> Encoded:
         """Token ids of a prompt as it stands, without a length limit."""
@@ -269,6 +282,11 @@ class Encoder:
     def normalised(self, patches: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """`patches` as the tower takes them: float32, mean and deviation as the model's processor says."""
         return np.asarray((patches - self._mean) / self._std, dtype=np.float32)
+
+    @property
+    def pixel_scale(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Mean and deviation of patch values, in the order of `patches`; see `normalised`."""
+        return self._mean, self._std
 
     def picture(self, path: str) -> Image:
         """A picture as the model sees it: RGB, upright, in the size of its grid whatever its proportions."""

@@ -143,6 +143,23 @@ class LabelTrie:
         return result
 
     @cached_property
+    def chains(self) -> tuple[tuple[int, ...], ...]:
+        """Paths that lead to a node and lie on the way to no other; read behind a prompt they show every inner node."""
+        paths = [node.path for node in self.nodes if node.path]
+        return tuple(p for p in paths if not any(len(q) > len(p) and q[: len(p)] == p for q in paths))
+
+    @cached_property
+    def node_at(self) -> tuple[int, ...]:
+        """For each node, whose output is read: 0 is the prompt's last token, then the tokens of `chains` in a row."""
+        places: dict[tuple[int, ...], int] = {(): 0}
+        at = 0
+        for chain in self.chains:
+            for depth in range(1, len(chain) + 1):
+                at += 1
+                places.setdefault(chain[:depth], at)
+        return tuple(places[node.path] for node in self.nodes)
+
+    @cached_property
     def tree(self) -> Tree:
         """The tokens that a model must read after the prompt to see every node at once."""
         paths = sorted(

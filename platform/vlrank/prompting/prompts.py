@@ -13,6 +13,9 @@ from vlrank.data.items import ItemMeta
 from vlrank.prompting.chat_template import render_messages
 from vlrank.prompting.modes import ModeSpec
 
+CANDIDATES = "Candidate items"
+"""The headline before which all prompts of a user are alike."""
+
 INSTRUCTIONS = (
     "You are a recommendation ranking assistant.\n\n"
     "Choose exactly ONE item the user is most likely to interact with next."
@@ -66,7 +69,7 @@ def build_prompt(
         max_item_chars: Longest line of one item.
     """
     lines = [f"- {item_line(spec, item, max_item_chars)}" for item in history]
-    head = f"{INSTRUCTIONS}\n\nUser history:\n" + "\n".join(lines) + "\n\nCandidate items:\n"
+    head = f"{INSTRUCTIONS}\n\nUser history:\n" + "\n".join(lines) + f"\n\n{CANDIDATES}:\n"
     tail = f"\n\nAnswer with only one number (1-{len(candidates)})."
     numbered = [f"{i}. {item_line(spec, item, max_item_chars)}" for i, item in enumerate(candidates, start=1)]
     if not spec.pixels:

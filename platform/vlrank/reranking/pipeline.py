@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Container, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from vlrank.data.lists import Lists, rank_by_score
 from vlrank.data.schemas import RANKINGS
 from vlrank.data.tables import atomic_write_json, file_size
 from vlrank.engines.models import ModelFolder, on_this_node, open_model
-from vlrank.engines.resources import EngineDied, engine_gpus, engine_name
+from vlrank.engines.resources import EngineDied, engine_gpus, ranking_engine
 from vlrank.errors import UserError
 from vlrank.prompting.chat_template import check_chat_template
 from vlrank.prompting.encoding import PREPARATION
@@ -99,7 +99,7 @@ def run(config: RerankConfig) -> Summary:
     )
     lines: dict[str, object] = {
         "model": f"{folder.path} ({spec.name})",
-        "engine": engine_name(config.engine),
+        "engine": ranking_engine(config.engine, folder),
         "source": source,
         "users": table.height,
         "done": result.done,
@@ -155,7 +155,7 @@ def dry_run(config: RerankConfig) -> Summary:
     per_user = [len(list(windows(n, ranking.window, ranking.stride))) * ranking.permutations for n in sizes]
     lines: dict[str, object] = {
         "model": f"{folder.path} ({spec.name})",
-        "engine": engine_name(config.engine),
+        "engine": ranking_engine(config.engine, folder),
         "users": work.wanted.height,
         "to do": pending.height,
         "candidates per user": f"{np.mean(sizes):.1f}" if sizes else 0,
@@ -186,7 +186,7 @@ def _open(config: RerankConfig) -> tuple[Dataset, ModelFolder, ModeSpec]:
     # Workers have another working directory.
     path, base = (str(Path(name).resolve()) if Path(name).is_dir() else name for name in (folder.path, folder.base))
     folder = replace(folder, path=path, base=base, ranking=ranking)
-    if engine_name(config.engine) == "vllm":
+    if ranking_engine(config.engine, folder) == "vllm":
         from vlrank.engines.vllm_args import max_prompt_tokens
 
         # The history gives way here too: the engine would only refuse the users.
@@ -389,9 +389,9 @@ def _stages(dataset: ray.data.Dataset, job: _Job, shard_rows: int) -> ray.data.D
 
     config = job.engine
     gpus = engine_gpus(config)
-    # vLLM takes prompts from several threads: the next shard's begin while the last ones of this shard are scored.
-    overlap = 2 if engine_name(config) == "vllm" else 1
-    makers = job.prompt_workers if job.prompt_workers is not None else 2 * config.replicas * (gpus > 0)
+    # The next shard's prompts begin while the last ones of this shard are scored.
+    overlap = 1 if ranking_engine(config, job.folder) == "transformers" else 2
+    makers = job.prompt_workers if job.prompt_workers is not None else 4 * config.replicas * (gpus > 0)
     if makers:
         dataset = dataset.map_batches(
             _PromptWorker,
@@ -444,12 +444,14 @@ class _Worker:
         self.ranker = open_ranker(job.folder, job.engine, Dataset.open(job.dataset).item_meta())
         self.counted = _engine_counts(self.ranker.engine)
         self.counting = threading.Lock()
+        self.calling: Any = threading.Lock() if self.ranker.engine.callers == 1 else nullcontext()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
         rows = batch.to_pylist()
         try:
-            rankings = self.ranker.rank([_user_lists(self.job, row) for row in rows])
+            with self.calling:
+                rankings = self.ranker.rank([_user_lists(self.job, row) for row in rows])
         except EngineDied as error:
             print(error, file=sys.stderr, flush=True)
             with suppress(Exception):

@@ -6,7 +6,7 @@ import pickle
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -17,7 +17,6 @@ from vlrank.config import EngineConfig, RankingConfig
 from vlrank.data.items import ItemMeta
 from vlrank.data.picture import UnreadablePicture
 from vlrank.engines.models import ModelFolder, on_this_node
-from vlrank.engines.resources import engine_name
 from vlrank.engines.scoring import LabelScorer, open_scorer
 from vlrank.errors import UserError
 from vlrank.prompting.encoding import Encoded, Encoder
@@ -134,9 +133,12 @@ class PromptMaker:
     def encode(self, lists: Lists, indices: Sequence[int]) -> Encoded | Exception:
         """The prompt over these of the kept candidates, or why there is none: a broken picture, too many tokens."""
         try:
-            return self.encoder.encode(lists.history, [self._meta(lists.kept[at]) for at in indices])
+            prompt = self.encoder.encode(lists.history, [self._meta(lists.kept[at]) for at in indices])
         except (OSError, ValueError) as error:
             return error
+        if self.ranking.permutations > 1 or len(lists.kept) > self.ranking.window:
+            return replace(prompt, prefix=self.encoder.shared(prompt.ids))
+        return prompt
 
     def first(self, user: UserLists) -> bytes:
         """The user's first prompts, for `UserLists.prompts`: they need no engine and can be made in other processes."""
@@ -153,7 +155,8 @@ class PromptMaker:
             prompt = self.encode(lists, indices)
             if isinstance(prompt, Encoded):
                 ids = np.asarray(prompt.ids, dtype=np.int32)
-                made.append((indices, (ids, prompt.image_paths, prompt.grids, prompt.n_candidates, prompt.history_cut)))
+                numbers = prompt.n_candidates, prompt.history_cut, prompt.prefix
+                made.append((indices, (ids, prompt.image_paths, prompt.grids, *numbers)))
             else:
                 made.append((indices, prompt))
         return pickle.dumps(made, protocol=5)
@@ -163,8 +166,8 @@ class PromptMaker:
         found: dict[tuple[int, ...], Encoded | Exception] = {}
         for indices, content in pickle.loads(prompts) if prompts else ():
             if not isinstance(content, Exception):
-                ids, paths, grids, n, cut = content
-                content = Encoded(ids.tolist(), paths, grids, self.encoder.trie(n), cut)
+                ids, paths, grids, n, cut, prefix = content
+                content = Encoded(ids.tolist(), paths, grids, self.encoder.trie(n), cut, prefix)
             found[tuple(indices)] = content
         return found
 
@@ -211,11 +214,15 @@ class Ranker:
     engine: LabelScorer
     prompts: PromptMaker
     threads: int = 1
-    group: int = field(default=32, kw_only=True)
+    group: int = field(default=64, kw_only=True)
 
     def rank(self, users: Sequence[UserLists]) -> list[Ranking | Exception]:
         """Rankings in the order of the users; a user that cannot be ranked has the reason in its place."""
-        groups = [users[start : start + self.group] for start in range(0, len(users), self.group)]
+        window = self.prompts.ranking.window
+        # Users with several prompts keep memory between them.
+        several = self.prompts.ranking.permutations > 1 or any(len(user.candidates) > window for user in users)
+        size = self.group // 2 if several else self.group
+        groups = [users[start : start + size] for start in range(0, len(users), size)]
         if self.threads == 1 or len(groups) < 2:
             return [ranking for group in groups for ranking in self._rank(group)]
         with ThreadPoolExecutor(self.threads) as pool:
@@ -272,7 +279,8 @@ def open_ranker(folder: ModelFolder, config: EngineConfig, item_meta: Mapping[in
     """Load tokenizer and engine of a model whose mode is known."""
     folder = on_this_node(folder)
     prompts = open_prompts(folder, item_meta)
-    return Ranker(open_scorer(folder, config), prompts, threads=4 if engine_name(config) == "vllm" else 1)
+    engine = open_scorer(folder, config, prompts.encoder)
+    return Ranker(engine, prompts, threads=engine.callers)
 
 
 def open_prompts(folder: ModelFolder, item_meta: Mapping[int, ItemMeta]) -> PromptMaker:

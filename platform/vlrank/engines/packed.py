@@ -1,0 +1,350 @@
+"""The packed engine: label tries of many prompts in one forward pass over packed rows. Nothing is decoded.
+
+Prompts of all callers go into one queue, from which a thread fills rows. On a GPU all rows have one length, and the
+next row is launched while one is computed. A prompt's scores depend neither on its neighbours nor on its place in the
+row: every product has the same shape for every row, and attention sees no more than the prompt. On a CPU every row
+holds one prompt, for the same reason.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vlrank.engines.packed_attention import Context, RowAttention, kernel_for
+from vlrank.engines.packed_model import PackedModel
+from vlrank.engines.packed_pictures import Patches, PictureFeatures
+from vlrank.engines.packed_rows import Prompt, Row
+from vlrank.engines.resources import EngineDied
+from vlrank.prompting.encoding import Encoded, Encoder
+from vlrank.prompting.labels import LabelTrie
+
+Float32 = npt.NDArray[np.float32]
+
+_SHORTEST_ROW = 4096
+_LONG_STEP = 8192  # a prompt longer than a row gets one of the next multiple
+_TOKENS_PER_READ = 64  # a GPU's rows have one place to read for so many tokens
+_LOOKED_AT = 512  # waiting prompts that may fill a row
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """A prompt in the queue.
+
+    Attributes:
+        body: What a row holds of it.
+        prefix: Its beginning, computed in a row of its own and shared; None where the body is the whole prompt.
+        key: Of the prefix.
+        patches: Prepared pictures whose features were missing when the job was made.
+        hidden: float32 [reads, hidden], or what went wrong.
+    """
+
+    encoder: Encoder
+    body: Prompt
+    prefix: Prompt | None
+    key: bytes
+    patches: dict[str, Patches]
+    hidden: Future[Float32] = field(default_factory=Future)
+
+
+@dataclass(slots=True)
+class _Prefix:
+    """Keys and values of a prefix: tokens [start, end) of a row's [layers, 2, tokens, key-value heads, head dim]."""
+
+    row: torch.Tensor
+    start: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.row.numel() * self.row.element_size() // self.row.shape[2] * (self.end - self.start)
+
+
+class PackedScorer:
+    """A `scoring.LabelScorer` over packed rows; may be called from several threads, which fill rows together.
+
+    Args:
+        model: The weights; given up when the scorer is closed.
+        row_tokens: Length of a GPU's rows; None gives every prompt a row of its own, without filling.
+        prefix_bytes: For the keys and values of prefixes.
+        feature_bytes: For features of pictures, on the device and in the host's memory.
+
+    Attributes:
+        callers: See `scoring.LabelScorer`.
+        exact: The same model without the rounding of its matrices to float8, where they are.
+    """
+
+    callers = 4
+
+    def __init__(
+        self,
+        model: PackedModel,
+        row_tokens: int | None = None,
+        prefix_bytes: int = 2**30,
+        feature_bytes: tuple[int, int] = (2**30, 2**30),
+    ) -> None:
+        self.model, self.row_tokens, self._prefix_bytes = model, row_tokens, prefix_bytes
+        self.features = PictureFeatures(model.visual, *feature_bytes) if model.visual is not None else None
+        self.exact: PackedScorer | None = None
+        self._kernel = kernel_for(*model.sizes[:3], model.device, model.dtype)
+        self._prefixes: OrderedDict[bytes, _Prefix] = OrderedDict()
+        self._heads: dict[int, tuple[LabelTrie, npt.NDArray[np.float64], npt.NDArray[np.float64], list[int]]] = {}
+        self._waiting: deque[_Job] = deque()
+        self._running: deque[tuple[list[_Job], torch.Tensor, Any]] = deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self.prompt_tokens = self.cached_tokens = self.requests = 0
+        self._thread = threading.Thread(target=self._work, name="packed rows", daemon=True)
+        self._thread.start()
+
+    def score_labels(self, encoder: Encoder, requests: Sequence[Encoded]) -> list[Float32 | Exception]:
+        """See `scoring.LabelScorer`. A prompt with a `Encoded.prefix` shares it with others that begin alike."""
+        jobs: list[_Job | Exception | None] = []
+        for request in requests:
+            try:
+                jobs.append(self._job(encoder, request) if request.trie.nodes else None)
+            except (OSError, ValueError) as error:  # a picture that has become unreadable
+                jobs.append(error)
+        with self._wake:
+            if self._closed:
+                raise EngineDied("the engine is closed")
+            self._waiting.extend(job for job in jobs if isinstance(job, _Job))
+            self.requests += len(requests)
+            self.prompt_tokens += sum(len(request.ids) for request in requests)
+            self._wake.notify()
+        return [self._answer(request, job) for request, job in zip(requests, jobs, strict=True)]
+
+    def close(self) -> None:
+        """Finish what is queued and give the memory back."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+        self._prefixes.clear()
+        self.features = None
+        del self.model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # ---- in the callers' threads ------------------------------------------------------------------------------------
+
+    def _job(self, encoder: Encoder, request: Encoded) -> _Job:
+        ids, positions = np.asarray(request.ids, dtype=np.int64), encoder.positions(request)
+        cut = request.prefix if 0 < request.prefix < len(ids) else 0
+        visual = np.flatnonzero(ids == encoder.image_token_id) if request.image_paths else np.zeros(0, dtype=np.int64)
+        if len(visual) and visual[0] < cut:
+            cut = 0  # a prefix is text
+        body = Prompt(ids[cut:], positions[:, cut:], request.trie, visual - cut, request.image_paths)
+        patches: dict[str, Patches] = {}
+        for path in request.image_paths:
+            if self.features is not None and path not in self.features and path not in patches:
+                patches[path] = encoder.patches(path)
+        prefix = Prompt(ids[:cut], positions[:, :cut], None) if cut else None
+        return _Job(encoder, body, prefix, ids[:cut].astype(np.int32).tobytes(), patches)
+
+    def _answer(self, request: Encoded, job: _Job | Exception | None) -> Float32 | Exception:
+        if isinstance(job, Exception):
+            return job
+        if job is None:  # one candidate: nothing to read
+            return request.trie.log_probs(np.zeros(0, dtype=np.float32))
+        try:
+            hidden = job.hidden.result()
+        except (OSError, ValueError, torch.OutOfMemoryError) as error:
+            return error
+        return request.trie.log_probs(self._logits(request.trie, hidden))
+
+    def _logits(self, trie: LabelTrie, hidden: Float32) -> Float32:
+        """Logits of `LabelTrie.flat` from the hidden states at a prompt's reads.
+
+        In float64, product by product: a matrix product's rounding may depend on its shape, and bfloat16 logits come in
+        steps that turn close candidates into ties.
+        """
+        if id(trie) not in self._heads:
+            tokens = torch.tensor([token for _, token in trie.flat], device=self.model.head.weight.device)
+            weight = self.model.head.weight[tokens].double().cpu().numpy()
+            bias = self.model.head.bias
+            added = np.zeros(len(tokens)) if bias is None else bias[tokens].double().cpu().numpy()
+            self._heads[id(trie)] = trie, weight, added, [trie.node_at[node] for node, _ in trie.flat]
+        _, weight, added, places = self._heads[id(trie)]
+        wide: npt.NDArray[np.float64] = (weight * hidden.astype(np.float64)[places]).sum(axis=1) + added
+        return wide.astype(np.float32)
+
+    # ---- in the thread that fills rows ------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        jobs: list[_Job] = []
+        try:
+            while True:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._waiting or self._running or self._closed)
+                    if not self._waiting and not self._running:
+                        return
+                    jobs = self._take()
+                if jobs:
+                    self._launch(jobs)
+                if self._running and (not jobs or len(self._running) > 1):
+                    self._land()
+        except Exception as error:  # nobody would ever be answered
+            with self._wake:
+                self._closed = True
+                left = [*jobs, *self._waiting, *(job for running, *_ in self._running for job in running)]
+            for job in left:
+                if not job.hidden.done():
+                    died = EngineDied(f"the engine has failed: {error!r}")
+                    died.__cause__ = error
+                    job.hidden.set_exception(died)
+
+    def _take(self) -> list[_Job]:
+        """Prompts for the next row; none while a row that they do not fill may become fuller."""
+        if not self._waiting:
+            return []
+        first = self._waiting[0]
+        length = self._length(first.body.size)
+        if length is None or length != self.row_tokens:
+            return [self._waiting.popleft()]
+        jobs: list[_Job] = []
+        tokens, reads, known = 0, 0, dict[bytes, int]()
+        for job in [self._waiting[i] for i in range(min(_LOOKED_AT, len(self._waiting)))]:
+            if (job.prefix is None) != (first.prefix is None) or job.encoder is not first.encoder:
+                continue
+            prefixes = known | ({job.key: len(job.prefix.ids)} if job.prefix else {})
+            fits = tokens + job.body.size <= length and reads + job.body.reads <= length // _TOKENS_PER_READ
+            if fits and (not jobs or sum(prefixes.values()) <= length):
+                jobs.append(job)
+                tokens, reads, known = tokens + job.body.size, reads + job.body.reads, prefixes
+        if self._running and tokens < 0.9 * length and len(jobs) == len(self._waiting):
+            return []
+        taken = set(map(id, jobs))
+        self._waiting = deque(job for job in self._waiting if id(job) not in taken)
+        return sorted(jobs, key=lambda job: job.key)  # prompts of one prefix are neighbours
+
+    def _length(self, tokens: int) -> int | None:
+        if self.row_tokens is None or tokens <= self.row_tokens:
+            return self.row_tokens
+        return -(-tokens // _LONG_STEP) * _LONG_STEP
+
+    def _launch(self, jobs: list[_Job]) -> None:
+        try:
+            hidden = self._hidden(jobs)
+        except torch.OutOfMemoryError as error:
+            self._shorten(jobs, error)
+            return
+        except (OSError, ValueError) as error:
+            if len(jobs) > 1:  # find whose it is
+                for job in jobs:
+                    self._launch([job])
+            else:
+                jobs[0].hidden.set_exception(error)
+            return
+        event = None
+        if hidden.is_cuda:
+            landing = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+            hidden = landing.copy_(hidden, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._running.append((jobs, hidden, event))
+
+    def _land(self) -> None:
+        jobs, hidden, event = self._running.popleft()
+        try:
+            if event is not None:
+                event.synchronize()
+        except torch.OutOfMemoryError as error:
+            self._shorten(jobs, error)
+            return
+        rows = hidden.float().numpy()
+        start = 0
+        for job in jobs:
+            job.hidden.set_result(rows[start : start + job.body.reads])
+            start += job.body.reads
+
+    def _shorten(self, jobs: list[_Job], error: torch.OutOfMemoryError) -> None:
+        """Go on with rows of half the length."""
+        self._prefixes.clear()
+        torch.cuda.empty_cache()
+        longest = max(max(job.body.size, len(job.prefix.ids) if job.prefix else 0) for job in jobs)
+        if self.row_tokens is None or self.row_tokens // 2 < _SHORTEST_ROW or longest > self.row_tokens:
+            for job in jobs:
+                job.hidden.set_exception(error)
+            return
+        self.row_tokens //= 2
+        print(f"the GPU's memory is full: rows of {self.row_tokens} tokens from here on", flush=True)
+        with self._wake:
+            self._waiting.extendleft(reversed(jobs))
+
+    def _hidden(self, jobs: list[_Job]) -> torch.Tensor:
+        """Launch a row: [reads, hidden]."""
+        length = self._length(max(job.body.size for job in jobs))
+        row = Row([job.body for job in jobs], length, None if length is None else length // _TOKENS_PER_READ)
+        features = None
+        if paths := [path for job in jobs for path in job.body.pictures]:
+            assert self.features is not None
+            patches = {path: made for job in jobs for path, made in job.patches.items()}
+            features = self.features(jobs[0].encoder, paths, patches)
+        if jobs[0].prefix is None:
+            return self.model.forward(self._attention(row), features)
+        prefixes = {job.key: job.prefix for job in jobs if job.prefix is not None}
+        held = self._held(prefixes)
+        keys = list(prefixes)
+        bounds = np.cumsum([0, *(part.end - part.start for part in held)]).tolist()
+        context = Context(bounds, [keys.index(job.key) for job in jobs])
+
+        def of_layer(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+            keys_and_values = torch.cat([part.row[layer, :, part.start : part.end] for part in held], dim=1)
+            return keys_and_values[0], keys_and_values[1]
+
+        return self.model.forward(self._attention(row, context), features, of_layer)
+
+    def _attention(self, row: Row, context: Context | None = None) -> RowAttention:
+        return RowAttention(row, self.model.device, self.model.scaling, self._kernel, context)
+
+    def _held(self, wanted: dict[bytes, Prompt]) -> list[_Prefix]:
+        """Keys and values of prefixes, those that are missing computed."""
+        for key in wanted:
+            if key in self._prefixes:
+                self._prefixes.move_to_end(key)
+                self.cached_tokens += len(wanted[key].ids)
+        missing = [(key, prompt) for key, prompt in wanted.items() if key not in self._prefixes]
+        for group in self._prefix_rows(missing):
+            self._compute_prefixes(group)
+        held = [self._prefixes[key] for key in wanted]
+        while len(self._prefixes) > len(wanted) and self._kept_bytes() > self._prefix_bytes:
+            self._prefixes.popitem(last=False)
+        return held
+
+    def _kept_bytes(self) -> int:
+        return sum(prefix.bytes for prefix in self._prefixes.values())
+
+    def _prefix_rows(self, missing: list[tuple[bytes, Prompt]]) -> Iterator[list[tuple[bytes, Prompt]]]:
+        group: list[tuple[bytes, Prompt]] = []
+        for pair in missing:
+            tokens = sum(prompt.size for _, prompt in [*group, pair])
+            if group and (self.row_tokens is None or tokens > self.row_tokens):
+                yield group
+                group = []
+            group.append(pair)
+        if group:
+            yield group
+
+    def _compute_prefixes(self, group: list[tuple[bytes, Prompt]]) -> None:
+        prompts = [prompt for _, prompt in group]
+        row = Row(prompts, self._length(sum(prompt.size for prompt in prompts)))
+        sizes = self.model.sizes
+        shape = len(self.model.layers), 2, row.filled, sizes.key_heads, sizes.head_dim
+        kept = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
+
+        def store(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+            kept[layer, 0].copy_(keys[: row.filled])
+            kept[layer, 1].copy_(values[: row.filled])
+
+        self.model.forward(self._attention(row), store=store)
+        for (key, _), span in zip(group, row.spans, strict=True):
+            self._prefixes[key] = _Prefix(kept, span.start, span.end)

@@ -1,0 +1,215 @@
+"""Attention within packed rows (`vlrank.engines.packed_rows`).
+
+On GPUs a row takes two or three calls of a flash attention kernel for documents of varying length: segments to
+themselves, chains to their bodies, and everything to its prefix, joined by the log-sum-exp of their scores. Elsewhere,
+and in float32, each prompt takes one or two calls of PyTorch's attention with a mask.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from vlrank.engines import varlen
+from vlrank.engines.packed_rows import Prompt, Row
+from vlrank.prompting.labels import LabelTrie
+
+_log = logging.getLogger(__name__)
+
+Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""`varlen.flash2_lse` or `varlen.flash4_lse`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Keys and values of the prefixes that the prompts of a row continue.
+
+    Attributes:
+        bounds: From 0; prefixes lie one behind the other.
+        of: For each prompt of the row, which prefix; rising, so that prompts of one prefix are neighbours.
+    """
+
+    bounds: Sequence[int]
+    of: Sequence[int]
+
+
+class RowAttention:
+    """Attention for one row on one device.
+
+    Args:
+        row: The row.
+        device: Where the tensors are.
+        scaling: Factor of the scores.
+        kernel: None computes with masks.
+        context: Of the row's prompts; None where they have no prefix.
+    """
+
+    def __init__(
+        self, row: Row, device: torch.device, scaling: float, kernel: Kernel | None, context: Context | None = None
+    ) -> None:
+        self.row, self.device, self.scaling, self.kernel, self.context = row, device, scaling, kernel, context
+        self._documents: dict[str, tuple[torch.Tensor, torch.Tensor, int, int]] = {}
+        self.reads, self.tails = (torch.from_numpy(places).to(device) for places in (row.reads, row.tails))
+        if kernel is not None:
+            self._document("self", row.segments, row.segments)
+            self._document("tails", *row.behind(ends=False))
+            self._document("reads", *row.behind(ends=True))
+            chains = np.cumsum([0, *(n for span in row.spans for n in span.chains)]).tolist()
+            self._document("chains", chains, chains)
+            if context is not None:
+                self._document("context", self._behind_context([s.stop for s in row.spans], row.size), context.bounds)
+                ends = np.cumsum([prompt.reads for prompt in row.prompts]).tolist()
+                self._document("context of reads", self._behind_context(ends, len(row.reads)), context.bounds)
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Every token of the row: q [T, heads, head dim], k and v [T, key-value heads, head dim] -> like q.
+
+        Args:
+            q, k, v: Of the row.
+            prefix: Keys and values of the context, [tokens, key-value heads, head dim].
+        """
+        if self.kernel is None:
+            return self._masked(q, k, v, prefix, ends=False)
+        out, lse = self._flash("self", q, k, v, causal=True)
+        if len(self.tails):
+            far = self._flash("tails", q[self.tails], k, v)
+            joined, joined_lse = join((out[self.tails], lse[:, self.tails]), far)
+            out[self.tails], lse[:, self.tails] = joined, joined_lse
+        if prefix is not None:
+            out, _ = join((out, lse), self._flash("context", q, *prefix))
+        return out
+
+    def at_reads(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The same at the row's reads only: [reads, heads, head dim]."""
+        if self.kernel is None:
+            return self._masked(q, k, v, prefix, ends=True)
+        out, lse = self._flash("reads", q[self.reads], k, v)
+        if len(self.tails):
+            at = self._tails_in_reads
+            near = self._flash("chains", q[self.tails], k[self.tails], v[self.tails], causal=True)
+            joined, joined_lse = join(near, (out[at], lse[:, at]))
+            out[at], lse[:, at] = joined, joined_lse
+        if prefix is not None:
+            out, _ = join((out, lse), self._flash("context of reads", q[self.reads], *prefix))
+        return out
+
+    @property
+    def _tails_in_reads(self) -> torch.Tensor:
+        counts = [prompt.reads for prompt in self.row.prompts]
+        starts = np.cumsum([0, *counts[:-1]])
+        places = [np.arange(start + 1, start + n) for start, n in zip(starts, counts, strict=True)]
+        return torch.from_numpy(np.concatenate(places)).to(self.device)
+
+    def _document(self, name: str, queries: Sequence[int], keys: Sequence[int]) -> None:
+        longest = (max((b - a for a, b in pairwise(bounds)), default=1) for bounds in (queries, keys))
+        q, k = (torch.tensor(bounds, dtype=torch.int32, device=self.device) for bounds in (queries, keys))
+        longest_q, longest_k = (-(-length // 128) * 128 for length in longest)
+        self._documents[name] = q, k, longest_q, longest_k
+
+    def _behind_context(self, ends: Sequence[int], size: int) -> list[int]:
+        """Bounds of the queries of each prefix; the filling goes with the last one: it has to see something."""
+        assert self.context is not None
+        of = self.context.of
+        bounds = [0, *(end for end, own, after in zip(ends, of, [*of[1:], -1], strict=True) if own != after)]
+        bounds[-1] = size
+        return bounds
+
+    def _flash(
+        self, name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.kernel is not None
+        return self.kernel(q, k, v, *self._documents[name], self.scaling, causal)
+
+    def _masked(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None,
+        ends: bool,
+    ) -> torch.Tensor:
+        parts = []
+        for i, (prompt, span) in enumerate(zip(self.row.prompts, self.row.spans, strict=True)):
+            keys, values, before = k[span.start : span.stop], v[span.start : span.stop], 0
+            if prefix is not None and self.context is not None:
+                begin, end = self.context.bounds[self.context.of[i] :][:2]
+                keys, values = (torch.cat([p[begin:end], own]) for p, own in zip(prefix, (keys, values), strict=True))
+                before = end - begin
+            elif not ends:  # no mask to build, and half of the work
+                body = slice(span.start, span.end)
+                parts.append(self._attend(q[body], k[body], v[body], None))
+            masked = range(span.end - 1 if ends else span.start if before else span.end, span.stop)
+            if len(masked) and (not ends or prompt.reads):
+                mask = torch.from_numpy(span.visible(masked, before)).to(self.device)
+                parts.append(self._attend(q[masked.start : masked.stop], keys, values, mask))
+        out = torch.cat(parts) if parts else q[:0]
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, (len(self.reads) if ends else self.row.size) - len(out)))
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scaling, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+
+
+def join(
+    near: tuple[torch.Tensor, torch.Tensor], far: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over two sets of keys, from that over each: outputs [T, heads, d] and log-sum-exps [heads, T]."""
+    (a, lse_a), (b, lse_b) = near, far
+    weight = torch.sigmoid(lse_a.float() - lse_b.float()).transpose(0, 1).unsqueeze(-1)
+    return (a.float() * weight + b.float() * (1 - weight)).to(a.dtype), torch.logaddexp(lse_a, lse_b)
+
+
+@cache
+def kernel_for(heads: int, key_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    """The fastest kernel that is installed and gives what attention with masks gives; None computes with masks."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(tokens: int, n: int) -> torch.Tensor:
+        return torch.randn(tokens, n, head_dim, device=device, dtype=dtype, generator=generator)
+
+    trie = LabelTrie(((1, 9), (1, 1, 9), (1, 2, 9), (1, 2, 3, 9), (1, 2, 4, 9), (2, 9), (2, 2, 9)))
+    lengths = (1, 129, 570, 321, 2)
+    prompts = [Prompt(np.zeros(n, dtype=np.int64), np.tile(np.arange(n), (3, 1)), trie) for n in lengths]
+    row, context = Row(prompts, length=2048, max_reads=64), Context([0, 70, 90, 490], [0, 0, 1, 2, 2])
+    q, k, v = drawn(row.size, heads), drawn(row.size, key_heads), drawn(row.size, key_heads)
+    prefix = drawn(490, key_heads), drawn(490, key_heads)
+    used, reads = slice(row.filled), slice(sum(p.reads for p in prompts))
+
+    def results(kernel: Kernel | None) -> list[torch.Tensor]:
+        found = []
+        for given, held in ((None, None), (context, prefix)):
+            attention = RowAttention(row, device, head_dim**-0.5, kernel, given)
+            found += [attention(q, k, v, held)[used].float(), attention.at_reads(q, k, v, held)[reads].float()]
+        return found
+
+    expected = results(None)
+    for kernel in (varlen.flash4_lse, varlen.flash2_lse):
+        try:
+            errors = [float((a - b).norm() / b.norm()) for a, b in zip(results(kernel), expected, strict=True)]
+        except ImportError:
+            continue
+        except Exception as error:  # whatever a compiler of kernels may raise
+            _log.warning("%s is not used: %s", kernel.__name__, error)
+            continue
+        if max(errors) < 0.01:  # bfloat16 keeps 8 bits: 2^-8 is 0.4%
+            return kernel
+        _log.warning(
+            "%s is not used: it differs from PyTorch's attention by %.1f%%", kernel.__name__, 100 * max(errors)
+        )
+    return None

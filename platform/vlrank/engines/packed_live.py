@@ -1,0 +1,130 @@
+"""Packed rows through a transformers model as it stands: adapted, sharded, in the middle of its training.
+
+`PackedModel` takes the weights over and is faster; here the model's own forward pass runs, and only its attention is
+replaced for the time of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vlrank.engines.packed_attention import RowAttention, kernel_for
+from vlrank.engines.packed_rows import Prompt, Row
+from vlrank.engines.structure import core
+from vlrank.prompting.encoding import Encoded, Encoder
+
+Float32 = npt.NDArray[np.float32]
+
+_NAME = "vlrank_rows"
+
+
+@torch.no_grad()
+def score_rows(model: Any, encoder: Encoder, batch: Sequence[Encoded]) -> list[Float32]:
+    """Log-probabilities of every label of every prompt, through one forward pass over one packed row.
+
+    Args:
+        model: A causal language model or Qwen3-VL whose attention goes through transformers' interface, plain, PEFT or
+            sharded. It is put into eval mode for the call. Compiled layers run as they are: rows differ in length.
+        encoder: Made the prompts; prepares their pictures, or returns their features where the model accepts them.
+        batch: Prompts, all in one pass.
+
+    Returns:
+        Per prompt float32 [N].
+    """
+    read = [prompt for prompt in batch if prompt.trie.nodes]
+    hidden = iter(_hidden(model, encoder, read) if read else ())
+    return [
+        prompt.trie.log_probs(_logits(model, prompt, next(hidden)) if prompt.trie.nodes else np.zeros(0))
+        for prompt in batch
+    ]
+
+
+def _hidden(model: Any, encoder: Encoder, batch: Sequence[Encoded]) -> list[torch.Tensor]:
+    """Per prompt the head's input at its reads, [reads, hidden]."""
+    plain, device = core(model), next(model.parameters()).device
+    config = plain.config.get_text_config()
+    row = Row([Prompt(np.asarray(p.ids, dtype=np.int64), encoder.positions(p), p.trie) for p in batch])
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else plain.dtype
+    kernel = kernel_for(config.num_attention_heads, config.num_key_value_heads, head_dim, device, dtype)
+    rotary = torch.from_numpy(row.positions)[:, None].to(device)
+    text = torch.arange(row.size, device=device).expand(1, 1, -1)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.from_numpy(row.ids)[None].to(device),
+        "position_ids": torch.cat([text, rotary]) if hasattr(plain.config, "vision_config") else rotary[0],
+        "packed_row": RowAttention(row, device, head_dim**-0.5, kernel),
+        "use_cache": False,
+        "logits_to_keep": torch.from_numpy(row.reads).to(device),
+    }
+    if paths := [path for prompt in batch for path in prompt.image_paths]:
+        inputs["pixel_values"] = torch.from_numpy(np.concatenate([encoder.pixels(path) for path in paths])).to(device)
+        inputs["image_grid_thw"] = torch.tensor([grid for prompt in batch for grid in prompt.grids], device=device)
+    seen: list[torch.Tensor] = []
+    head = plain.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    try:
+        with _reading(model, config):
+            model(**inputs)
+    finally:
+        hook.remove()
+    return list(seen[0][0].split([prompt.reads for prompt in row.prompts]))
+
+
+def _logits(model: Any, prompt: Encoded, hidden: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Logits of `LabelTrie.flat`, from the rows of the head that they need."""
+    head = core(model).get_output_embeddings()
+    tokens = torch.tensor([token for _, token in prompt.trie.flat], device=hidden.device)
+    places = [prompt.trie.node_at[node] for node, _ in prompt.trie.flat]
+    with torch.autocast(hidden.device.type, enabled=False):  # validation may run inside one, which would round again
+        logits = (_rows(head.weight, tokens).double() * hidden[places].double()).sum(-1)
+        if head.bias is not None:
+            logits = logits + _rows(head.bias, tokens).double()
+    return logits.cpu().numpy()
+
+
+def _rows(weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    whole: torch.Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole[tokens]
+
+
+def _row_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    packed_row: RowAttention,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return packed_row(q, k, v).unsqueeze(0), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_NAME, _row_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, _no_mask)
+
+
+@contextmanager
+def _reading(model: Any, config: Any) -> Iterator[None]:
+    """Eval mode and attention for packed rows, for the time of the block."""
+    training, attention = model.training, config._attn_implementation
+    model.eval()
+    config._attn_implementation = _NAME
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        config._attn_implementation = attention
+        model.train(training)

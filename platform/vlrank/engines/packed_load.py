@@ -1,0 +1,153 @@
+"""Opening a packed engine: loading, merging, and a look at whether it computes what transformers computes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlrank.config import EngineConfig
+from vlrank.data.items import ItemMeta
+from vlrank.engines.models import ModelFolder
+from vlrank.engines.packed import PackedScorer
+from vlrank.engines.packed_model import PackedModel, Unsuited, check
+from vlrank.engines.resources import weights_bytes
+from vlrank.engines.structure import core
+from vlrank.engines.transformers_scorer import load_model, score_labels
+from vlrank.prompting.encoding import Encoded, Encoder
+from vlrank.prompting.prompts import build_prompt
+from vlrank.storage import cache_folder
+
+ROW_TOKENS = 65536
+"""Length of a GPU's rows. Long rows waste little at their ends; 64 thousand tokens of a 2B model take 4 GiB."""
+
+_LAYERS_CHECKED = 4
+_TOLERANCE = 1e-2
+
+
+def open_packed(model: ModelFolder, config: EngineConfig, encoder: Encoder | None = None) -> PackedScorer:
+    """Load a model into this process and merge its adapter.
+
+    Args:
+        model: What to load.
+        config: ``dtype``, ``row_tokens``, ``quantization``, ``gpus`` and ``gpu_memory_utilization`` are used.
+        encoder: Of the model: two prompts are scored by transformers too, and compared. None leaves that out.
+
+    Raises:
+        Unsuited: the model is not computed by this engine, or not as transformers computes it.
+        UserError: it cannot be loaded.
+    """
+    cuda = torch.cuda.is_available()
+    if cuda:
+        _keep_compiled()
+    total = torch.cuda.get_device_properties(0).total_memory * min(1.0, config.gpus or 1.0) if cuda else 0.0
+    if cuda and 1.2 * weights_bytes(model.base) > total:
+        raise Unsuited("its weights do not fit one GPU")
+    if config.quantization == "fp8" and (not cuda or torch.cuda.get_device_capability() < (8, 9)):
+        raise Unsuited("engine.quantization=fp8 needs a GPU with float8 products (compute capability 8.9)")
+    dtype = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
+    loaded = load_model(model, dtype)
+    check(core(loaded).config)
+    if encoder is not None and (apart := disagreement(loaded, encoder)) > _TOLERANCE:
+        raise Unsuited(f"its scores differ from those of transformers by {apart:.2g} nat")
+    packed = PackedModel.of(loaded)
+    del loaded
+    settings: dict[str, Any] = {}
+    if cuda:
+        packed.compile()
+        settings = {
+            "row_tokens": config.row_tokens or ROW_TOKENS,
+            "prefix_bytes": int(0.4 * total),
+            "feature_bytes": (int(0.2 * total), 16 * 2**30),
+        }
+        torch.cuda.empty_cache()
+    scorer = PackedScorer(packed, **settings)
+    if config.quantization == "fp8":
+        exact, scorer = scorer, PackedScorer(packed.float8(), **settings)
+        scorer.exact = exact
+    return scorer
+
+
+def _keep_compiled() -> None:
+    """Let compilers keep what they make on this node, for later processes."""
+    folder = cache_folder() / "compiled"
+    if not folder.is_dir():
+        print("compiling for this GPU, which is kept for later runs: about half a minute", flush=True)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder / "attention"))
+
+
+def disagreement(model: Any, encoder: Encoder) -> float:
+    """Largest difference in log-probability between packed rows and transformers, over two made-up prompts.
+
+    It is looked for in the first layers alone and in float32, where rounding hides nothing.
+
+    Args:
+        model: As transformers or PEFT loaded it; left as it is.
+        encoder: Of the model.
+    """
+    inner = core(model).model
+    text = getattr(inner, "language_model", inner)
+    layers = text.layers
+    text.layers = layers[:_LAYERS_CHECKED]
+    try:
+        # transformers' own `float` refuses models that were quantised.
+        shallow = torch.nn.Module.float(_undressed(copy.deepcopy(model)))
+    finally:
+        text.layers = layers
+    scorer = PackedScorer(PackedModel.of(shallow, keep=True))
+    with probes(encoder) as prompts:
+        expected = score_labels(shallow, encoder, prompts)
+        given = scorer.score_labels(encoder, [prompts[0], replace(prompts[1], prefix=encoder.shared(prompts[1].ids))])
+    scorer.close()
+    for answer in given:
+        if isinstance(answer, Exception):
+            raise answer
+    return max(float(np.abs(a - b).max()) for a, b in zip(given, expected, strict=True))
+
+
+def _undressed(model: Any) -> Any:
+    """The model with plain linear layers in place of 4-bit ones."""
+    from vlrank.engines.packed_model import dequantised
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "Linear4bit":
+                weight = dequantised(child, child.compute_dtype or torch.bfloat16)
+                plain = torch.nn.Linear(*weight.shape[::-1], bias=child.bias is not None, device="meta")
+                plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+                plain.bias = child.bias
+                setattr(parent, name, plain)
+    return model
+
+
+@contextmanager
+def probes(encoder: Encoder) -> Iterator[list[Encoded]]:
+    """Two made-up prompts, with pictures where the mode shows them."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def item(i: int) -> ItemMeta:
+            path = Path(folder) / f"{i}.png"
+            if encoder.spec.pixels and not path.exists():
+                noise = np.random.default_rng(i).integers(0, 255, (64 + 32 * (i % 3), 64, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(path)
+            text = f"item {i * 7919 % 1000}"
+            return {"text": text, "caption": text, "semantic_summary": text, "image_path": str(path)}
+
+        items = [item(i) for i in range(13)]
+        limit = encoder.ranking.max_item_chars
+        yield [
+            encoder.encode_prompt(build_prompt(encoder.spec, items[:n], items[:candidates], limit))
+            for n, candidates in ((1, 3), (4, 13))
+        ]

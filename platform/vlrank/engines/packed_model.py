@@ -1,0 +1,324 @@
+"""Qwen3, Qwen2, Llama and Qwen3-VL as packed rows need them: merged weights, few products, no logits.
+
+The forward pass is that of transformers' models, operation by operation. What differs is where it saves work: adapters
+are merged, query, key and value share one product as gate and up do, and the last layer ends at the places to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import embedding, linear, silu
+
+from vlrank.engines.packed_attention import RowAttention
+from vlrank.engines.resources import why_not_packed
+from vlrank.engines.structure import core, decoder_layers
+
+_E4M3_MAX = 448.0
+
+
+class Unsuited(ValueError):
+    """A model that this engine does not compute; says why."""
+
+
+class Matrix(NamedTuple):
+    """A linear layer.
+
+    Attributes:
+        weight: [out, in], or float8_e4m3fn.
+        bias: [out] or None.
+        scale: float32 [1, out] of a float8 weight.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+
+class Layer(NamedTuple):
+    """The weights of a decoder layer; head norms are None in models without them."""
+
+    norm: torch.Tensor
+    qkv: Matrix
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: Matrix
+    mlp_norm: torch.Tensor
+    gate_up: Matrix
+    down: Matrix
+
+
+class Sizes(NamedTuple):
+    """What the code of a layer is compiled for."""
+
+    heads: int
+    key_heads: int
+    head_dim: int
+    epsilon: float
+
+
+def product(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    """``x W^T + b``; float8 weights meet activations that are scaled row by row, as they come."""
+    if matrix.scale is None:
+        return linear(x, matrix.weight, matrix.bias)
+    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _E4M3_MAX
+    y: torch.Tensor = torch._scaled_mm(
+        (x.float() / scale).to(torch.float8_e4m3fn),
+        matrix.weight.t(),
+        scale_a=scale,
+        scale_b=matrix.scale,
+        out_dtype=x.dtype,
+        use_fast_accum=True,
+    )
+    return y if matrix.bias is None else y + matrix.bias
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """As transformers' RMSNorm: in float32, rounded before it is scaled."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def before_attention(
+    x: torch.Tensor, layer: Layer, cos: torch.Tensor, sin: torch.Tensor, sizes: Sizes
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[T, hidden] -> queries [T, heads, head dim], keys and values [T, key-value heads, head dim]."""
+    y = product(rms_norm(x, layer.norm, sizes.epsilon), layer.qkv).unflatten(1, (-1, sizes.head_dim))
+    q, k, v = y.split((sizes.heads, sizes.key_heads, sizes.key_heads), 1)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q, k = rms_norm(q, layer.q_norm, sizes.epsilon), rms_norm(k, layer.k_norm, sizes.epsilon)
+    return _rotated(q, cos, sin), _rotated(k, cos, sin), v.contiguous()
+
+
+def after_attention(x: torch.Tensor, attended: torch.Tensor, layer: Layer, sizes: Sizes) -> torch.Tensor:
+    """[T, hidden] and [T, heads, head dim] -> [T, hidden]."""
+    x = x + product(attended.flatten(1), layer.o)
+    gate, up = product(rms_norm(x, layer.mlp_norm, sizes.epsilon), layer.gate_up).chunk(2, -1)
+    return x + product(silu(gate) * up, layer.down)
+
+
+@dataclass(slots=True)
+class PackedModel:
+    """A model's weights, ready for packed rows.
+
+    Attributes:
+        sizes: Of its layers.
+        scaling: Factor of attention scores.
+        embeddings: [vocabulary, hidden].
+        rotary: transformers' module, hidden states and positions -> cos and sin.
+        axes: 3 where positions are Qwen3-VL's (time, row, column), else 1.
+        layers, norm: The language model.
+        head: The output embeddings; their rows are taken to float32 where they are read.
+        visual: transformers' vision tower, or None.
+        before, after: `before_attention` and `after_attention`, compiled on GPUs.
+    """
+
+    sizes: Sizes
+    scaling: float
+    embeddings: torch.Tensor
+    rotary: nn.Module
+    axes: int
+    layers: list[Layer]
+    norm: torch.Tensor
+    head: Matrix
+    visual: Any
+    before: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = before_attention
+    after: Callable[..., torch.Tensor] = after_attention
+
+    @classmethod
+    def of(cls, model: Any, *, keep: bool = False) -> PackedModel:
+        """Take the weights of a transformers model, plain or PEFT, in its own type.
+
+        Args:
+            model: On the device where it will be used.
+            keep: Leave the model whole; otherwise its layers are given up one by one, to save memory.
+
+        Raises:
+            Unsuited: an architecture, a kind of adapter or of quantisation that is not computed here.
+        """
+        plain = core(model)
+        check(plain.config)
+        config, inner = plain.config.get_text_config(), plain.model
+        text = getattr(inner, "language_model", inner)
+        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        embeddings, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+        if type(embeddings) is not nn.Embedding:
+            raise Unsuited(f"its embeddings are a {type(embeddings).__name__}")
+        layers, stored = [], decoder_layers(model)
+        for i in range(len(stored)):
+            layers.append(_layer(stored[i], embeddings.weight.dtype))
+            if not keep:
+                stored[i] = nn.Identity()
+        return cls(
+            sizes=Sizes(heads, key_heads, head_dim, config.rms_norm_eps),
+            scaling=head_dim**-0.5,
+            embeddings=embeddings.weight.detach(),
+            rotary=text.rotary_emb,
+            axes=3 if hasattr(inner, "visual") else 1,
+            layers=layers,
+            norm=text.norm.weight.detach(),
+            head=_matrix(head, embeddings.weight.dtype),
+            visual=getattr(inner, "visual", None),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embeddings.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are computed in."""
+        return self.embeddings.dtype
+
+    def float8(self) -> PackedModel:
+        """The same model with its layers' matrices rounded to float8, each row with a scale of its own."""
+        names = ("qkv", "o", "gate_up", "down")
+        layers = [layer._replace(**{name: _float8(getattr(layer, name)) for name in names}) for layer in self.layers]
+        return replace(self, layers=layers)
+
+    def compile(self) -> None:
+        """Compile the layers' code, once per length of rows."""
+        self.before = torch.compile(before_attention, dynamic=False)
+        self.after = torch.compile(after_attention, dynamic=False)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        attention: RowAttention,
+        features: torch.Tensor | None = None,
+        context: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        store: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """Hidden states at the places that are read, after the last norm: [reads, hidden].
+
+        Args:
+            attention: Of the row, which it holds.
+            features: Of the row's visual tokens, [visual tokens, (1 + D) * hidden]: the tower's output, then what its
+                deepstack layers add behind the first D layers.
+            context: A layer's number -> keys and values of the prefixes that the row continues.
+            store: Called with each layer's number, keys and values: the row holds prefixes. Nothing is read then.
+        """
+        row, device = attention.row, self.device
+        x = embedding(_sent(torch.from_numpy(row.ids), device), self.embeddings)
+        deepstack: tuple[torch.Tensor, ...] = ()
+        visual = None
+        if features is not None:
+            visual = _sent(torch.from_numpy(row.visual), device)
+            first, *rest = features.to(self.dtype).split(x.shape[1], dim=1)
+            x, deepstack = x.index_copy(0, visual, first), tuple(rest)
+        positions = _sent(torch.from_numpy(row.positions), device)
+        cos, sin = self.rotary(x, positions[:, None] if self.axes == 3 else positions[:1])
+        cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+        for i, layer in enumerate(self.layers):
+            last = i == len(self.layers) - 1
+            q, k, v = self.before(x, layer, cos, sin, self.sizes)
+            prefix = context(i) if context is not None else None
+            if store is not None:
+                store(i, k, v)
+                if last:
+                    return x[:0]
+            if last:
+                # Nothing behind the last layer's keys and values mixes places any more.
+                x = after_attention(x[attention.reads], attention.at_reads(q, k, v, prefix), layer, self.sizes)
+                break
+            x = self.after(x, attention(q, k, v, prefix), layer, self.sizes)
+            if visual is not None and i < len(deepstack):
+                x.index_add_(0, visual, deepstack[i])
+        return rms_norm(x, self.norm, self.sizes.epsilon)
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def check(config: Any) -> None:
+    """Whether a model of this config is computed here, from the config alone.
+
+    Raises:
+        Unsuited: it is not.
+    """
+    if why := why_not_packed(config.to_dict()):
+        raise Unsuited(why)
+    text = config.get_text_config()
+    if text.hidden_act != "silu":
+        raise Unsuited(f"its activation is {text.hidden_act}, not silu")
+    if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
+        raise Unsuited("some of its layers attend to a sliding window")
+
+
+def _layer(layer: Any, dtype: torch.dtype) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+
+    def joined(*modules: Any) -> Matrix:
+        parts = [_matrix(module, dtype) for module in modules]
+        weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
+        biases = [part.bias for part in parts]
+        if any(bias is None for bias in biases) and not all(bias is None for bias in biases):
+            raise Unsuited("a part of its query, key and value projections has a bias")
+        bias = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
+        return Matrix(weight, bias)
+
+    def norm(name: str) -> torch.Tensor | None:
+        module = getattr(attention, name, None)
+        return None if module is None else module.weight.detach()
+
+    return Layer(
+        norm=layer.input_layernorm.weight.detach(),
+        qkv=joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        q_norm=norm("q_norm"),
+        k_norm=norm("k_norm"),
+        o=joined(attention.o_proj),
+        mlp_norm=layer.post_attention_layernorm.weight.detach(),
+        gate_up=joined(mlp.gate_proj, mlp.up_proj),
+        down=joined(mlp.down_proj),
+    )
+
+
+def _float8(matrix: Matrix) -> Matrix:
+    wide = matrix.weight.float()
+    scale = wide.abs().amax(1, keepdim=True).clamp(min=1e-12) / _E4M3_MAX
+    return Matrix((wide / scale).to(torch.float8_e4m3fn), matrix.bias, scale.t().contiguous())
+
+
+def _matrix(module: Any, dtype: torch.dtype) -> Matrix:
+    """The weight of a linear layer, dequantised, with its adapters merged in float32 and rounded once."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    weight, bias = dequantised(base, dtype), base.bias
+    if base is not module:
+        wide = weight.float()
+        for name in module.active_adapters if not module.disable_adapters and not module.merged else ():
+            if name not in getattr(module, "lora_A", {}):
+                raise Unsuited(f"its adapter {name} is a {type(module).__name__}, which cannot be merged")
+            if module.lora_variant.get(name) or module.lora_bias.get(name) or getattr(module, "fan_in_fan_out", False):
+                raise Unsuited(f"its adapter {name} is a variant of LoRA (DoRA, a bias, ...), which is not merged here")
+            up, down = module.lora_B[name].weight.detach().float(), module.lora_A[name].weight.detach().float()
+            wide = wide + module.scaling[name] * (up @ down)
+        weight = wide.to(dtype)
+    return Matrix(weight, None if bias is None else bias.detach().to(dtype))
+
+
+def dequantised(module: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers that a linear layer computes with, [out, in]."""
+    weight = module.weight
+    if type(weight).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        # In the type that training computed in: float32 numbers would be others.
+        whole: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return whole.to(module.compute_dtype or dtype).to(dtype)
+    if not isinstance(module, nn.Linear) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise Unsuited(f"its weights lie in a {type(module).__name__} of {weight.dtype}")
+    return weight.detach().to(dtype)

@@ -1,0 +1,115 @@
+"""What a vision tower makes of pictures, computed once per picture and kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vlrank.prompting.encoding import Encoder, Grid
+
+Patches = npt.NDArray[np.uint8]
+
+_PASS = 16384  # patches per pass of the tower on a GPU: 83 pictures of 224x224
+_FILLING = 256
+
+
+class PictureFeatures:
+    """Features of pictures, [visual tokens, (1 + D) * hidden]: the tower's output, then its deepstack layers'.
+
+    A picture's features do not depend on its neighbours: on a GPU every pass of the tower has the same number of
+    patches, elsewhere every picture has a pass of its own.
+
+    Args:
+        visual: transformers' Qwen3-VL tower.
+        on_device: Bytes kept on the tower's device; the rest goes to the host's memory.
+        on_host: Bytes kept there (pinned on GPU machines); beyond it the pictures used longest ago are dropped.
+    """
+
+    def __init__(self, visual: Any, on_device: int, on_host: int) -> None:
+        self._visual, self._room, self._host_room = visual, on_device, on_host
+        weight = next(visual.parameters())
+        self._device, self._dtype = weight.device, weight.dtype
+        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._kept
+
+    def __call__(self, encoder: Encoder, paths: Sequence[str], patches: Mapping[str, Patches]) -> torch.Tensor:
+        """Features of pictures, one behind the other.
+
+        Args:
+            encoder: Prepares pictures.
+            paths: In order, repetitions allowed.
+            patches: `Encoder.patches` of some of them, made before; the others are prepared here.
+        """
+        missing = [path for path in dict.fromkeys(paths) if path not in self._kept]
+        fresh: dict[str, torch.Tensor] = {}
+        for group in self._passes(encoder, missing):
+            prepared = [patches[path] if path in patches else encoder.patches(path) for path in group]
+            for path, features in zip(group, self._compute(encoder, prepared, map(encoder.grid, group)), strict=True):
+                fresh[path] = features
+        held = [fresh[path] if path in fresh else self._kept[path] for path in paths]
+        for path in paths:
+            if path in self._kept:
+                self._kept.move_to_end(path)
+        for path, features in fresh.items():
+            self._keep(path, features)
+        return torch.cat([features.to(self._device, non_blocking=True) for features in held])
+
+    def _passes(self, encoder: Encoder, paths: Iterable[str]) -> Iterator[list[str]]:
+        group: list[str] = []
+        room = 0
+        for path in paths:
+            size = int(np.prod(encoder.grid(path)))
+            if group and (size > room or self._device.type != "cuda"):
+                yield group
+                group = []
+            room = (room if group else _PASS) - size
+            group.append(path)
+        if group:
+            yield group
+
+    def _compute(self, encoder: Encoder, patches: Sequence[Patches], grids: Iterable[Grid]) -> list[torch.Tensor]:
+        stacked, shapes = torch.from_numpy(np.concatenate(patches)), list(grids)
+        merge = encoder.image_processor.merge_size**2
+        lengths = [int(np.prod(grid)) // merge for grid in shapes]
+        if self._device.type == "cuda":
+            rest = _PASS - len(stacked)
+            while rest > 0:
+                part = min(rest, _FILLING)
+                shapes.append((1, 2, part // 2))
+                rest -= part
+            stacked = torch.nn.functional.pad(stacked, (0, 0, 0, max(0, _PASS - len(stacked))))
+            stacked = stacked.pin_memory()
+        mean, deviation = (torch.from_numpy(part).to(self._device) for part in encoder.pixel_scale)
+        pixels = (stacked.to(self._device, non_blocking=True).float() - mean) / deviation
+        with torch.no_grad():
+            output = self._visual(
+                pixels.to(self._dtype), grid_thw=torch.tensor(shapes, device=self._device), return_dict=True
+            )
+        whole = torch.cat([output.pooler_output, *output.deepstack_features], dim=-1)
+        return [part.clone() for part in whole[: sum(lengths)].split(lengths)]
+
+    def _keep(self, path: str, features: torch.Tensor) -> None:
+        size = features.numel() * features.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._kept[path] = features
+            return
+        if self._device.type == "cuda":
+            features = features.cpu().pin_memory()
+        self._kept[path] = features
+        self._host_room -= size
+        while self._host_room < 0 and len(self._kept) > 1:
+            oldest, dropped = next(iter(self._kept.items()))
+            del self._kept[oldest]
+            size = dropped.numel() * dropped.element_size()
+            if dropped.device == self._device and self._device.type == "cuda":
+                self._room += size
+            else:
+                self._host_room += size

@@ -1,0 +1,440 @@
+"""One pass over a packed row must say exactly what asking for every answer in full would say."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.prompting.tokenizers_zoo import ZOO
+from vlrank.config import EngineConfig
+from vlrank.engines import packed_attention, packed_load
+from vlrank.engines.models import open_model
+from vlrank.engines.packed import PackedScorer
+from vlrank.engines.packed_attention import Context, RowAttention
+from vlrank.engines.packed_load import disagreement, open_packed
+from vlrank.engines.packed_model import PackedModel, Unsuited
+from vlrank.engines.packed_rows import Prompt, Row
+from vlrank.engines.resources import EngineDied
+from vlrank.engines.scoring import open_scorer
+from vlrank.engines.transformers_scorer import TransformersScorer, load_model
+from vlrank.errors import UserError
+from vlrank.prompting.encoding import Encoded, Encoder
+from vlrank.prompting.labels import LabelTrie
+from vlrank.prompting.modes import mode_spec
+
+from .brute_force import RANKING, brute_force, picture_items, text_items
+
+PACKED = EngineConfig(name="packed")
+
+
+@pytest.fixture(scope="module")
+def text(tiny_text_model: Path) -> Iterator[tuple[PackedScorer, Encoder, Any]]:
+    encoder = Encoder.load(tiny_text_model, mode_spec("semantic_summary_small"), RANKING)
+    scorer = open_packed(open_model(tiny_text_model), PACKED, encoder)
+    yield scorer, encoder, load_model(open_model(tiny_text_model))
+    scorer.close()
+
+
+@pytest.fixture(scope="module")
+def vision(tiny_vision_model: Path) -> Iterator[tuple[PackedScorer, Encoder, Any]]:
+    encoder = Encoder.load(tiny_vision_model, mode_spec("raw_image"), RANKING)
+    scorer = open_packed(open_model(tiny_vision_model), PACKED, encoder)
+    yield scorer, encoder, load_model(open_model(tiny_vision_model))
+    scorer.close()
+
+
+def scored(scorer: PackedScorer, encoder: Encoder, prompts: Sequence[Encoded]) -> list[np.ndarray]:
+    answers = scorer.score_labels(encoder, prompts)
+    assert not [answer for answer in answers if isinstance(answer, Exception)]
+    return answers  # type: ignore[return-value]
+
+
+# ---- exact -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 5, 9, 10, 20, 99, 100])
+def test_agrees_with_brute_force(
+    text: tuple[PackedScorer, Encoder, Any], judged: dict[int, tuple[Encoded, np.ndarray]], n: int
+) -> None:
+    scorer, encoder, _ = text
+    encoded, expected = judged[n]
+    for cut in (0, 1, encoder.shared(encoded.ids), len(encoded.ids) - 1):
+        [scores] = scored(scorer, encoder, [replace(encoded, prefix=cut)])
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("writes", sorted(ZOO))
+def test_every_way_to_write_numbers_agrees_with_brute_force(writes: str) -> None:
+    """Single digits, numbers of one token, numbers joined with the end of the prompt."""
+    from vlrank.demo.base_models import text_model
+
+    encoder = Encoder(ZOO[writes](), mode_spec("semantic_summary_small"), RANKING)
+    model = text_model(encoder.tokenizer).eval()
+    scorer = PackedScorer(PackedModel.of(model, keep=True))
+    for n in (3, 12, 100):
+        encoded = encoder.encode(text_items(2, "old"), text_items(n))
+        [scores] = scored(scorer, encoder, [encoded])
+        np.testing.assert_allclose(scores, brute_force(model, encoder, encoded), atol=1e-5)
+    scorer.close()
+
+
+@pytest.mark.parametrize("n", [5, 9, 10, 20])
+def test_pictures_agree_with_brute_force(vision: tuple[PackedScorer, Encoder, Any], tmp_path: Path, n: int) -> None:
+    scorer, encoder, model = vision
+    encoded = encoder.encode(text_items(3, "old"), picture_items(n, tmp_path))
+    expected = brute_force(model, encoder, encoded)
+    for _ in range(2):  # computed, then from the cache
+        [scores] = scored(scorer, encoder, [encoded])
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
+    [scores] = scored(scorer, encoder, [replace(encoded, prefix=encoder.shared(encoded.ids))])
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_captions_on_a_vision_model_agree_with_brute_force(
+    vision: tuple[PackedScorer, Encoder, Any], tiny_vision_model: Path
+) -> None:
+    scorer, _, model = vision
+    encoder = Encoder.load(tiny_vision_model, mode_spec("caption"), RANKING)
+    batch = [encoder.encode(text_items(k, "old"), text_items(n)) for k, n in [(0, 12), (6, 25)]]
+    for encoded, scores in zip(batch, scored(scorer, encoder, batch), strict=True):
+        np.testing.assert_allclose(scores, brute_force(model, encoder, encoded), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_other_architectures_agree_with_brute_force(kind: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    encoder = Encoder(ZOO["digits"](), mode_spec("semantic_summary_small"), RANKING)
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(encoder.tokenizer)}
+    torch.manual_seed(0)
+    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    model: Any = (
+        LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope, attention_bias=True))
+        if kind == "llama"
+        else Qwen2ForCausalLM(Qwen2Config(**sizes))
+    )
+    for parameter in model.parameters():  # biases begin at zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.eval()
+    scorer = PackedScorer(PackedModel.of(model, keep=True))
+    encoded = encoder.encode(text_items(4, "old"), text_items(20))
+    [scores] = scored(scorer, encoder, [encoded])
+    np.testing.assert_allclose(scores, brute_force(model, encoder, encoded), atol=1e-5)
+    scorer.close()
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def documents(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_queries: torch.Tensor,
+    cu_keys: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+    scaling: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `varlen.flash2_lse` computes, document by document; what no document holds is no number."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[1::-1], torch.nan)
+    for (a, b), (c, d) in zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()), strict=True):
+        assert b - a <= longest_query
+        assert d - c <= longest_key
+        assert d > c or a == b, "kernels differ in what queries without keys give"
+        scores = torch.einsum("qhd,khd->hqk", query[a:b], key[c:d]) * scaling
+        if causal:
+            assert b - a == d - c
+            scores = scores.masked_fill(~torch.tril(torch.ones(b - a, d - c, dtype=torch.bool)), -torch.inf)
+        lse[:, a:b] = scores.logsumexp(-1)
+        out[a:b] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value[c:d])
+    return out, lse
+
+
+@pytest.fixture
+def gpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU, with kernels that follow their contract to the letter."""
+    monkeypatch.setattr("vlrank.engines.packed.kernel_for", lambda *_: documents)
+
+
+TRIES = [LabelTrie(tuple((*map(int, str(i)), 99) for i in range(1, n + 1))) for n in (1, 2, 9, 20, 100)]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.sampled_from(TRIES), st.integers(0, 2)), min_size=1, max_size=6),
+    st.integers(0, 700),
+    st.booleans(),
+)
+def test_two_ways_of_attention_agree(shapes: list[tuple[int, LabelTrie, int]], filling: int, prefixed: bool) -> None:
+    """Any prompts, tries, prefixes and filling: joined calls of kernels give what one softmax over a mask gives."""
+    shapes = sorted(shapes, key=lambda shape: shape[2])
+    prompts = [Prompt(np.zeros(n, dtype=np.int64), np.tile(np.arange(n), (3, 1)), trie) for n, trie, _ in shapes]
+    row = Row(prompts, sum(p.size for p in prompts) + filling, sum(p.reads for p in prompts) + 3)
+    assert len(row.ids) == row.size == row.positions.shape[1] == row.segments[-1]
+    used = sorted({prefix for *_, prefix in shapes})
+    context = Context(
+        np.cumsum([0, *(5 + 3 * i for i in used)]).tolist(), [used.index(prefix) for *_, prefix in shapes]
+    )
+    generator = torch.Generator().manual_seed(row.size)
+    q, k, v = (torch.randn(row.size, heads, 8, generator=generator) for heads in (4, 2, 2))
+    held = tuple(torch.randn(context.bounds[-1], 2, 8, generator=generator) for _ in range(2))
+    ways = []
+    for kernel in (None, documents):
+        attention = RowAttention(row, torch.device("cpu"), 0.3, kernel, context if prefixed else None)
+        prefix: Any = held if prefixed else None
+        reads = sum(p.reads for p in prompts)
+        ways.append((attention(q, k, v, prefix)[: row.filled], attention.at_reads(q, k, v, prefix)[:reads]))
+    for masked, joined in zip(*ways, strict=True):
+        torch.testing.assert_close(joined, masked, atol=1e-5, rtol=1e-5)
+    whole, reads_only = ways[0]
+    torch.testing.assert_close(whole[attention.reads[:reads]], reads_only, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_many_prompts_agree_with_prompts_alone(text: tuple[PackedScorer, Encoder, Any], gpu_rows: None) -> None:
+    """Neighbours, filling and shared prefixes change nothing; nor does how a row was left or right of another."""
+    alone, encoder, model = text
+    prompts = [encoder.encode(text_items(k, "old"), text_items(n)) for k, n in [(3, 20), (1, 12), (9, 5), (2, 100)]]
+    shuffled = [encoder.encode(text_items(4, "old"), text_items(20)[:: (-1) ** i]) for i in range(2)]
+    prompts += [replace(prompt, prefix=encoder.shared(prompt.ids)) for prompt in (*shuffled, prompts[0])]
+    expected = scored(alone, encoder, prompts)
+    scorer = PackedScorer(PackedModel.of(model, keep=True), row_tokens=4096)
+    for order in (range(len(prompts)), [6, 2, 4, 1, 5, 3, 0]):
+        together = scored(scorer, encoder, [prompts[i] for i in order])
+        for i, scores in zip(order, together, strict=True):
+            np.testing.assert_allclose(scores, expected[i], atol=1e-5)
+    scorer.close()
+
+
+def test_a_prompt_longer_than_a_row_gets_a_longer_one(text: tuple[PackedScorer, Encoder, Any], gpu_rows: None) -> None:
+    alone, encoder, model = text
+    long = encoder.encode(text_items(4, "a rather long name of an item"), text_items(100, "and another long name"))
+    scorer = PackedScorer(PackedModel.of(model, keep=True), row_tokens=1024)
+    assert len(long.ids) > 1024
+    short = encoder.encode([], text_items(5))
+    for a, b in zip(scored(scorer, encoder, [short, long]), scored(alone, encoder, [short, long]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    scorer.close()
+
+
+def test_a_prefix_is_computed_once(text: tuple[PackedScorer, Encoder, Any]) -> None:
+    scorer, encoder, _ = text
+    prompts = [encoder.encode(text_items(8, "seen"), text_items(12)[i:]) for i in range(3)]
+    shared = encoder.shared(prompts[0].ids)
+    assert all(encoder.shared(prompt.ids) == shared for prompt in prompts)
+    assert len({tuple(prompt.ids[:shared]) for prompt in prompts}) == 1
+    before = scorer.cached_tokens
+    scored(scorer, encoder, [replace(prompt, prefix=shared) for prompt in prompts])
+    assert scorer.cached_tokens - before == 2 * shared
+
+
+def test_prefixes_that_do_not_fit_are_computed_again(text: tuple[PackedScorer, Encoder, Any]) -> None:
+    alone, encoder, model = text
+    prompts = [encoder.encode(text_items(8, f"seen {i}"), text_items(12)) for i in range(4)]
+    prompts = [replace(prompt, prefix=encoder.shared(prompt.ids)) for prompt in prompts]
+    scorer = PackedScorer(PackedModel.of(model, keep=True), prefix_bytes=1)
+    for a, b in zip(scored(scorer, encoder, prompts * 2), scored(alone, encoder, prompts * 2), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert len(scorer._prefixes) == 1
+    scorer.close()
+
+
+# ---- the same bits ---------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_the_same_bits_in_any_company(vision: tuple[PackedScorer, Encoder, Any], tmp_path: Path) -> None:
+    """Shard, order, number of engines and a resume decide who is scored beside whom, and nothing else."""
+    scorer, encoder, model = vision
+    items = picture_items(25, tmp_path)
+    prompts = [encoder.encode(text_items(i % 5, "old"), items[i : i + 12]) for i in range(12)]
+    prompts += [replace(prompt, prefix=encoder.shared(prompt.ids)) for prompt in prompts[:6]]
+    together = scored(scorer, encoder, prompts)
+    other = PackedScorer(PackedModel.of(model, keep=True))
+    for i in np.random.default_rng(0).permutation(len(prompts)).tolist():
+        [alone] = scored(other, encoder, [prompts[i]])
+        np.testing.assert_array_equal(alone, together[i])
+    other.close()
+
+
+def test_callers_from_several_threads_get_their_own_answers(text: tuple[PackedScorer, Encoder, Any]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    scorer, encoder, _ = text
+    prompts = [encoder.encode(text_items(i, "old"), text_items(5 + i)) for i in range(8)]
+    expected = [scored(scorer, encoder, [prompt])[0] for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for scores in pool.map(lambda _: scored(scorer, encoder, prompts), range(8)):
+            for a, b in zip(scores, expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def adapted(folder: Path, out: Path, **options: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False, **options)
+    model = get_peft_model(load_model(open_model(folder)), lora).eval()
+    model.save_pretrained(out)
+    return model
+
+
+def test_an_adapter_is_merged(text: tuple[PackedScorer, Encoder, Any], tiny_text_model: Path, tmp_path: Path) -> None:
+    plain, encoder, _ = text
+    model = adapted(tiny_text_model, tmp_path)
+    encoded = encoder.encode([], text_items(12))
+    scorer = open_packed(open_model(tmp_path), PACKED, encoder)
+    [scores] = scored(scorer, encoder, [encoded])
+    np.testing.assert_allclose(scores, brute_force(model, encoder, encoded), atol=1e-5)
+    assert np.abs(scores - scored(plain, encoder, [encoded])[0]).max() > 1e-3
+    scorer.close()
+
+
+def test_an_adapter_that_cannot_be_merged_is_served_by_transformers(
+    text: tuple[PackedScorer, Encoder, Any], tiny_text_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, encoder, _ = text
+    adapted(tiny_text_model, tmp_path, use_dora=True)
+    with pytest.raises(UserError, match=r"cannot rank with .* is a variant of LoRA"):
+        open_scorer(open_model(tmp_path), PACKED, encoder)
+
+
+def test_four_bit_weights_are_the_numbers_that_training_computed_with(
+    text: tuple[PackedScorer, Encoder, Any], tiny_text_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    _, encoder, _ = text
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_text_model, quantization_config=quantised, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    layer = model.model.layers[0].self_attn.q_proj
+    packed = PackedModel.of(model, keep=True)
+    shown = layer(torch.eye(64, dtype=torch.bfloat16)).T
+    # bitsandbytes rounds its scales in some kernels and not in others: one step of bfloat16.
+    torch.testing.assert_close(packed.layers[0].qkv.weight[: len(shown)], shown, atol=0, rtol=2**-6)
+    scorer = open_packed(open_model(tmp_path), EngineConfig(name="packed", dtype="bfloat16"), encoder)
+    [scores] = scored(scorer, encoder, [encoder.encode([], text_items(12))])
+    assert np.isfinite(scores).all()
+    scorer.close()
+
+
+def test_bfloat16_scores_are_no_ties(text: tuple[PackedScorer, Encoder, Any], tiny_text_model: Path) -> None:
+    alone, encoder, _ = text
+    scorer = open_packed(open_model(tiny_text_model), EngineConfig(name="packed", dtype="bfloat16"), encoder)
+    encoded = encoder.encode([], text_items(9))
+    [scores] = scored(scorer, encoder, [encoded])
+    np.testing.assert_allclose(scores, scored(alone, encoder, [encoded])[0], atol=0.15)
+    assert len(set(scores.tolist())) == 9
+    scorer.close()
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_an_unreadable_picture_costs_its_own_prompt(
+    vision: tuple[PackedScorer, Encoder, Any], tiny_vision_model: Path, tmp_path: Path
+) -> None:
+    scorer, _, model = vision
+    encoder = Encoder.load(tiny_vision_model, mode_spec("raw_image"), RANKING)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    good = encoder.encode([], picture_items(3, tmp_path / "a"))
+    bad = encoder.encode([], picture_items(3, tmp_path / "b"))
+    (tmp_path / "b" / "1.png").unlink()
+    failed, scores = scorer.score_labels(encoder, [bad, good])
+    assert isinstance(failed, OSError)
+    np.testing.assert_allclose(scores, brute_force(model, encoder, good), atol=1e-5)
+
+
+def test_a_full_gpu_halves_the_rows_and_goes_on(
+    text: tuple[PackedScorer, Encoder, Any], gpu_rows: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone, encoder, model = text
+    packed = PackedModel.of(model, keep=True)
+    room, before = 10_000, packed.before
+
+    def limited(x: torch.Tensor, *rest: Any) -> Any:
+        if len(x) > room:
+            raise torch.OutOfMemoryError("full")
+        return before(x, *rest)
+
+    packed.before = limited
+    scorer = PackedScorer(packed, row_tokens=32768)
+    prompts = [encoder.encode(text_items(i % 3, "old"), text_items(12)) for i in range(40)]
+    for a, b in zip(scored(scorer, encoder, prompts), scored(alone, encoder, prompts), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert scorer.row_tokens == 8192
+    assert "rows of 8192 tokens" in capsys.readouterr().out
+    room = 1  # and where nothing fits, the prompts say so and the engine lives
+    [failed] = scorer.score_labels(encoder, prompts[:1])
+    assert isinstance(failed, torch.OutOfMemoryError)
+    room = 10_000
+    scored(scorer, encoder, prompts[:1])
+    scorer.close()
+
+
+def test_an_engine_that_fails_answers_everybody(text: tuple[PackedScorer, Encoder, Any]) -> None:
+    """Callers would wait for ever."""
+    _, encoder, model = text
+    packed = PackedModel.of(model, keep=True)
+
+    def broken(*_: Any) -> Any:
+        raise AssertionError("a fault of the engine")
+
+    packed.before = broken
+    scorer = PackedScorer(packed)
+    with pytest.raises(EngineDied, match="a fault of the engine"):
+        scorer.score_labels(encoder, [encoder.encode([], text_items(3))])
+    with pytest.raises(EngineDied, match="closed"):
+        scorer.score_labels(encoder, [encoder.encode([], text_items(3))])
+
+
+def test_a_model_that_computes_something_else_goes_to_transformers(
+    text: tuple[PackedScorer, Encoder, Any],
+    tiny_text_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Such as one whose library has changed since this was written."""
+    _, encoder, model = text
+    assert disagreement(model, encoder) < 1e-4
+    rotated = packed_load.PackedModel.of
+
+    def other(model: Any, **options: Any) -> PackedModel:
+        return replace(rotated(model, **options), scaling=0.1)
+
+    monkeypatch.setattr(packed_load.PackedModel, "of", other)
+    with pytest.raises(Unsuited, match="differ from those of transformers"):
+        open_packed(open_model(tiny_text_model), PACKED, encoder)
+    monkeypatch.setattr("vlrank.engines.resources.importlib.util.find_spec", lambda name: None)
+    scorer = open_scorer(open_model(tiny_text_model), EngineConfig(), encoder)
+    assert isinstance(scorer, TransformersScorer)
+    assert "is ranked by transformers, not by packed: its scores differ" in capsys.readouterr().err
+    scorer.close()
+
+
+def test_the_kernels_are_compared_before_they_are_used() -> None:
+    assert packed_attention.kernel_for(2, 1, 32, torch.device("cpu"), torch.bfloat16) is None
+    assert packed_attention.kernel_for(2, 1, 32, torch.device("cuda"), torch.float32) is None
