@@ -167,3 +167,12 @@ def test_a_dry_run_writes_nothing(data: Dataset) -> None:
     lines: dict[str, Any] = dict(dry_run(RetrieveConfig(dataset=data.path, method="als")).lines)
     assert lines["users"] == "val 80, test 80"
     assert data.candidate_names() == []
+
+
+def test_an_imported_file_may_be_called_anything(data: Dataset, tmp_path: Path) -> None:
+    file = tmp_path / "als [1]=50% é.parquet"
+    pl.DataFrame({"user_id": [1], "item_ids": [[7, 9]]}).write_parquet(file)
+    run(RetrieveConfig(dataset=data.path, method=str(file)))
+    assert data.candidate_names() == ["als_1_50_é"]
+    with pytest.raises(UserError, match="plain name"):
+        run(RetrieveConfig(dataset=data.path, method="als", name="a/b"))

@@ -62,7 +62,17 @@ if TYPE_CHECKING:  # only the type: data does not need the rooms that are built 
 
 GENERATED_FOLDERS: dict[str, str] = {"caption": "captions", "semantic_summary": "semantic_summaries"}
 _TABLES = {"items.parquet": schemas.ITEMS, "sequences.parquet": schemas.SEQUENCES}
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[^\W_][\w.-]*")
+
+
+def check_candidates_name(name: str) -> None:
+    """Whether candidates can be called so.
+
+    Raises:
+        UserError: a name that is not a plain file name.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"candidates name {name!r} is not a plain name", "Use letters, digits, '.', '_' and '-'.")
 
 
 class Dataset:
@@ -157,8 +167,7 @@ class Dataset:
         Raises:
             UserError: a name that is not a plain file name.
         """
-        if not _NAME.fullmatch(name):
-            raise UserError(f"candidates name {name!r} is not a plain name", "Use letters, digits, '.', '_' and '-'.")
+        check_candidates_name(name)
         path = self.path / "candidates" / f"{name}.parquet"
         write_parquet_atomic(table, path, schemas.CANDIDATES)
         return path

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from vlrank.config import Split
 from vlrank.console import console
 from vlrank.data import schemas
 from vlrank.data.dataset import Dataset
 from vlrank.data.lists import Ints, Lists
-from vlrank.data.tables import read_parquet
+from vlrank.data.tables import parquet_file, read_parquet
 from vlrank.errors import UserError
 from vlrank.evaluation.checks import Finding
 from vlrank.retrieval import baselines
@@ -133,8 +134,8 @@ def _sidecar(file: Location) -> dict[str, Any]:
 
 def _is_ours(file: Path) -> bool:
     try:
-        return "source" in pl.read_parquet_schema(file)
-    except (pl.exceptions.PolarsError, OSError) as error:
+        return "source" in parquet_file(file).schema_arrow.names
+    except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"rankings {file} are not a readable Parquet file: {error}") from None
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import polars as pl
 from scipy.stats import binomtest
 
 from vlrank.config import RetrieveConfig, Split
 from vlrank.console import Summary, console
-from vlrank.data.dataset import Dataset
+from vlrank.data.dataset import Dataset, check_candidates_name
 from vlrank.data.lists import Lists
 from vlrank.errors import UserError
 from vlrank.retrieval import baselines
@@ -66,9 +68,11 @@ def run(config: RetrieveConfig) -> Summary:
 
 
 def _name(config: RetrieveConfig) -> str:
-    if config.name:
-        return config.name
-    return config.method if config.method in RETRIEVERS else location(config.method).stem
+    if config.name is None and config.method not in RETRIEVERS:
+        return re.sub(r"[^\w.-]+", "_", location(config.method).stem).strip("_.-") or "imported"
+    name = config.name or config.method
+    check_candidates_name(name)
+    return name
 
 
 def _retrieve(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[dict[str, str]], dict[str, object]]:
