@@ -1,5 +1,7 @@
 """The command line as a newcomer meets it: help, refusals with exit code 2, and no tracebacks."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -143,3 +145,30 @@ def test_dry_run_does_not_run() -> None:
 
     command = stage_command("evaluate", EvaluateConfig, run, positional=["dataset"])
     assert _run(command, "data", "--rankings", "a", "--out", "x", "--dry_run") == 0
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONIOENCODING": "ascii:strict", "COLUMNS": "60"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "COLUMNS": "40"}],
+)
+def test_commands_end_well_on_consoles_without_utf_8(tmp_path: Path, environment: dict[str, str]) -> None:
+    folder = tmp_path / "shop [v2]=50%20 [b] #1"
+    folder.mkdir()
+    reviews = [{"user": f"ü{n % 4}", "item": f"茶{n // 4}", "timestamp": 1_600_000_000 + n} for n in range(24)]
+    meta = [{"item": f"茶{n}", "title": f"Tee [/b] {n}", "description": "grün " * 40} for n in range(6)]
+    for name, rows in (("r [1]=.jsonl", reviews), ("m [1]=.jsonl", meta)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "vlrank", *arguments]
+        done = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        return "".join(line.strip(b"| ").decode() for line in done.stdout.splitlines())
+
+    run("prepare", "--reviews", "r [1]=.jsonl", "--meta", "m [1]=.jsonl", "--out", "d [v2]", "min_sc=2")
+    assert "Tee [/b] 3" in run("inspect", "d [v2]", "--item", "4")
+    run("inspect", "d [v2]", "--user", "1")
+    run("retrieve", "d [v2]", "--method", "popularity")
+    run("export", "d [v2]", "--lists", "popularity", "--out", "o [1]=%41.parquet")
+    assert "+-" in run("evaluate", "d [v2]", "--rankings", "o [1]=%41.parquet", "--out", "report [v2]")
+    assert (folder / "report [v2]" / "report.html").is_file()

@@ -1,6 +1,10 @@
 """What is printed is what there is: a path with ``[v2]``, a name with ``[/b]``, a title with ``:key:``."""
 
 import ast
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -37,3 +41,45 @@ def test_there_is_no_other_console() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Console", "TextColumn")
     ]
     assert [Path(name).name for name in made] == ["console.py"] * 2
+
+
+def test_an_output_of_any_encoding_takes_every_text() -> None:
+    """`evaluate` had done its work and ended in a UnicodeEncodeError for the sign between a mean and its interval."""
+    code = "from vlrank.console import print_anything; print_anything(); print('0.5 ±0.1 … é 茶 \\udcff')"
+    for encoding, printed in {
+        "ascii": rb"0.5 +-0.1 ... \xe9 \u8336 \udcff",
+        "latin-1:strict": b"0.5 \xb10.1 ... \xe9 \\u8336 \\udcff",
+        "utf-8": "0.5 ±0.1 … é 茶 \\udcff".encode(),
+    }.items():
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+        assert done.stdout.rstrip() == printed
+
+
+def test_a_narrow_terminal_cuts_no_path(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_width", 40)
+    path = "/data/" + "/".join(f"folder-{n:02d}" for n in range(12))
+    Summary("evaluate", {"report": f"{path}/report.html"}, location(path)).show()
+    printed = capsys.readouterr().err
+    assert "…" not in printed
+    inside = [line.strip("│ ").split("  ")[-1].strip() for line in printed.splitlines()[1:-1]]
+    assert "".join(inside).count(path) == 2
+
+
+def test_a_closed_pipe_does_not_end_the_work() -> None:
+    code = """
+from vlrank.console import PlainConsole, progress
+with progress("work", 2) as bar:
+    bar.advance(2)
+out = PlainConsole()
+for _ in range(3):
+    out.print("x" * 100_000)
+open("done", "w").close()
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=folder, stdout=writer, stderr=writer, check=False)
+        os.close(writer)
+        assert (done.returncode, os.listdir(folder)) == (0, ["done"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import socket
 import sys
 import time
@@ -474,3 +475,8 @@ def said_by(work: Callable[[], object]) -> str:
     with console.capture() as captured:
         work()
     return captured.get()
+
+
+def test_a_name_that_is_not_utf_8_is_named() -> None:
+    with pytest.raises(UserError, match=r"the name 'caf\\udce9\.csv' is not utf-8"):
+        location(os.fsdecode(b"caf\xe9.csv"))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.segment import Segment
+from rich.table import Column, Table
 from rich.text import Text
 
 from vlrank.storage import Location
@@ -22,11 +26,51 @@ class PlainConsole(Console):
     """A console that prints text as it is: names, paths and commands may hold ``[v2]``, ``[/b]`` or ``:key:``.
 
     Rich's markup and emoji codes are off, in tables too; styles come in `rich.text.Text`. Titles of panels and columns
-    of progress bars parse markup whatever the console says: give them a `Text`, or ``markup=False``.
+    of progress bars parse markup whatever the console says: give them a `Text`, or ``markup=False``. Cells that are
+    too long for the terminal are wrapped, never cut.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As Rich's, without the ellipsis that would hide the end of a path."""
+        if isinstance(renderable, Table):
+            for column in renderable.columns:
+                if column.overflow == "ellipsis" and not column.no_wrap:
+                    column.overflow = "fold"
+        return super().render(renderable, options)
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more (``| head``): the work goes on in silence. Rich would end the program here."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+
+
+_LOOKALIKES = str.maketrans(
+    {"\u00b1": "+-", "\u00d7": "x", "\u2013": "-", "\u2014": "-", "\u2026": "...", "\u2192": "->", "\u2265": ">="}
+)
+
+
+def _lookalike(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end].translate(_LOOKALIKES)
+    return text.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
+codecs.register_error("vlrank", _lookalike)
+
+
+def print_anything() -> None:
+    """Let stdout and stderr take every text, whatever encoding the terminal or ``PYTHONIOENCODING`` asks for.
+
+    Our own signs are replaced by look-alikes, other characters that the encoding lacks by their escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="vlrank")
 
 
 console = PlainConsole(stderr=True)
@@ -110,13 +154,14 @@ class ProgressBar:
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[ProgressBar]:
     """A progress bar with counts, elapsed and remaining time; in a log file it prints a line at the end only."""
+    line = Column(no_wrap=True)
     columns = (
-        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.description}", markup=False, table_column=line),
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        MofNCompleteColumn(table_column=line),
+        TimeElapsedColumn(table_column=line),
+        TimeRemainingColumn(table_column=line),
+        TextColumn("{task.fields[note]}", markup=False, table_column=line),
     )
     with Progress(*columns, console=console, transient=False) as bar:
         yield ProgressBar(bar, bar.add_task(description, total=total, note=""))

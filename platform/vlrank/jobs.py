@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from vlrank.config import Config, validate
-from vlrank.console import Summary
+from vlrank.console import Summary, print_anything
 from vlrank.errors import UserError, user_error_in
 from vlrank.options import check_out, stage_command
 from vlrank.paths import WORKDIR, absolute_paths
@@ -83,6 +83,7 @@ def main(
 
 def run_and_exit(work: Callable[[], Summary | int | None]) -> NoReturn:
     """Run ``work``, print the JSON last line and exit; for jobs that are no single stage."""
+    print_anything()
     try:
         summary = work()
     except (UserError, click.ClickException) as error:

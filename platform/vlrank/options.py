@@ -16,7 +16,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from vlrank.config import Config, load_config
-from vlrank.console import Summary, announce, console, quiet_libraries
+from vlrank.console import Summary, announce, console, print_anything, quiet_libraries
 from vlrank.errors import user_error_in
 from vlrank.storage import require_writable
 from vlrank.supervisor import INTERRUPTED
@@ -196,6 +196,7 @@ def main(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
         argv: Words after the program's name; default ``sys.argv[1:]``.
     """
     quiet_libraries()
+    print_anything()
     try:
         result = command.main(args=None if argv is None else list(argv), standalone_mode=False)
     except click.ClickException as error:

@@ -30,6 +30,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -73,16 +74,27 @@ def location(place: str | os.PathLike[str] | BucketPath) -> Location:
     """The place that a path or URL names; ``file://`` URLs are paths.
 
     Raises:
-        UserError: a scheme that is not known, or a URL without a bucket.
+        UserError: a scheme that is not known, a URL without a bucket, or a name that is not UTF-8.
     """
     if isinstance(place, BucketPath):
         return place
     text = os.fspath(place)
+    _check_utf8(text)
     if not is_url(text):
         return Path(text)
     if text.startswith("file://"):
         return Path(unquote(urlsplit(text).path))
     return BucketPath.parse(text)
+
+
+def _check_utf8(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that Python keeps as lone surrogates; Arrow and JSON have no such text
+        raise UserError(
+            f"the name {text!r} is not {sys.getfilesystemencoding()}",
+            "Rename it, or set LC_ALL=C.UTF-8 if the terminal's language is what makes it so.",
+        ) from None
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -329,7 +341,7 @@ def _location_key(value: Any) -> Any:
 
 
 def _local_key(value: Any) -> Any:
-    if not is_url(value):
+    if not isinstance(value, str | Path):
         return value
     place = location(value)
     if isinstance(place, BucketPath):

@@ -206,7 +206,7 @@ def _print_differences(out: Console, differences: Sequence[Difference], title: s
 
 def _table(title: str, first: str, *others: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
-    table.add_column(first, no_wrap=True)
+    table.add_column(first, min_width=12)
     for name in others:
         table.add_column(name, justify="right")
     return table
