@@ -12,7 +12,7 @@ from vlrank.data.dataset import Dataset, DatasetWriter
 from vlrank.data.schemas import CANDIDATES, ITEMS, SEQUENCES
 from vlrank.data.tables import empty_frame
 from vlrank.generation import pipeline as generate
-from vlrank.reranking import pipeline as rerank
+from vlrank.reranking.plan import open_setup, users_to_rank
 
 # A picture of one red pixel, as bytes: a library's next version may encode it otherwise.
 RED = bytes.fromhex(
@@ -93,9 +93,8 @@ def test_rankings(dataset: Dataset, model: Path, mode: str, ranking: dict[str, A
         ranking=ranking,
         engine={"name": "transformers"},
     )
-    opened, folder, spec = rerank._open(config)
-    work = rerank._plan(config, opened, folder, spec, opened.item_meta(), "test", None)
-    assert work.wanted["input_hash"].to_list() == expected
+    users = users_to_rank(open_setup(config), "test", None)
+    assert users.wanted["input_hash"].to_list() == expected
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -21,8 +22,9 @@ from vlrank.errors import UserError
 from vlrank.prompting.modes import mode_spec
 from vlrank.prompting.prior import with_prior
 from vlrank.reranker import Qwen3VLReranker
-from vlrank.reranking import pipeline
-from vlrank.reranking.pipeline import _is_constant, _open, _plan, _shards, _source, best_weight, dry_run, run
+from vlrank.reranking import plan
+from vlrank.reranking.pipeline import _is_constant, _shards, _source, dry_run, run
+from vlrank.reranking.plan import open_setup, users_to_rank
 from vlrank.reranking.ranker import UserLists, open_prompts
 from vlrank.storage import Location
 from vlrank.training.samples import validation_samples
@@ -75,9 +77,7 @@ def config(dataset: Dataset, model: Path, out: Path, **more: object) -> RerankCo
 def test_split_val_measures_what_validation_does(dataset: Dataset, model: Path) -> None:
     """Other candidates are another metric: the user's later items were never shown here, and were in training."""
     settings = config(dataset, model, Path("r.parquet"), split="val", negatives=7, seed=3)
-    _, folder, spec = _open(settings)
-    work = _plan(settings, dataset, folder, spec, dataset.item_meta(), "val", None)
-    here = dict(work.wanted.select("user_id", "candidates").iter_rows())
+    here = dict(users_to_rank(open_setup(settings), "val", None).wanted.select("user_id", "candidates").iter_rows())
     items = np.arange(1, dataset.n_items + 1)
     there = validation_samples(dataset.histories("val"), items, negatives=7, users=10_000, seed=3)
     assert here == {sample.user_id: list(sample.candidates) for sample in there}
@@ -113,15 +113,6 @@ def test_a_model_that_does_not_look_is_noticed() -> None:
     assert not constant([places + rng.normal(size=20) * 0.01 for _ in lists])
 
 
-def test_the_fusion_weight_is_the_best_on_validation() -> None:
-    # The retriever knows the target of the first user, the model that of the second; the model is surer.
-    retriever_right = ([1, 2, 3], [-1.0, -0.9, -1.1], [0.9, 0.0, 0.1], 1)
-    model_right = ([1, 2, 3], [-0.1, -4.0, -5.0], [0.5, 0.51, 0.49], 1)
-    assert best_weight([model_right]) == 0.0  # several weights do: the smallest
-    assert best_weight([retriever_right]) > 0.0
-    assert best_weight([retriever_right, model_right] * 3) > 0.0
-
-
 def test_a_dry_run_says_how_much(dataset: Dataset, model: Path, tmp_path: Path) -> None:
     summary = dry_run(config(dataset, model, tmp_path / "r.parquet", candidates="found"))
     # 25 candidates: windows [5, 25) and [0, 20).
@@ -132,17 +123,17 @@ def test_a_dry_run_says_how_much(dataset: Dataset, model: Path, tmp_path: Path) 
 def test_more_negatives_than_top_k_cost_no_user_its_target(dataset: Dataset, model: Path, tmp_path: Path) -> None:
     """They come in random order: 99 negatives cut to 50 would lose half of the targets, and half of the metric."""
     settings = config(dataset, model, tmp_path / "r.parquet", negatives=30, limit=40, ranking={"top_k": 10})
-    data, folder, spec = _open(settings)
-    work = _plan(settings, data, folder, spec, data.item_meta(), "test", 40)
-    prompts = open_prompts(folder, data.item_meta())
-    histories = data.histories("test")
-    for user, history, candidates in work.wanted.select("user_id", "history", "candidates").iter_rows():
+    setup = open_setup(settings)
+    wanted = users_to_rank(setup, "test", 40).wanted
+    prompts = open_prompts(setup.folder, setup.meta)
+    histories = dataset.histories("test")
+    for user, history, candidates in wanted.select("user_id", "history", "candidates").iter_rows():
         kept = prompts.lists(UserLists(history, candidates)).kept
         assert len(kept) == 31
         assert histories[user][1] in kept
     # 31 candidates: windows [11, 31), [1, 21) and [0, 20).
-    assert dry_run(settings).counts["prompts"] == 3 * work.wanted.height
-    assert "windows=20/10" in _source(settings, spec, folder.ranking, None)
+    assert dry_run(settings).counts["prompts"] == 3 * wanted.height
+    assert "windows=20/10" in _source(settings, setup.spec, setup.folder.ranking, None)
 
 
 def test_items_that_cannot_be_shown_make_room_for_the_retrievers_next(
@@ -150,12 +141,14 @@ def test_items_that_cannot_be_shown_make_room_for_the_retrievers_next(
 ) -> None:
     """A bulk run must rank what a notebook ranks: top_k items that can be shown, not those left of the first top_k."""
     settings = config(dataset, model, tmp_path / "r.parquet", candidates="found", ranking={"top_k": 7})
-    data, folder, spec = _open(settings)
-    meta = {i: item if i % 3 else {**item, "semantic_summary": None} for i, item in data.item_meta().items()}
-    work = _plan(settings, data, folder, spec, meta, "test", 12)
-    found = dict(data.candidates("found").filter(pl.col("split") == "test").select("user_id", "item_ids").iter_rows())
-    maker = open_prompts(folder, meta)
-    for user, history, candidates in work.wanted.select("user_id", "history", "candidates").iter_rows():
+    setup = open_setup(settings)
+    meta = {i: item if i % 3 else {**item, "semantic_summary": None} for i, item in setup.meta.items()}
+    users = users_to_rank(replace(setup, meta=meta, usable={i for i in meta if i % 3}), "test", 12)
+    found = dict(
+        dataset.candidates("found").filter(pl.col("split") == "test").select("user_id", "item_ids").iter_rows()
+    )
+    maker = open_prompts(setup.folder, meta)
+    for user, history, candidates in users.wanted.select("user_id", "history", "candidates").iter_rows():
         kept = maker.lists(UserLists(history, candidates)).kept
         assert kept == maker.lists(UserLists(history, found[user])).kept == [i for i in found[user] if i % 3][:7]
 
@@ -167,9 +160,7 @@ def test_a_user_is_ranked_again_where_pictures_changed_and_not_where_the_dataset
 
     def hashes(data: Dataset, mode: str = "raw_image") -> list[str]:
         settings = config(data, tiny_vision_model, tmp_path / "r.parquet", as_mode=mode)
-        opened, folder, spec = _open(settings)
-        work = _plan(settings, opened, folder, spec, opened.item_meta(), "test", 12)
-        return work.wanted["input_hash"].to_list()
+        return users_to_rank(open_setup(settings), "test", 12).wanted["input_hash"].to_list()
 
     before, texts = hashes(dataset), hashes(dataset, "semantic_summary")
     shutil.copytree(dataset.path, tmp_path / "moved")
@@ -178,7 +169,7 @@ def test_a_user_is_ranked_again_where_pictures_changed_and_not_where_the_dataset
     items = moved.items()
     moved.update_items(items.with_columns(image_path=items["image_path"].reverse()))
     assert not set(hashes(Dataset.open(moved.path))) & set(before)
-    monkeypatch.setattr(pipeline, "PREPARATION", "another way")
+    monkeypatch.setattr(plan, "PREPARATION", "another way")
     assert not set(hashes(dataset)) & set(before)
     assert hashes(dataset, "semantic_summary") == texts
 
@@ -190,9 +181,9 @@ def test_histories_are_cut_to_a_short_engine(
 
     def longest(**engine: object) -> int:
         settings = config(dataset, model, tmp_path / "r.parquet", engine=EngineConfig(**engine))
-        return _open(settings)[1].ranking.max_prompt_tokens
+        return open_setup(settings).folder.ranking.max_prompt_tokens
 
-    monkeypatch.setattr(pipeline, "ranking_engine", lambda engine, folder: engine.name)
+    monkeypatch.setattr(plan, "ranking_engine", lambda engine, folder: engine.name)
     assert longest(name="transformers", max_model_len=512) == 4096
     assert longest(name="vllm", max_model_len=512) == 512 - 16
     assert longest(name="vllm", max_model_len=8192) == 4096

@@ -11,7 +11,6 @@ from vlrank.reranking.windows import (
     Ranked,
     Request,
     average_log_probs,
-    fuse,
     permutations,
     rank_lists,
     stable_order,
@@ -152,16 +151,3 @@ def test_permutations_start_with_the_given_order() -> None:
 def test_ties_and_nan_keep_their_order() -> None:
     assert stable_order([1.0, 2.0, 1.0, 2.0]) == [1, 3, 0, 2]
     assert stable_order([float("nan"), 1.0, float("-inf")]) == [1, 2, 0]
-
-
-@given(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=30))
-def test_fusion_ends(values: list[float]) -> None:
-    retriever = np.linspace(1, 0, len(values))
-    constant = np.full(len(values), -3.0)
-    assert stable_order(fuse(constant, retriever, 0.3)) == list(range(len(values)))
-    assert stable_order(fuse(values, retriever, 1)) == list(range(len(values)))
-
-
-def test_fusion_is_the_weighted_mean_of_z_scores() -> None:
-    # z([0, 2]) = [-1, 1]; z([5, 1]) = [1, -1]; a quarter of the retriever leaves [-0.5, 0.5].
-    np.testing.assert_allclose(fuse([0, 2], [5, 1], 0.25), [-0.5, 0.5])

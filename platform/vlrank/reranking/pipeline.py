@@ -8,17 +8,15 @@ another weight costs no inference.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,48 +24,30 @@ import polars as pl
 import pyarrow as pa
 
 from vlrank.bulk import ENGINE_PROCESS, ENGINE_SECONDS, ERROR, ERROR_TYPE, TOKENS_IN, BulkResult, Shards, run_bulk
-from vlrank.config import EngineConfig, RankingConfig, RerankConfig, Split, merge, validate
+from vlrank.config import EngineConfig, RankingConfig, RerankConfig, Split
 from vlrank.console import Summary, announce
-from vlrank.data.candidates_io import check_output, write_rankings
+from vlrank.data.candidates_io import write_rankings
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
-from vlrank.data.lists import Lists, rank_by_score
+from vlrank.data.lists import Lists
 from vlrank.data.schemas import RANKINGS
-from vlrank.data.tables import atomic_write_json, file_size
-from vlrank.engines.models import ModelFolder, on_this_node, open_model
-from vlrank.engines.resources import EngineDied, engine_gpus, ranking_engine
-from vlrank.errors import UserError
-from vlrank.prompting.chat_template import check_chat_template
-from vlrank.prompting.encoding import PREPARATION
-from vlrank.prompting.modes import ModeSpec, mode_spec, shows
-from vlrank.prompting.negatives import sampled_candidates
+from vlrank.data.tables import atomic_write_json
+from vlrank.engines.models import ModelFolder, on_this_node
+from vlrank.engines.resources import EngineDied, engine_gpus
+from vlrank.prompting.modes import ModeSpec
 from vlrank.prompting.prior import log_prior
-from vlrank.reranking.ranker import Ranking, UserLists, open_prompts, open_ranker, tokenizer_folder
-from vlrank.reranking.windows import fuse, stable_order, windows
+from vlrank.reranking.fusion import best_weight, fused_table
+from vlrank.reranking.plan import Setup, Users, open_setup, users_to_rank
+from vlrank.reranking.ranker import Ranking, UserLists, open_prompts, open_ranker
+from vlrank.reranking.windows import windows
 from vlrank.runtime import ray_session
-from vlrank.storage import Location, listing, location, writable
+from vlrank.storage import writable
 
 if TYPE_CHECKING:
     import ray.data
 
 _COUNTS = ("prompts", "history_cut", "dropped", "requests", "request_tokens", "cached_tokens")
 _SHARD = pa.schema([*RANKINGS, ("input_hash", pa.string()), *((name, pa.int64()) for name in _COUNTS)])
-_WEIGHTS = tuple(i / 20 for i in range(21))
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """One split's users.
-
-    Attributes:
-        wanted: ``user_id``, ``input_hash``, ``history``, ``candidates``.
-        retrieved: user id -> item id -> the retriever's score; empty for sampled candidates.
-        skipped: Users without a target or history, or whose target the mode cannot show.
-    """
-
-    wanted: pl.DataFrame
-    retrieved: Mapping[int, Mapping[int, float]]
-    skipped: int
 
 
 def run(config: RerankConfig) -> Summary:
@@ -77,269 +57,59 @@ def run(config: RerankConfig) -> Summary:
         UserError: an unusable dataset, model, candidates table or setting.
     """
     started = time.monotonic()
-    dataset, folder, spec = _open(config)
-    _check_output(config, dataset)
-    meta = _checked_meta(dataset, spec, folder.ranking)
-    work = _plan(config, dataset, folder, spec, meta, config.split, config.limit)
+
+    # Whom to rank; mistakes are found before an engine starts.
+    setup = open_setup(config)
+    users = users_to_rank(setup, config.split, config.limit)
+
+    # Inference. Validation users come second, where they choose the fusion weight.
     with ray_session(config.ray):
-        result, rows = _rank(config, dataset, folder, work, config.split)
-        weight = _fusion_weight(config, dataset, folder, spec, meta)
-    source = _source(config, spec, folder.ranking, weight)
-    table = _fused(rows, work, weight, source)
-    write_rankings(table, config.out, dataset=dataset)
-    atomic_write_json(
-        config.out.with_name(config.out.name + ".json"),
-        {
-            "source": source,
-            "split": config.split,
-            "fusion_weight": weight,
-            "model": config.model,
-            "ranking": folder.ranking.model_dump(),
-        },
-    )
-    lines: dict[str, object] = {
-        "model": f"{folder.path} ({spec.name})",
-        "engine": ranking_engine(config.engine, folder),
-        "source": source,
-        "users": table.height,
-        "done": result.done,
-        "reused": result.reused,
-        "quarantined": result.quarantined + result.failed_before,
-    }
-    if work.skipped:
-        lines["users without a usable history or target"] = work.skipped
-    if cut := int((rows["history_cut"] > 0).sum()):
-        lines["users whose history was cut to fit"] = cut
-    if dropped := int(rows["dropped"].sum()):
-        lines[f"candidates without {spec.shows}, left out"] = dropped
-    seconds = result.working_seconds or result.seconds
-    prompts = int(rows["prompts"].sum())
-    if result.done and seconds:
-        lines["users/s, prompt tokens/s"] = f"{result.done / seconds:,.1f}, {result.tokens_in / seconds:,.0f}"
-    if requests := int(rows["requests"].sum()):
-        hit_rate = int(rows["cached_tokens"].sum()) / int(rows["request_tokens"].sum())
-        lines["asked"] = f"{prompts:,} prompts in {requests:,} requests, {hit_rate:.1%} of their tokens from the cache"
-    if weight is not None:
-        lines["fusion weight"] = weight
-    if _is_constant(rows, meta, folder.ranking):
+        result, rows = _rank(setup, users, config.split)
+        weight = _fusion_weight(setup) if config.fusion_weight == "auto" else config.fusion_weight
+
+    # The output file, and beside it how it was made.
+    source = _source(config, setup.spec, setup.folder.ranking, weight)
+    table = fused_table(rows.select(RANKINGS.names), users.retrieved, weight).with_columns(source=pl.lit(source))
+    write_rankings(table, config.out, dataset=setup.dataset)
+    facts = {"source": source, "split": config.split, "fusion_weight": weight, "model": config.model}
+    details = {**facts, "ranking": setup.folder.ranking.model_dump()}
+    atomic_write_json(config.out.with_name(config.out.name + ".json"), details)
+
+    constant = _is_constant(rows, setup.meta, setup.folder.ranking)
+    if constant:
         announce("Note:", _CONSTANT, "yellow")
-        lines["warning"] = _CONSTANT
-    lines["time"] = f"{time.monotonic() - started:,.1f} s"
-    counts = {
-        "users": table.height,
-        "done": result.done,
-        "reused": result.reused,
-        "quarantined": result.quarantined,
-        "failed_before": result.failed_before,
-        "skipped": work.skipped,
-        "histories_cut": cut,
-        "candidates_dropped": dropped,
-        "prompts": prompts,
-        "tokens_in": result.tokens_in,
-        "working_ms": int(1000 * seconds),
-        **{name: int(rows[name].sum()) for name in ("requests", "request_tokens", "cached_tokens")},
+    lines = {
+        "model": f"{setup.folder.path} ({setup.spec.name})",
+        "engine": setup.config.engine.name,
+        "source": source,
+        **_facts(setup, users, result, rows),
+        **({"fusion weight": weight} if weight is not None else {}),
+        **({"warning": _CONSTANT} if constant else {}),
+        "time": f"{time.monotonic() - started:,.1f} s",
     }
-    return Summary(f"rerank: {config.split} users of {config.dataset}", lines, config.out, counts)
+    return Summary(f"rerank: {config.split} users of {config.dataset}", lines, config.out, _counts(users, result, rows))
 
 
 def dry_run(config: RerankConfig) -> Summary:
     """What a run would do: users and prompts."""
-    dataset, folder, spec = _open(config)
-    _check_output(config, dataset)
-    meta = _checked_meta(dataset, spec, folder.ranking)
-    work = _plan(config, dataset, folder, spec, meta, config.split, config.limit)
-    pending = _shards(config, dataset, config.split).pending(work.wanted, retry_failed=config.retry_failed)
-    ranking = folder.ranking
-    usable = _usable(meta, spec, ranking)
-    sizes = [sum(item in usable for item in candidates) for candidates in pending["candidates"]]
-    per_user = [len(list(windows(n, ranking.window, ranking.stride))) * ranking.permutations for n in sizes]
+    setup = open_setup(config)
+    users = users_to_rank(setup, config.split, config.limit)
+    pending = _shards(config, setup.dataset, config.split).pending(users.wanted, retry_failed=config.retry_failed)
+    ranking = setup.folder.ranking
+    sizes = [sum(item in setup.usable for item in candidates) for candidates in pending["candidates"]]
+    prompts = sum(len(list(windows(n, ranking.window, ranking.stride))) * ranking.permutations for n in sizes)
     lines: dict[str, object] = {
-        "model": f"{folder.path} ({spec.name})",
-        "engine": ranking_engine(config.engine, folder),
-        "users": work.wanted.height,
+        "model": f"{setup.folder.path} ({setup.spec.name})",
+        "engine": setup.config.engine.name,
+        "users": users.wanted.height,
         "to do": pending.height,
         "candidates per user": f"{np.mean(sizes):.1f}" if sizes else 0,
-        "prompts": sum(per_user),
+        "prompts": prompts,
     }
-    if work.skipped:
-        lines["users without a usable history or target"] = work.skipped
-    counts = {"users": work.wanted.height, "pending": pending.height, "prompts": sum(per_user), "skipped": work.skipped}
+    if users.skipped:
+        lines[_SKIPPED] = users.skipped
+    counts = {"users": users.wanted.height, "pending": pending.height, "prompts": prompts, "skipped": users.skipped}
     return Summary(f"rerank (dry run): {config.split} users of {config.dataset}", lines, config.out, counts)
-
-
-# ---- what to do ------------------------------------------------------------------------------------------------------
-
-
-def _open(config: RerankConfig) -> tuple[Dataset, ModelFolder, ModeSpec]:
-    dataset = Dataset.open(config.dataset)
-    folder = open_model(config.model, config.as_mode)
-    if folder.mode is None:
-        raise UserError(f"{folder.path} has no vlrank.json, so its mode is unknown", "Give as_mode=... as well.")
-    spec = mode_spec(folder.mode)
-    if note := check_chat_template(tokenizer_folder(folder), pictures=spec.pixels):
-        announce("Note:", note, "yellow")
-    merged = merge(folder.ranking.model_dump(), config.ranking)
-    ranking = validate(RankingConfig, merged, within=(RerankConfig, "ranking"))
-    if config.candidates == "ground_truth":
-        # They come in random order: cut to top_k, a part of the users would lose the target.
-        ranking = ranking.model_copy(update={"top_k": max(ranking.top_k, config.negatives + 1)})
-    # Workers have another working directory.
-    path, base = (str(Path(name).resolve()) if Path(name).is_dir() else name for name in (folder.path, folder.base))
-    folder = replace(folder, path=path, base=base, ranking=ranking)
-    if ranking_engine(config.engine, folder) == "vllm":
-        from vlrank.engines.vllm_args import max_prompt_tokens
-
-        # The history gives way here too: the engine would only refuse the users.
-        update = {"max_prompt_tokens": max_prompt_tokens(folder, config.engine)}
-        folder = replace(folder, ranking=ranking.model_copy(update=update))
-    return dataset, folder, spec
-
-
-def _check_output(config: RerankConfig, dataset: Dataset) -> None:
-    check_output(config.out, dataset)
-    if config.fusion_weight is not None and config.candidates == "ground_truth":
-        raise UserError("fusion_weight needs a retriever's scores", "Set candidates=NAME of `vlrank retrieve`.")
-    if config.fusion_weight == "auto":
-        if config.split == "val":
-            raise UserError(
-                "fusion_weight=auto on split val would choose the weight on the users it ranks", "Give a number."
-            )
-        _retrieved(config, dataset, "val")  # not found missing when all others are ranked
-
-
-def _retrieved(config: RerankConfig, dataset: Dataset, split: Split) -> pl.DataFrame:
-    """The candidates table of one split, by user."""
-    table = dataset.candidates(config.candidates).filter(pl.col("split") == split).sort("user_id")
-    if table.is_empty():
-        raise UserError(
-            f"candidates {config.candidates!r} of {dataset.path} hold no {split} users",
-            f"Make them: vlrank retrieve {dataset.path} --name {config.candidates}",
-        )
-    return table
-
-
-def _checked_meta(dataset: Dataset, spec: ModeSpec, ranking: RankingConfig) -> dict[int, ItemMeta]:
-    meta = dataset.item_meta()
-    if ranking.missing == "drop" and not any(shows(spec, item) for item in meta.values()):
-        raise UserError(
-            f"no item of {dataset.path} has what mode {spec.name} shows ({spec.shows})", f"Make it: {spec.remedy}"
-        )
-    return meta
-
-
-def _plan(
-    config: RerankConfig,
-    dataset: Dataset,
-    folder: ModelFolder,
-    spec: ModeSpec,
-    meta: Mapping[int, ItemMeta],
-    split: Split,
-    limit: int | None,
-) -> _Work:
-    usable = _usable(meta, spec, folder.ranking)
-    histories = dataset.histories(split)
-    retrieved: dict[int, dict[int, float]] = {}
-    listed: dict[int, list[int]] = {}
-    if config.candidates == "ground_truth":
-        pool = np.asarray(sorted(usable), dtype=np.int64)
-        for user in sorted(histories)[:limit]:
-            history, target = histories[user]
-            if target in usable:
-                listed[user] = list(sampled_candidates(user, history, target, pool, config.negatives, config.seed)[0])
-        considered = len(histories) if limit is None else min(limit, len(histories))
-    else:
-        table = _retrieved(config, dataset, split)
-        table = table.head(limit) if limit is not None else table
-        for user, items, scores in table.select("user_id", "item_ids", "scores").iter_rows():
-            if len(set(items)) != len(items):
-                raise UserError(f"candidates {config.candidates!r} repeat an item for user {user}", "Make them again.")
-            if user in histories:
-                listed[user] = _reached(items, usable, folder.ranking.top_k)
-                retrieved[user] = dict(zip(items, scores, strict=True)) if scores else {}
-        considered = table.height
-    if not listed:
-        raise UserError(f"no {split} user of {dataset.path} can be ranked", "Check the dataset and its candidates.")
-    model, items_of = _fingerprint(folder, spec), _item_hashes(meta, spec, folder.ranking, dataset.path.resolve())
-    rows = []
-    for user, candidates in listed.items():
-        history = histories[user][0][-_reach(folder.ranking) :]
-        shown = [items_of.get(item, "") for item in (*history, *candidates)]
-        text = json.dumps([model, config.seed, history, candidates, shown])
-        rows.append((user, hashlib.sha256(text.encode()).hexdigest()[:32], history, candidates))
-    wanted = pl.DataFrame(
-        rows,
-        schema={
-            "user_id": pl.Int32,
-            "input_hash": pl.String,
-            "history": pl.List(pl.Int32),
-            "candidates": pl.List(pl.Int32),
-        },
-        orient="row",
-    )
-    return _Work(wanted, retrieved, considered - len(listed))
-
-
-def _usable(meta: Mapping[int, ItemMeta], spec: ModeSpec, ranking: RankingConfig) -> set[int]:
-    """Items that prompts can show."""
-    return {item for item, entry in meta.items() if ranking.missing == "text" or shows(spec, entry)}
-
-
-def _reached(items: list[int], usable: Container[int], top_k: int) -> list[int]:
-    """The head of a list that holds its best ``top_k`` usable items: those that are not make room for further ones."""
-    places = [place for place, item in enumerate(items) if item in usable][:top_k]
-    return items[: places[-1] + 1] if len(places) == top_k else items
-
-
-def _reach(ranking: RankingConfig) -> int:
-    # Items that the mode cannot show make room for older ones: hand over more than max_history.
-    return ranking.max_history * (1 if ranking.missing == "text" else 4)
-
-
-def _fingerprint(folder: ModelFolder, spec: ModeSpec) -> str:
-    """Of everything about the model that changes rankings: its settings, its files, and how it gets its pictures."""
-    parts: list[Any] = [folder.mode, folder.ranking.model_dump(), *([PREPARATION] if spec.pixels else [])]
-    for path in dict.fromkeys((folder.path, folder.base)):
-        place = location(path)
-        if not place.is_dir():
-            parts.append(path)  # a name on the hub
-            continue
-        for file in listing(place, "*"):
-            if file.suffix == ".safetensors":
-                # The ends of a weights file tell trainings apart; whole ones are large.
-                size = file_size(file)
-                with file.open("rb") as content:
-                    head = content.read(1 << 20)
-                    content.seek(max(0, size - (1 << 20)))
-                    data = head + content.read()
-                parts.append([file.name, size, hashlib.sha256(data).hexdigest()])
-            elif file.suffix in (".json", ".jinja") and file.is_file():
-                parts.append([file.name, hashlib.sha256(file.read_bytes()).hexdigest()])
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _item_hashes(
-    meta: Mapping[int, ItemMeta], spec: ModeSpec, ranking: RankingConfig, root: Location
-) -> dict[int, str]:
-    # A picture's file name is the hash of its content; where the dataset lies is no matter.
-    def seen(entry: ItemMeta) -> str:
-        counted = entry["popularity"] if ranking.popularity_prior else ""
-        return f"{entry['text']}\0{str(entry.get(spec.shows)).removeprefix(f'{root}/')}\0{counted}"
-
-    return {item: hashlib.sha256(seen(entry).encode()).hexdigest()[:16] for item, entry in meta.items()}
-
-
-def _shards(config: RerankConfig, dataset: Dataset, split: Split) -> Shards:
-    # Of this output alone: runs that share a quarantine take each other's failures for their own.
-    place = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:8]
-    name = f"rerank-{config.out.stem}-{split}-{place}"
-    shards = config.out.with_name(config.out.name + ".shards")
-    return Shards(
-        folder=shards / split,
-        schema=_SHARD,
-        key="user_id",
-        quarantine=(dataset.path if writable(dataset.path) else shards) / "quarantine" / name,
-        stage=name,
-    )
 
 
 # ---- inference -------------------------------------------------------------------------------------------------------
@@ -358,29 +128,42 @@ class _Job:
     seed: int
 
 
-def _rank(
-    config: RerankConfig, dataset: Dataset, folder: ModelFolder, work: _Work, split: Split
-) -> tuple[BulkResult, pl.DataFrame]:
-    """Run what is missing; returns the result and the wanted rows that are committed."""
-    shards = _shards(config, dataset, split)
+def _shards(config: RerankConfig, dataset: Dataset, split: Split) -> Shards:
+    # Of this output alone: runs that share a quarantine take each other's failures for their own.
+    place = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:8]
+    name = f"rerank-{config.out.stem}-{split}-{place}"
+    shards = config.out.with_name(config.out.name + ".shards")
+    return Shards(
+        folder=shards / split,
+        schema=_SHARD,
+        key="user_id",
+        quarantine=(dataset.path if writable(dataset.path) else shards) / "quarantine" / name,
+        stage=name,
+    )
+
+
+def _rank(setup: Setup, users: Users, split: Split) -> tuple[BulkResult, pl.DataFrame]:
+    """Rank the users that are missing; returns the result and the committed rows of all wanted users."""
+    config = setup.config
     job = _Job(
-        dataset=str(dataset.path.resolve()),
-        folder=folder,
+        dataset=str(setup.dataset.path.resolve()),
+        folder=setup.folder,
         engine=config.engine,
         prompt_workers=config.prompt_workers,
         split=split,
-        source=f"qwen3vl/{folder.mode}",
+        source=f"qwen3vl/{setup.folder.mode}",
         seed=config.seed,
     )
+    shards = _shards(config, setup.dataset, split)
     result = run_bulk(
-        work.wanted,
+        users.wanted,
         partial(_stages, job=job, shard_rows=config.shard_rows),
         shards,
         shard_rows=config.shard_rows,
         description="rerank" if split == config.split else f"rerank {split} users",
         retry_failed=config.retry_failed,
     )
-    keys = work.wanted.select("user_id", "input_hash")
+    keys = users.wanted.select("user_id", "input_hash")
     return result, shards.committed().join(keys, on=["user_id", "input_hash"], how="semi", maintain_order="left")
 
 
@@ -390,7 +173,7 @@ def _stages(dataset: ray.data.Dataset, job: _Job, shard_rows: int) -> ray.data.D
     config = job.engine
     gpus = engine_gpus(config)
     # The next shard's prompts begin while the last ones of this shard are scored.
-    overlap = 1 if ranking_engine(config, job.folder) == "transformers" else 2
+    overlap = 1 if config.name == "transformers" else 2
     makers = job.prompt_workers if job.prompt_workers is not None else 4 * config.replicas * (gpus > 0)
     if makers:
         dataset = dataset.map_batches(
@@ -499,44 +282,17 @@ def _engine_counts(engine: Any) -> dict[str, int]:
     return {name: getattr(engine, attribute, 0) for name, attribute in names.items()}
 
 
-# ---- fusion ----------------------------------------------------------------------------------------------------------
-
-
-def _fusion_weight(
-    config: RerankConfig, dataset: Dataset, folder: ModelFolder, spec: ModeSpec, meta: Mapping[int, ItemMeta]
-) -> float | None:
-    """The configured weight, or the one that ranks validation users best."""
-    if config.fusion_weight != "auto":
-        return config.fusion_weight
-    work = _plan(config, dataset, folder, spec, meta, "val", config.fusion_users)
-    _, rows = _rank(config, dataset, folder, work, "val")
-    targets = {user: target for user, (_, target) in dataset.histories("val").items()}
+def _fusion_weight(setup: Setup) -> float:
+    """The weight that ranks validation users best."""
+    users = users_to_rank(setup, "val", setup.config.fusion_users)
+    _, rows = _rank(setup, users, "val")
+    targets = {user: target for user, (_, target) in setup.dataset.histories("val").items()}
     return best_weight(
         [
-            (items, scores, [work.retrieved[user].get(item, 0.0) for item in items], targets[user])
+            (items, scores, [users.retrieved[user].get(item, 0.0) for item in items], targets[user])
             for user, items, scores in rows.select("user_id", "item_ids", "scores").iter_rows()
         ]
     )
-
-
-def best_weight(lists: Sequence[tuple[Sequence[int], Sequence[float], Sequence[float], int]], k: int = 10) -> float:
-    """The fusion weight in steps of 0.05 with the highest mean NDCG@k; of equals the smallest.
-
-    Args:
-        lists: (items, model scores, retriever scores, target) per validation user.
-        k: Cut-off.
-    """
-
-    def gain(weight: float) -> float:
-        total = 0.0
-        for items, model, retriever, target in lists:
-            if target in items:
-                order = stable_order(retriever)  # which ties of the fused scores keep
-                rank = rank_by_score(fuse(model, retriever, weight)[order], order.index(list(items).index(target)))
-                total += 1 / math.log2(rank + 1) if rank <= k else 0.0
-        return total
-
-    return max(_WEIGHTS, key=lambda weight: (round(gain(weight), 9), -weight))
 
 
 _CONSTANT = "scores do not depend on the candidates: the model gives all users the same ones"
@@ -551,22 +307,51 @@ def _is_constant(rows: pl.DataFrame, meta: Mapping[int, ItemMeta], ranking: Rank
     return lists.same_scores()
 
 
-def _fused(rows: pl.DataFrame, work: _Work, weight: float | None, source: str) -> pl.DataFrame:
-    """The output table; ties of fused scores keep the retriever's order."""
-    table = rows.select(RANKINGS.names).with_columns(source=pl.lit(source))
-    if weight is None:
-        return table
-    items, scores = [], []
-    for user, listed, model in table.select("user_id", "item_ids", "scores").iter_rows():
-        retriever = [work.retrieved[user].get(item, 0.0) for item in listed]
-        before = stable_order(retriever)
-        fused = fuse(model, retriever, weight)
-        order = [before[i] for i in stable_order(fused[before])]
-        items.append([listed[i] for i in order])
-        scores.append(fused[order].tolist())
-    return table.with_columns(
-        item_ids=pl.Series(items, dtype=pl.List(pl.Int32)), scores=pl.Series(scores, dtype=pl.List(pl.Float32))
-    )
+# ---- the summary -----------------------------------------------------------------------------------------------------
+
+
+_SKIPPED = "users without a usable history or target"
+
+
+def _facts(setup: Setup, users: Users, result: BulkResult, rows: pl.DataFrame) -> dict[str, object]:
+    """What the run did, for people."""
+    lines: dict[str, object] = {
+        "users": rows.height,
+        "done": result.done,
+        "reused": result.reused,
+        "quarantined": result.quarantined + result.failed_before,
+    }
+    if users.skipped:
+        lines[_SKIPPED] = users.skipped
+    if cut := int((rows["history_cut"] > 0).sum()):
+        lines["users whose history was cut to fit"] = cut
+    if dropped := int(rows["dropped"].sum()):
+        lines[f"candidates without {setup.spec.shows}, left out"] = dropped
+    seconds = result.working_seconds or result.seconds
+    if result.done and seconds:
+        lines["users/s, prompt tokens/s"] = f"{result.done / seconds:,.1f}, {result.tokens_in / seconds:,.0f}"
+    if requests := int(rows["requests"].sum()):
+        hit_rate = int(rows["cached_tokens"].sum()) / int(rows["request_tokens"].sum())
+        prompts = f"{int(rows['prompts'].sum()):,} prompts in {requests:,} requests"
+        lines["requests"] = f"{prompts}, {hit_rate:.1%} of their tokens from the cache"
+    return lines
+
+
+def _counts(users: Users, result: BulkResult, rows: pl.DataFrame) -> dict[str, int]:
+    """The same for programs."""
+    return {
+        "users": rows.height,
+        "done": result.done,
+        "reused": result.reused,
+        "quarantined": result.quarantined,
+        "failed_before": result.failed_before,
+        "skipped": users.skipped,
+        "histories_cut": int((rows["history_cut"] > 0).sum()),
+        "candidates_dropped": int(rows["dropped"].sum()),
+        "tokens_in": result.tokens_in,
+        "working_ms": int(1000 * (result.working_seconds or result.seconds)),
+        **{name: int(rows[name].sum()) for name in ("prompts", "requests", "request_tokens", "cached_tokens")},
+    }
 
 
 def _source(config: RerankConfig, spec: ModeSpec, ranking: RankingConfig, weight: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Sliding windows for more candidates than one prompt holds, permutations, and fusion with the retriever.
+"""Sliding windows for more candidates than one prompt holds, and permutations.
 
 Windows follow listwise reranking as in RankGPT (Sun et al. 2023): from the tail of the list to its head, each window
 reordered in place, so that a good candidate found at the bottom is carried upwards by the overlap.
@@ -173,21 +173,3 @@ def _continued(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return (
         scores[:1].astype(np.float64) + np.concatenate([np.zeros(min(1, len(scores))), np.cumsum(np.minimum(steps, 0))])
     ).astype(np.float32)
-
-
-def fuse(model: npt.ArrayLike, retriever: npt.ArrayLike, weight: float) -> npt.NDArray[np.float32]:
-    """``(1 - weight) * z(model) + weight * z(retriever)``, each standardised within the list: float32 [N].
-
-    A constant side counts as zero, so a model without an opinion leaves the retriever's order.
-    """
-    if not 0 <= weight <= 1:
-        raise ValueError(f"fusion weight must be in 0..1, got {weight}")
-    return ((1 - weight) * _standard(model) + weight * _standard(retriever)).astype(np.float32)
-
-
-def _standard(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    array = np.asarray(values, dtype=np.float64)
-    centred = array - array.mean()
-    spread = centred.std()
-    # float32 inputs: anything below their resolution is rounding, not an opinion.
-    return centred / spread if spread > 1e-6 * max(1.0, float(np.abs(array).max())) else np.zeros_like(array)
