@@ -145,6 +145,25 @@ def test_a_killed_driver_of_sharded_weights(
         torch.testing.assert_close(weight, plain[name], atol=1e-4, rtol=1e-3)
 
 
+def test_a_torn_newest_checkpoint_costs_what_was_trained_since_the_one_before(
+    settings: Callable[..., TrainConfig], unbroken: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that was full, or a copy that was cut off, would end every further start in a traceback."""
+    config = settings("torn", workers=1)
+    shutil.copytree(config.out.parent / "unbroken", config.out)
+    (config.out / "result.json").unlink()
+    home = config.out / "qwen3vl_rerank_vl"
+    newest = home / f"checkpoint-{unbroken[-1]['step']}"
+    weights = newest / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    run(config)
+    assert_same(numbers(config.out), unbroken)
+    assert (home / f"torn-{newest.name}").is_dir()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is torn (adapter_model.safetensors is cut off); the run goes on from step" in said
+    load_file(weights)
+
+
 def test_a_terminated_driver_ends_as_by_ctrl_c(settings: Callable[..., TrainConfig]) -> None:
     """Batch systems, containers and `ray job stop` end programs by SIGTERM, at which Ray prints stacks and aborts."""
     config = settings("terminated", workers=1).model_copy(update={"epochs": 500, "patience": 500})

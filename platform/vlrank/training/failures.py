@@ -6,13 +6,13 @@ import errno
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vlrank.errors import UserError, user_error_in
+from vlrank.errors import user_error_in
 
 if TYPE_CHECKING:
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 _ALWAYS_MET = (
-    *(UserError, TypeError, AttributeError, NameError, ImportError, LookupError, ValueError, AssertionError),
+    *(TypeError, AttributeError, NameError, ImportError, LookupError, ValueError, AssertionError),
     *(NotImplementedError, RecursionError),
 )
 _ALWAYS_MET_ERRNO = {
