@@ -97,7 +97,7 @@ class Qwen3VLReranker:
         from vlrank.training.run import fit
 
         folder = location(out if out is not None else tempfile.mkdtemp(prefix="vlrank-"))
-        # The data comes in memory; `dataset` only names where it would come from.
+        # The data is in memory; `dataset` is required and not read.
         given = {"dataset": folder, "out": folder, "mode": self.mode, "model": self.model, **settings}
         config = load_config(TrainConfig, **{"ranking": self.ranking.model_dump(), **given})
         self.close()
@@ -181,7 +181,7 @@ class Qwen3VLReranker:
             UserError: nothing trained or loaded yet; ``path`` exists already.
         """
         folder, target = self._folder(), Path(path)
-        source = fetch_model(folder.path)  # its base is not copied, and named as it was: this node's cache is no place
+        source = fetch_model(folder.path)  # the base model is not copied, and keeps its name
         if not Path(source).is_dir():
             raise UserError(f"{source} is not a local folder", "Only trained models and local folders can be saved.")
         if target.exists() and any(target.iterdir()):
@@ -233,7 +233,7 @@ class Qwen3VLReranker:
         return reranker
 
     def close(self) -> None:
-        """Give the loaded model back."""
+        """Release the loaded model."""
         if self._ranker is not None:
             self._ranker.engine.close()
             self._ranker = None

@@ -1,4 +1,4 @@
-"""The pointwise rival: its score is the model's own probability of "Yes", and batching changes nothing."""
+"""The pointwise baseline: its score is the model's own probability of "Yes", and batching changes nothing."""
 
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,16 @@ def test_pictures_are_looked_at(tiny_vision_model: Path, shop: Dataset) -> None:
     assert scores[0] != scores[1]
 
 
-def test_it_ranks_the_same_lists_as_the_other_rivals(tiny_text_model: Path, shop: Dataset) -> None:
+def test_a_bad_picture_costs_its_item_only(tiny_vision_model: Path, shop: Dataset, tmp_path: Path) -> None:
+    meta = shop.item_meta()
+    (tmp_path / "cut.jpg").write_bytes(Path(str(meta[3]["image_path"])).read_bytes()[:60])
+    questions = [{**meta[3], "image_path": path} for path in (str(tmp_path / "cut.jpg"), None, meta[3]["image_path"])]
+    scores = yes_log_probs(str(tiny_vision_model), "raw_image", [([meta[1]], item) for item in questions])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert scores[0] != pytest.approx(scores[2], abs=1e-5)
+
+
+def test_it_ranks_the_same_lists_as_the_other_baselines(tiny_text_model: Path, shop: Dataset) -> None:
     ask = partial(yes_log_probs, str(tiny_text_model), None, max_history=3)
     evidence = Evidence.of(shop, "test", ask=ask)
     lists = Lists.from_dict({1: [3, 4, 5], 2: [6, 7]})

@@ -1,1 +1,1 @@
-"""Modes, prompts, label tries and token encoding: pure, without torch and Ray."""
+"""Modes, prompts, chat templates, negatives, label tries and token encoding, without torch and Ray."""

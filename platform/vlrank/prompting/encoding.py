@@ -33,7 +33,7 @@ Grid = tuple[int, int, int]
 """Patches of a picture: (frames, rows, columns), as in Qwen's ``image_grid_thw``."""
 
 PREPARATION = "draft 2x, bicubic, small"
-"""How pictures get their size; part of the name of everything that is computed from them and kept."""
+"""The version of picture preparation. Cached features and rankings are keyed by it: change it when pixels change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Encoded:
 
     @property
     def n_candidates(self) -> int:
-        """N."""
+        """Number of candidates, N."""
         return self.trie.n
 
     def answer_ids(self, label: int) -> list[int]:
@@ -67,7 +67,7 @@ class Encoded:
 
 
 class PromptTooLong(ValueError):
-    """Even without any history the candidates and the question exceed the limit; the row is quarantined."""
+    """The candidates and the question alone exceed ``max_prompt_tokens``."""
 
 
 K = TypeVar("K")
@@ -111,7 +111,7 @@ class Encoder:
     ) -> None:
         if spec.pixels and image_processor is None:
             raise UserError(
-                f"mode {spec.name} feeds pictures, but the model has no image processor", "Use a Qwen3-VL model."
+                f"mode {spec.name} shows pictures, but the model has no image processor", "Use a Qwen3-VL model."
             )
         self.tokenizer, self.spec, self.ranking, self.image_processor = tokenizer, spec, ranking, image_processor
         self._tries: dict[int, LabelTrie] = {}
@@ -129,19 +129,19 @@ class Encoder:
 
     @classmethod
     def load(cls, folder: str | Path, spec: ModeSpec, ranking: RankingConfig, **kwargs: Any) -> Encoder:
-        """The encoder of a model folder or Hugging Face name.
+        """The encoder for a model folder or Hugging Face name.
 
         Raises:
             UserError: no tokenizer there, or no image processor where the mode needs one.
         """
         from transformers import AutoImageProcessor, AutoTokenizer
 
-        # Prompts come one by one: handing each to a pool of threads took up to 45 ms of waiting on a busy machine.
+        # Prompts come one at a time; handing each to a thread pool costs up to 45 ms on a busy machine.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             tokenizer = complete_tokenizer(AutoTokenizer.from_pretrained(folder), folder)
             if not tokenizer("1", add_special_tokens=False)["input_ids"]:
-                raise ValueError("its vocabulary is empty")  # so it is without tokenizer.json
+                raise ValueError("its vocabulary is empty")  # transformers loads a folder without tokenizer.json
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"model {folder} has no tokenizer that can be loaded: {str(error).splitlines()[0]}",
@@ -240,9 +240,9 @@ class Encoder:
 
     @property
     def picture_size(self) -> dict[str, int]:
-        """Least and most pixels of a prepared picture, as image processors take them (``size``)."""
+        """Minimum and maximum pixels of a prepared picture, as image processors take them (``size``)."""
         size = self.image_processor.size
-        # Qwen3-VL's own least, 256x256, would scale up again what ``max_image_pixels`` has scaled down.
+        # Qwen3-VL's own minimum, 256x256, would undo the scaling down to ``max_image_pixels``.
         least = min(size["shortest_edge"], self.ranking.max_image_pixels)
         return {"shortest_edge": least, "longest_edge": size["longest_edge"]}
 
@@ -251,14 +251,14 @@ class Encoder:
         return int(np.prod(grid)) // self.image_processor.merge_size**2
 
     def pixels(self, path: str) -> npt.NDArray[np.float32]:
-        """A prepared picture, float32 [patches, patch values], as Qwen's ``pixel_values``; kept for the next prompt."""
+        """A prepared picture, float32 [patches, patch values], as Qwen's ``pixel_values``; the latest are cached."""
         return self._pixels(path)
 
     def patches(self, path: str) -> npt.NDArray[np.uint8]:
-        """`pixels` before normalisation, uint8 [patches, patch values], and not kept.
+        """`pixels` before normalisation, uint8 [patches, patch values]; not cached.
 
-        Patches are in the order in which the tower merges them, values in the order channel, frame, row, column; a
-        picture is a film of equal frames.
+        Patches are in the order in which the tower merges them, values in the order channel, frame, row, column; all
+        frames of a temporal patch show the same picture.
         """
         processor = self.image_processor
         patch, merge = processor.patch_size, processor.merge_size
@@ -272,7 +272,7 @@ class Encoder:
         return frames.reshape(rows * columns, -1)
 
     def unreadable(self, path: str) -> UnreadablePicture | None:
-        """Why a picture cannot be shown, None where it can: the file is decoded to the end."""
+        """Why a picture cannot be shown; None where it can. Decodes the whole file."""
         try:
             self.patches(path)
         except UnreadablePicture as error:
@@ -280,12 +280,12 @@ class Encoder:
         return None
 
     def normalised(self, patches: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """`patches` as the tower takes them: float32, mean and deviation as the model's processor says."""
+        """`patches` normalised by the image processor's mean and standard deviation, float32."""
         return np.asarray((patches - self._mean) / self._std, dtype=np.float32)
 
     @property
     def pixel_scale(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Mean and deviation of patch values, in the order of `patches`; see `normalised`."""
+        """Mean and standard deviation of patch values, in the order of `patches`; see `normalised`."""
         return self._mean, self._std
 
     def picture(self, path: str) -> Image:

@@ -1,8 +1,8 @@
-"""What a model that learned from negatives drawn by popularity leaves out of its answers, put back.
+"""The popularity prior: restores what training on popularity-sampled negatives removes from a model's answers.
 
-Candidates are a target, drawn from p(item | user), among negatives drawn from q. Whoever learns the target's number
-from such lists learns p(item | user) / q(item), up to a constant per list: being common is no clue among negatives
-that are as common. So log q is added to the log-probabilities before they rank. Known as the logQ correction of sampled
+Candidates are a target, drawn from p(item | user), among negatives drawn from q. A model that learns to find the target
+in such lists learns p(item | user) / q(item), up to a constant per list: among negatives that are as popular as the
+target, popularity is no clue. So log q is added to the log-probabilities. Known as the logQ correction of sampled
 softmax (Bengio and Senecal 2008; for recommenders Yi et al. 2019, "Sampling-Bias-Corrected Neural Modeling for Large
 Corpus Item Recommendations").
 """
@@ -20,7 +20,7 @@ from vlrank.errors import UserError
 
 
 def log_prior(items: Iterable[ItemMeta]) -> npt.NDArray[np.float64]:
-    """log(popularity + 1), what `TrainingSamples` draws in proportion to: float64 [items], up to a constant.
+    """log(popularity + 1), the sampling weights of ``negative_sampling=popularity``: float64 [items], up to a constant.
 
     Raises:
         UserError: an item without ``popularity``.
@@ -35,7 +35,7 @@ def log_prior(items: Iterable[ItemMeta]) -> npt.NDArray[np.float64]:
 
 
 def with_prior(log_probs: npt.ArrayLike, prior: npt.ArrayLike) -> npt.NDArray[np.float32]:
-    """Log-probabilities times the prior, which sum to one again: float32 [N].
+    """Log-probabilities plus the log prior, normalised again: float32 [N].
 
     >>> np.exp(with_prior(np.log([0.5, 0.5]), np.log([1, 3]))).round(2).tolist()
     [0.25, 0.75]

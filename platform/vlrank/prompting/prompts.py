@@ -14,7 +14,7 @@ from vlrank.prompting.chat_template import render_messages
 from vlrank.prompting.modes import ModeSpec
 
 CANDIDATES = "Candidate items"
-"""The headline before which all prompts of a user are alike."""
+"""The headline that ends the shared beginning of all prompts of a user."""
 
 INSTRUCTIONS = (
     "You are a recommendation ranking assistant.\n\n"
@@ -27,7 +27,7 @@ class Prompt:
     """One question to a reranker: which of N numbered candidates comes next?
 
     Attributes:
-        messages: Chat messages as `apply_chat_template` takes them, one user message.
+        messages: Chat messages for `render_messages`, one user message.
         image_paths: Pictures in the order of the ``{"type": "image"}`` parts; empty in text modes.
         n_candidates: N; the answers are "1".."N".
     """
@@ -40,8 +40,8 @@ class Prompt:
 def item_line(spec: ModeSpec, item: ItemMeta, max_chars: int, *, with_shown: bool = True) -> str:
     """One item in one line: its text, and what the mode shows of it, e.g. ``Mug (Image: a red mug)``.
 
-    Line breaks are folded, because a line is what separates candidates. The text gives way before the shown part when
-    the line is longer than ``max_chars``.
+    Line breaks become blanks, because each candidate is one line. Where the line is longer than ``max_chars``, the text
+    is cut before the shown part.
     """
     text = plain(item["text"])
     shown = item.get(spec.shows) if with_shown and spec.label else None
@@ -53,7 +53,7 @@ def item_line(spec: ModeSpec, item: ItemMeta, max_chars: int, *, with_shown: boo
 
 
 def plain(text: str) -> str:
-    """An item's text in one line. It is data: it must not be able to end the message or to pose as a picture."""
+    """An item's text in one line, without special tokens: it must not end the message or stand for a picture."""
     return " ".join(text.replace("<|", "< |").split())
 
 
@@ -64,7 +64,7 @@ def build_prompt(
 
     Args:
         spec: The mode.
-        history: What the user took, oldest first, already cut to ``max_history``.
+        history: The user's items, oldest first, already cut to ``max_history``.
         candidates: The items to choose from, in the order in which they are numbered from 1.
         max_item_chars: Longest line of one item.
     """
@@ -75,8 +75,8 @@ def build_prompt(
     if not spec.pixels:
         content: Any = head + "\n".join(numbered) + tail
         return Prompt([{"role": "user", "content": content}], (), len(candidates))
-    # An item without a picture (`missing: text`) is shown by its line alone; text runs are joined so that the rendered
-    # prompt does not depend on how it was cut into parts.
+    # An item without a picture (`missing: text`) is shown by its line alone. Adjacent texts are joined into one part,
+    # because templates may write something between parts.
     content, images, text = [], [], head
     for item, line in zip(candidates, numbered, strict=True):
         if path := item.get("image_path"):

@@ -1,1 +1,1 @@
-"""Windows, the ranker on one engine, rivals that need a model, and the bulk job."""
+"""Windows, the ranker on one engine, baselines that need a model, fusion, and the bulk job."""

@@ -23,7 +23,7 @@ def embed_texts(model: str, texts: Sequence[str], *, max_tokens: int = 256) -> N
 
     Args:
         model: Hugging Face name or local folder.
-        texts: What to embed; equal texts are embedded once.
+        texts: Texts to embed; equal ones are embedded once.
         max_tokens: Longer texts are cut.
 
     Raises:
@@ -44,7 +44,7 @@ def embed_texts(model: str, texts: Sequence[str], *, max_tokens: int = 256) -> N
     pooling = _pooling(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder.to(device)
-    distinct = sorted(set(texts), key=lambda text: (len(text), text))  # alike lengths share a batch
+    distinct = sorted(set(texts), key=lambda text: (len(text), text))  # texts of similar length share a batch
     rows: dict[str, NDArray[np.float32]] = {}
     with torch.no_grad(), progress("embed item texts", len(distinct)) as bar:
         for start in range(0, len(distinct), _BATCH):

@@ -18,7 +18,7 @@ _WEIGHTS = tuple(i / 20 for i in range(21))
 def fuse(model: npt.ArrayLike, retriever: npt.ArrayLike, weight: float) -> npt.NDArray[np.float32]:
     """``(1 - weight) * z(model) + weight * z(retriever)``, each standardised within the list: float32 [N].
 
-    A constant side counts as zero, so a model without an opinion leaves the retriever's order.
+    Constant scores count as zeros, so a model that prefers nothing leaves the retriever's order.
     """
     if not 0 <= weight <= 1:
         raise ValueError(f"fusion weight must be in 0..1, got {weight}")
@@ -29,12 +29,12 @@ def _standard(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
     array = np.asarray(values, dtype=np.float64)
     centred = array - array.mean()
     spread = centred.std()
-    # float32 inputs: anything below their resolution is rounding, not an opinion.
+    # A spread below the resolution of float32 is rounding.
     return centred / spread if spread > 1e-6 * max(1.0, float(np.abs(array).max())) else np.zeros_like(array)
 
 
 def best_weight(lists: Sequence[tuple[Sequence[int], Sequence[float], Sequence[float], int]], k: int = 10) -> float:
-    """The fusion weight in steps of 0.05 with the highest mean NDCG@k; of equals the smallest.
+    """The fusion weight in steps of 0.05 with the highest mean NDCG@k; the smallest of equals.
 
     Args:
         lists: (items, model scores, retriever scores, target) per validation user.
@@ -45,7 +45,7 @@ def best_weight(lists: Sequence[tuple[Sequence[int], Sequence[float], Sequence[f
         total = 0.0
         for items, model, retriever, target in lists:
             if target in items:
-                order = stable_order(retriever)  # which ties of the fused scores keep
+                order = stable_order(retriever)  # ties of fused scores keep the retriever's order
                 rank = rank_by_score(fuse(model, retriever, weight)[order], order.index(list(items).index(target)))
                 total += 1 / math.log2(rank + 1) if rank <= k else 0.0
         return total

@@ -117,7 +117,7 @@ def dry_run(config: RerankConfig) -> Summary:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What an engine's worker needs to know."""
+    """What workers need to know."""
 
     dataset: str
     folder: ModelFolder
@@ -129,7 +129,7 @@ class _Job:
 
 
 def _shards(config: RerankConfig, dataset: Dataset, split: Split) -> Shards:
-    # Of this output alone: runs that share a quarantine take each other's failures for their own.
+    # Every output has its own quarantine: runs that shared one would skip each other's failed users.
     place = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:8]
     name = f"rerank-{config.out.stem}-{split}-{place}"
     shards = config.out.with_name(config.out.name + ".shards")
@@ -182,7 +182,7 @@ def _stages(dataset: ray.data.Dataset, job: _Job, shard_rows: int) -> ray.data.D
             batch_size=shard_rows,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(min_size=1, max_size=makers, initial_size=makers),
-            # Not what reading asks for, or Ray Data joins the two steps and commits nothing before the end.
+            # Different from the read step's CPUs, or Ray Data fuses the two steps and commits nothing before the end.
             num_cpus=0.5,
         )
     return dataset.map_batches(
@@ -203,7 +203,7 @@ def _stages(dataset: ray.data.Dataset, job: _Job, shard_rows: int) -> ray.data.D
 
 
 class _PromptWorker:
-    """Makes the first prompts of users: in the engine's process that would hold up the thread that feeds it."""
+    """Makes users' first prompts outside of the engine's process, where they would hold up the thread that feeds it."""
 
     def __init__(self, job: _Job) -> None:
         self.job = job
@@ -238,10 +238,10 @@ class _Worker:
         except EngineDied as error:
             print(error, file=sys.stderr, flush=True)
             with suppress(Exception):
-                self.ranker.engine.close()  # what is left of it holds the GPU's memory
-            os._exit(1)  # Ray starts the actor anew and repeats its tasks; an exception would end the run
+                self.ranker.engine.close()  # its remains hold the GPU's memory
+            os._exit(1)  # Ray restarts the actor and repeats its tasks; an exception would end the run
         outcomes = [self._row(row, outcome) for row, outcome in zip(rows, rankings, strict=True)]
-        # The engine counts for all its users at once: the shard's first row carries what has come since the last one.
+        # Engines count over all users: the first row of each shard carries the increase since the last shard.
         with self.counting:
             before, self.counted = self.counted, _engine_counts(self.ranker.engine)
             outcomes[0] |= {name: value - before[name] for name, value in self.counted.items()}
@@ -299,7 +299,7 @@ _CONSTANT = "scores do not depend on the candidates: the model gives all users t
 
 
 def _is_constant(rows: pl.DataFrame, meta: Mapping[int, ItemMeta], ranking: RankingConfig) -> bool:
-    """Whether the model's own answers are alike for all users."""
+    """Whether the model gives all users the same scores, whatever their candidates."""
     lists = Lists.from_frame(rows)
     if ranking.popularity_prior and lists.scores is not None:
         prior = dict(zip(meta, log_prior(meta.values()), strict=True))

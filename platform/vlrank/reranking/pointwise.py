@@ -1,9 +1,10 @@
-"""A pointwise rival: one yes/no question per candidate, where a listwise reranker asks one question per user."""
+"""A pointwise baseline: one yes/no question per candidate, where a listwise reranker asks one question per user."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -35,30 +36,34 @@ def yes_log_probs(
     Args:
         model: A run or checkpoint folder, a model folder or a Hugging Face name.
         mode: What the model sees of an item; None asks about texts alone, or as ``model`` was trained.
-        pairs: What is asked, in any order.
+        pairs: History and candidate of each question, in any order.
         max_history: Most recent items shown.
-        batch_size: Questions per forward pass at most.
+        batch_size: Most questions per forward pass.
 
     Raises:
         UserError: the model cannot be loaded, or its tokenizer cannot tell "Yes" from "No".
     """
     folder = open_model(model, mode)
     shown = folder.mode
-    if shown is None:  # texts are all there is to show, and any language model can read them
+    if shown is None:  # any language model can read texts
         folder = replace(folder, mode="semantic_summary_small")
         pairs = [([_text(item) for item in history], _text(candidate)) for history, candidate in pairs]
     ranker = open_ranker(folder, EngineConfig(name="transformers", batch_size=batch_size), {})
     encoder, engine = ranker.prompts.encoder, ranker.engine
+    unreadable = cache(encoder.unreadable)
     scores = np.zeros(len(pairs), np.float32)
     try:
         trie = LabelTrie.of_answers(encoder.tokenizer, ["Yes", "No"], QUESTION)
         with progress("ask the pointwise model", len(pairs)) as bar:
             for start in range(0, len(pairs), _AT_ONCE):
                 some = pairs[start : start + _AT_ONCE]
-                prompts = [
-                    prompt(ranker.prompts.spec, h[-max_history:], c, folder.ranking.max_item_chars) for h, c in some
-                ]
-                encoded = [replace(encoder.encode_prompt(one), trie=trie) for one in prompts]
+                encoded = []
+                for history, candidate in some:
+                    path = candidate.get("image_path") if encoder.spec.pixels else None
+                    if path and unreadable(path):
+                        candidate = {**candidate, "image_path": None}
+                    question = prompt(encoder.spec, history[-max_history:], candidate, folder.ranking.max_item_chars)
+                    encoded.append(replace(encoder.encode_prompt(question), trie=trie))
                 for at, answer in enumerate(engine.score_labels(encoder, encoded), start=start):
                     if isinstance(answer, Exception):
                         raise answer

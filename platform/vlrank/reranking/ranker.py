@@ -36,7 +36,7 @@ class UserLists:
         history: Item ids, oldest first.
         candidates: Item ids in the retriever's order, best first; no repetitions.
         seed: Of the shuffles; the same user is shuffled the same way in any batch.
-        prompts: What `PromptMaker.first` made of this user, elsewhere and before.
+        prompts: The first prompts where another process has made them, see `PromptMaker.first`.
     """
 
     history: Sequence[int]
@@ -52,9 +52,9 @@ class Ranking:
     Attributes:
         item_ids: Best first.
         scores: float32, aligned, falling; see `windows.Ranked`.
-        prompts: Prompts that it took.
-        tokens: Their tokens, before any reuse.
-        history_cut: Most history items that one of them had to leave out to fit.
+        prompts: Number of prompts.
+        tokens: Tokens of these prompts, cached ones included.
+        history_cut: History items left out of the prompt that lost most of them to fit.
         dropped: Candidates left out because they lack what the mode shows.
     """
 
@@ -71,15 +71,15 @@ class NoCandidates(ValueError):
 
 
 class NotFinite(ValueError):
-    """Scores that order nothing; they would pass for a ranking."""
+    """Scores that are not finite: sorted, they would still look like a ranking."""
 
     def __init__(self) -> None:
         super().__init__("the model's scores are not finite; try engine.dtype=bfloat16 or float32")
 
 
 @dataclass(frozen=True, slots=True)
-class Lists:
-    """What a user's prompts are made of.
+class PromptItems:
+    """The items of a user's prompts.
 
     Attributes:
         history: The most recent ``max_history`` items that the mode can show, oldest first.
@@ -94,15 +94,16 @@ class Lists:
 
 @dataclass(slots=True)
 class PromptMaker:
-    """From users to prompts.
+    """Makes the prompts of users.
 
     Attributes:
-        encoder: Of the model.
+        encoder: The model's.
         spec: The mode.
         ranking: Windows, permutations, lengths.
         item_meta: item id -> text and what the mode shows.
-        pictures: Path -> why it cannot be read, or None: pictures that have been checked. An item whose picture cannot
-            be read is treated like one without a picture. None checks nothing: such a picture fails its users.
+        pictures: Checked pictures: path -> why it cannot be read, or None. An item whose picture cannot be read is
+            treated like one without a picture. Where the whole field is None pictures are not checked, and one that
+            cannot be read fails its users.
     """
 
     encoder: Encoder
@@ -111,8 +112,8 @@ class PromptMaker:
     item_meta: Mapping[int, ItemMeta]
     pictures: dict[str, UnreadablePicture | None] | None = None
 
-    def lists(self, user: UserLists) -> Lists:
-        """The user's items, without those that the mode cannot show."""
+    def lists(self, user: UserLists) -> PromptItems:
+        """The items that the user's prompts show."""
         usable = (item for item in reversed(user.history) if self._usable(item))
         recent = [self._meta(item) for item in islice(usable, self.ranking.max_history)]
         kept: list[int] = []
@@ -124,13 +125,13 @@ class PromptMaker:
                 kept.append(item)
             else:
                 dropped += 1
-        return Lists(recent[::-1], kept, dropped)
+        return PromptItems(recent[::-1], kept, dropped)
 
-    def prior(self, lists: Lists) -> npt.NDArray[np.float64]:
+    def prior(self, lists: PromptItems) -> npt.NDArray[np.float64]:
         """`log_prior` of the kept candidates: float64 [kept]."""
         return log_prior(self._meta(item) for item in lists.kept)
 
-    def encode(self, lists: Lists, indices: Sequence[int]) -> Encoded | Exception:
+    def encode(self, lists: PromptItems, indices: Sequence[int]) -> Encoded | Exception:
         """The prompt over these of the kept candidates, or why there is none: a broken picture, too many tokens."""
         try:
             prompt = self.encoder.encode(lists.history, [self._meta(lists.kept[at]) for at in indices])
@@ -141,7 +142,7 @@ class PromptMaker:
         return prompt
 
     def first(self, user: UserLists) -> bytes:
-        """The user's first prompts, for `UserLists.prompts`: they need no engine and can be made in other processes."""
+        """The user's first prompts, serialised for `UserLists.prompts`: any process can make them without an engine."""
         lists, ranking = self.lists(user), self.ranking
         requests = first_requests(
             len(lists.kept),
@@ -162,7 +163,7 @@ class PromptMaker:
         return pickle.dumps(made, protocol=5)
 
     def made(self, prompts: bytes | None) -> dict[tuple[int, ...], Encoded | Exception]:
-        """What `first` returned, by candidate indices."""
+        """The prompts that `first` serialised, by candidate indices."""
         found: dict[tuple[int, ...], Encoded | Exception] = {}
         for indices, content in pickle.loads(prompts) if prompts else ():
             if not isinstance(content, Exception):
@@ -192,8 +193,8 @@ class PromptMaker:
                 warnings.warn(f"item {item} is treated like one without a picture: {error}", stacklevel=2)
         return self.pictures[path] is not None
 
-    def named(self, error: Exception, lists: Lists) -> Exception:
-        """The error, with the candidate whose picture it is about."""
+    def named(self, error: Exception, lists: PromptItems) -> Exception:
+        """The error; one about a picture names the candidate."""
         if not isinstance(error, UnreadablePicture):
             return error
         item = next((item for item in lists.kept if self.item_meta[item].get("image_path") == error.path), None)
@@ -206,9 +207,10 @@ class Ranker:
 
     Attributes:
         engine: The loaded model.
-        prompts: Of the same model.
-        threads: Groups of users in work at once, so that prompts are made while others are scored; more than one needs
-            an engine that may be called from several threads.
+        prompts: Makes prompts for the same model.
+        threads: Groups of users ranked at the same time, so that prompts of one are made while another is scored. More
+            than one needs an engine that may be called from several threads.
+        group: Users per group.
     """
 
     engine: LabelScorer
@@ -217,7 +219,7 @@ class Ranker:
     group: int = field(default=64, kw_only=True)
 
     def rank(self, users: Sequence[UserLists]) -> list[Ranking | Exception]:
-        """Rankings in the order of the users; a user that cannot be ranked has the reason in its place."""
+        """One ranking per user, in order; the error in its place where a user cannot be ranked."""
         window = self.prompts.ranking.window
         # Users with several prompts keep memory between them.
         several = self.prompts.ranking.permutations > 1 or any(len(user.candidates) > window for user in users)
@@ -284,7 +286,7 @@ def open_ranker(folder: ModelFolder, config: EngineConfig, item_meta: Mapping[in
 
 
 def open_prompts(folder: ModelFolder, item_meta: Mapping[int, ItemMeta]) -> PromptMaker:
-    """The tokenizer of a model whose mode is known and whose folder is on this node."""
+    """The prompt maker of a model whose mode is known and whose folder is on this node."""
     from vlrank.compat import patch_torchvision
 
     assert folder.mode is not None
@@ -295,6 +297,6 @@ def open_prompts(folder: ModelFolder, item_meta: Mapping[int, ItemMeta]) -> Prom
 
 
 def tokenizer_folder(folder: ModelFolder) -> str:
-    """Where a model's tokenizer lies: beside its weights, else with its base model."""
+    """The folder of a model's tokenizer: its own, else its base model's."""
     own = ("tokenizer_config.json", "tokenizer.json")
     return folder.path if any((location(folder.path) / name).is_file() for name in own) else folder.base

@@ -1,7 +1,7 @@
-"""Rivals on the very same candidate lists, and the first-stage retrievers.
+"""Baselines that rank the same candidate lists as the models, and the first-stage retrievers.
 
 Every baseline scores the candidates of `Lists`; `Lists.sorted_by` then orders them, ties in the retriever's order.
-All learn from the training part of the sequences only; a user is known by the history that comes before the target.
+All learn from the training part of the sequences only and see of a user the history before the target.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _DENSE = 16_000_000  # scores held at once when the whole catalogue is ranked
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a baseline may look at.
+    """The data that a baseline may use.
 
     Attributes:
         n_items: Items have ids 1..n_items.
         train: user_id -> training items, oldest first.
         histories: user_id -> items before the target, oldest first.
         texts: Item texts at [item_id - 1].
-        max_history: Most recent items that make a text query.
-        seed: Of everything random.
+        max_history: Number of recent items that make a text query.
+        seed: Seed of all random draws.
         embed: Unit-length embeddings of texts, float32 [texts, width]; None without such a model.
         ask: log P("Yes") of (history, candidate) pairs, float32 [pairs]; None without such a model.
-        item_meta: Everything that modes can show of the items, loaded when it is needed.
+        item_meta: Loads what modes show of the items.
     """
 
     n_items: int
@@ -59,7 +59,7 @@ class Evidence:
 
     @classmethod
     def of(cls, dataset: Dataset, split: Split, **options: Any) -> Evidence:
-        """What is known before the targets of a split; ``options`` are the attributes that the data does not give."""
+        """The data before the targets of a split; ``options`` are attributes that the dataset does not hold."""
         return cls(
             n_items=dataset.n_items,
             train=dataset.train_sequences(),
@@ -100,7 +100,7 @@ class Evidence:
 
         model = CosineRecommender(K=100, num_threads=1)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # implicit warns about a conversion that it makes itself
+            warnings.simplefilter("ignore")  # implicit warns about its own conversion
             model.fit(self.train_matrix, show_progress=False)
         return model.similarity.tocsr().astype(np.float32)
 
@@ -110,7 +110,7 @@ class Evidence:
         from implicit.cpu.als import AlternatingLeastSquares
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-        with threadpool_limits(1, "blas"):  # implicit runs its own threads; BLAS threads below them slow it down
+        with threadpool_limits(1, "blas"):  # BLAS threads would compete with implicit's own
             model = AlternatingLeastSquares(factors=64, regularization=0.05, iterations=15, random_state=self.seed)
             model.fit(self.train_matrix, show_progress=False)
         return model
@@ -250,14 +250,14 @@ def retrieve(name: str, evidence: Evidence, users: Ints, top_k: int) -> Lists:
 
     Args:
         name: ``popularity``, ``item_knn`` or ``als``.
-        evidence: What is known.
+        evidence: The data.
         users: int64 [U].
         top_k: List length; shorter where the catalogue has too few unseen items.
 
     Returns:
         Lists with float32 scores; items without any evidence follow by popularity with score 0 (item_knn).
     """
-    # The popularity order breaks ties everywhere: scores are computed on columns in this order and sorted stably.
+    # Columns are in the order of popularity and sorted stably, so popularity breaks all ties.
     order = np.lexsort((np.arange(1, evidence.n_items + 1), -evidence.popularity[1:])) + 1
     blocks = []
     step = max(1, _DENSE // (evidence.n_items + 1))

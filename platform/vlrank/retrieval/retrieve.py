@@ -95,14 +95,14 @@ def _import(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[dict
         )
     imported = read_candidates(fetch(path), dataset, split=config.split, ids=config.ids)
     tables: Tables = {}
-    strangers: list[dict[str, str]] = []
+    without_target: list[dict[str, str]] = []
     duplicates = seen = 0
     for split in SPLITS:
         table = imported.table.filter(pl.col("split") == split)
         if table.is_empty():
             continue
         histories = dataset.histories(split)
-        strangers += [
+        without_target += [
             {"key": str(user), "error_type": "NoTarget", "message": f"user_id {user} has no {split} target"}
             for user in table["user_id"].to_list()
             if user not in histories
@@ -123,7 +123,7 @@ def _import(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[dict
         "duplicates removed": duplicates,
         "history items removed": seen if config.exclude_history else "kept (exclude_history=false)",
     }
-    rejected = [*imported.rejected, *strangers]
+    rejected = [*imported.rejected, *without_target]
     if rejected:
         lines["not used (see quarantine)"] = len(rejected)
     return tables, rejected, lines
