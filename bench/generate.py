@@ -229,12 +229,11 @@ def raw(config: Any, options: argparse.Namespace, limit: int | None) -> dict[str
     from vllm import LLM, SamplingParams
 
     from vlrank.generation import job, pipeline
-    from vlrank.generation.writers.ray_llm import vllm_engine_kwargs
+    from vlrank.generation.writing import engine_args
 
-    work = pipeline._plan(config)
-    kwargs = vllm_engine_kwargs(work.job, config.engine, float(gpu_count() > 0))
+    work = pipeline._sized(config, pipeline._plan(config))
     start = time.monotonic()
-    llm = LLM(model=work.job.model, **kwargs)
+    llm = LLM(**engine_args(work.job, config.engine, gpu_memory() or None))
     prompts = []
     wanted = work.wanted.head(limit or work.wanted.height)
     for row in wanted.to_dicts():

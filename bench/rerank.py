@@ -222,7 +222,7 @@ def raw(config: Any) -> dict[str, Any]:
     from vlrank.config import RankingConfig
     from vlrank.data.dataset import Dataset
     from vlrank.engines.models import open_model
-    from vlrank.engines.vllm_scorer import engine_kwargs
+    from vlrank.engines.vllm_args import scoring_args
     from vlrank.prompting.encoding import Encoder
     from vlrank.prompting.modes import mode_spec
     from vlrank.prompting.negatives import sampled_candidates
@@ -244,7 +244,7 @@ def raw(config: Any) -> dict[str, Any]:
         tokens += len(encoded.ids)
     import torch
 
-    kwargs = engine_kwargs(folder, config.engine, torch.cuda.is_available())
+    kwargs = scoring_args(folder, config.engine, gpu_memory() if torch.cuda.is_available() else None)
     for ours in ("hf_overrides", "mm_processor_cache_gb", "scheduling_policy"):
         kwargs.pop(ours, None)
     llm = LLM(**kwargs)

@@ -24,6 +24,8 @@ from vlrank.bulk import BulkResult, Shards, run_bulk
 from vlrank.config import RayConfig
 from vlrank.data.schemas import GENERATED
 from vlrank.data.tables import write_parquet_atomic
+from vlrank.engines.failures import explained
+from vlrank.engines.resources import RESTARTS
 from vlrank.errors import UserError
 from vlrank.runtime import ray_session
 
@@ -187,15 +189,26 @@ def test_out_of_memory_names_the_settings_to_lower(message: str) -> None:
         except ValueError as inner:
             raise RuntimeError("The actor died because of an error raised in its creation task") from inner
     except RuntimeError as outer:
-        explained = bulk._explained(outer)
-    assert isinstance(explained, UserError)
-    assert "engine.max_model_len" in str(explained)
-    assert message[:40] in explained.problem
+        said = explained(outer)
+    assert isinstance(said, UserError)
+    assert "engine.max_model_len" in str(said)
+    assert message[:40] in said.problem
+
+
+def test_an_error_in_an_engines_constructor_is_one_message() -> None:
+    """Ray hands it on as the text of a traceback, 15 kB of it with vLLM."""
+    trace = "The actor died because of an error raised in its creation task, ray::MapWorker()\n  File x, line 1\n"
+    own = explained(RuntimeError(f"{trace}vlrank.errors.UserError: adapter x has rank 600\nUse transformers."))
+    assert isinstance(own, UserError)
+    assert (own.problem, own.remedy) == ("adapter x has rank 600", "Use transformers.")
+    other = explained(RuntimeError(f"{trace}ValueError: no such architecture"))
+    assert isinstance(other, UserError)
+    assert other.problem == "an engine did not start: ValueError: no such architecture"
 
 
 def test_advice_that_mentions_memory_is_not_taken_for_a_full_gpu() -> None:
     error = ValueError("Use the largest batch size that doesn't result in your GPU device running out of memory.")
-    assert bulk._explained(error) is error
+    assert explained(error) is error
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -282,6 +295,65 @@ def test_a_run_ends_when_another_one_has_taken_its_folder(
     monkeypatch.setattr(bulk, "_exclusive", taken_over)
     with pytest.raises(UserError, match="another run has taken over"):
         run_bulk(make_wanted({1: "a", 2: "b"}), stages, make_shards(tmp_path), shard_rows=10, description="first")
+
+
+def run_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    blocks: list[pa.Table],
+    earlier: list[pa.Table] | None = None,
+    **options: Any,
+) -> BulkResult:
+    """A run of one shard per block, in this process; rows of ``earlier`` blocks are wanted too."""
+    import ray.data
+
+    monkeypatch.setattr(ray.data, "range", lambda *_, **__: InThisProcess([pa.table({"id": [0]})]))
+    wanted = {key: f"h{key}" for one in [*blocks, *(earlier or [])] for key in one["item_id"].to_pylist()}
+    return run_bulk(
+        make_wanted(wanted), lambda _: InThisProcess(blocks), make_shards(tmp_path), description="t", **options
+    )
+
+
+def rejected(keys: range, kind: str, again: bool) -> pa.Table:
+    rows = block({key: f"h{key}" for key in keys}, set(keys), set(keys) if again else set())
+    kinds = pa.array([kind] * len(keys))
+    return rows.set_column(rows.column_names.index("error_type"), "error_type", kinds)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_run_in_which_nothing_works_ends_after_its_first_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """A generator that says nothing was asked for every item of the catalogue, twice."""
+    empty = [rejected(range(n, n + 100), "Quality.empty", again) for n in (1, 101, 201)]
+    with pytest.raises(UserError, match=r"first 200 rows were all rejected for Quality\.empty, e\.g\. item_id 101"):
+        run_blocks(monkeypatch, tmp_path, empty, shard_rows=100)
+    assert make_shards(tmp_path).quarantined().is_empty() is again
+
+
+def test_rows_rejected_for_several_reasons_or_once_before_do_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = [rejected(range(1, 151), "A", False), rejected(range(151, 301), "B", False)]
+    result = run_blocks(monkeypatch, tmp_path / "two", two, shard_rows=150)
+    assert result.quarantined == 300
+    late = [block({1: "h1"}), rejected(range(2, 302), "A", False)]
+    assert run_blocks(monkeypatch, tmp_path / "late", late, shard_rows=300).quarantined == 300
+    again = [rejected(range(1, 301), "A", False)]
+    for options in ({"retry_failed": True}, {"only": range(1, 301)}):
+        assert run_blocks(monkeypatch, tmp_path / "again", again, shard_rows=300, **options).quarantined == 300
+
+
+def test_a_run_that_puts_most_rows_into_quarantine_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = make_shards(tmp_path)
+    blocks = [block({1: "h1", 2: "h2"}), rejected(range(3, 5), "PictureMissing", False)]
+    half = run_blocks(monkeypatch, tmp_path, blocks, shard_rows=10)
+    assert half.failure(shards) is None
+    one = [rejected(range(5, 6), "PictureMissing", False)]
+    most = run_blocks(monkeypatch, tmp_path, one, earlier=blocks, shard_rows=10)
+    assert (most.reused, most.failed_before, most.quarantined) == (2, 2, 1)
+    assert "3 of 5 rows are in quarantine" in str(most.failure(shards))
+    assert "PictureMissing, e.g. item_id 3" in str(most.failure(shards))
 
 
 # ---- on Ray ----------------------------------------------------------------------------------------------------------
@@ -407,7 +479,7 @@ def test_an_engine_that_always_dies_ends_the_run_with_its_remedy(cluster: None, 
         from ray.data import ActorPoolStrategy
 
         pool = ActorPoolStrategy(size=1)
-        return dataset.map_batches(EngineThatAlwaysDies, compute=pool, num_cpus=1, **bulk.ENGINE_PROCESS)
+        return dataset.map_batches(EngineThatAlwaysDies, compute=pool, num_cpus=1, max_restarts=RESTARTS)
 
     with pytest.raises(UserError, match=r"engine's process died .* times"):
         run_bulk(make_wanted({1: "a", 2: "b"}), stages, make_shards(tmp_path), shard_rows=1, description="dying")
@@ -419,7 +491,7 @@ def test_an_engine_that_cannot_start_says_why(cluster: None, tmp_path: Path) -> 
         from ray.data import ActorPoolStrategy
 
         pool = ActorPoolStrategy(size=1)
-        return dataset.map_batches(EngineThatCannotStart, compute=pool, num_cpus=1, **bulk.ENGINE_PROCESS)
+        return dataset.map_batches(EngineThatCannotStart, compute=pool, num_cpus=1, max_restarts=RESTARTS)
 
     with pytest.raises(Exception, match="no such architecture"):
         run_bulk(make_wanted({1: "a"}), stages, make_shards(tmp_path), shard_rows=1, description="starting")

@@ -33,7 +33,7 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,7 +46,8 @@ import pyarrow.parquet as pq
 from vlrank.console import progress
 from vlrank.data.schemas import BULK_QUARANTINE
 from vlrank.data.tables import atomic_path, disk_errors, empty_frame, parquet_file, write_parquet_atomic
-from vlrank.errors import UserError, causes, user_error_in
+from vlrank.engines.failures import explained
+from vlrank.errors import UserError
 from vlrank.runtime import quiet_data
 from vlrank.storage import BucketPath, Held, Location, claim, each, listing, take_lock
 
@@ -193,6 +194,23 @@ class BulkResult:
     seconds: float = 0.0
     working_seconds: float = 0.0
 
+    def failure(self, shards: Shards) -> str | None:
+        """What to tell the user where more wanted rows are in quarantine than not, with the most frequent reason."""
+        bad = self.quarantined + self.failed_before
+        if bad <= self.done + self.reused:
+            return None
+        rows = shards.quarantined()
+        kind = rows["error_type"].value_counts(sort=True)["error_type"][0]
+        key, message = rows.filter(pl.col("error_type") == kind).select("key", "message").row(0)
+        return (
+            f"{bad:,} of {bad + self.done + self.reused:,} rows are in quarantine ({shards.quarantine}), "
+            f"most often for {kind}, e.g. {shards.key} {key}: {message[:300]!r}"
+        )
+
+
+_FIRST_ROWS = 200
+"""A run whose first rows are all rejected for one reason ends after so many of them."""
+
 
 def run_bulk(
     wanted: pl.DataFrame,
@@ -249,7 +267,9 @@ def run_bulk(
             reused=wanted.height - with_failed.height, failed_before=with_failed.height - pending.height
         )
         if not pending.is_empty():
-            counts = _run(pending, stages, shards, shard_rows, description, held)
+            # Rows that failed before may all fail again: that is no reason to leave the others untried.
+            first_rows = _FirstRows(shards) if only is None and not retry_failed else None
+            counts = _run(pending, stages, shards, shard_rows, description, held, first_rows)
             result = replace(result, **counts)
         if prune:
             held()
@@ -258,7 +278,13 @@ def run_bulk(
 
 
 def _run(
-    pending: pl.DataFrame, stages: Stages, shards: Shards, shard_rows: int, description: str, held: Held
+    pending: pl.DataFrame,
+    stages: Stages,
+    shards: Shards,
+    shard_rows: int,
+    description: str,
+    held: Held,
+    first_rows: _FirstRows | None,
 ) -> dict[str, Any]:
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
@@ -280,7 +306,7 @@ def _run(
         dataset = ray.data.range(n_shards, override_num_blocks=n_shards)
         dataset = dataset.map_batches(partial(_read_shards, plan=plan), batch_format="pyarrow", **light)
         with warnings.catch_warnings():
-            # Ray 2.60 means to drop ENGINE_PROCESS's way of bounding restarts in 2.64 and has no other yet.
+            # Ray 2.60 announces that 2.64 will not take max_restarts any more, and has no other bound yet.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             dataset = stages(dataset)
         # Stages that carry pictures return small blocks (Ray Data cuts them at 128 MB on the way), and batches may join
@@ -292,6 +318,8 @@ def _run(
         with progress(description, pending.height) as bar:
             for row in dataset.iter_rows():
                 held()
+                if first_rows:
+                    first_rows.see(row)
                 for name in counts:
                     counts[name] += int(row[name])
                 for outcome in ("done", "quarantined"):
@@ -306,11 +334,38 @@ def _run(
                 bar.advance(int(row["rows"]), note=rates)
     except Exception as error:
         held()  # a run that has taken over removes this one's plan, whatever error that makes
-        raise _explained(error) from error
+        raise explained(error) from error
     finally:
         plan.unlink(missing_ok=True)
     working = time.monotonic() - working_since if working_since < math.inf else 0.0
     return {**counts, "retry": tuple(retry), "working_seconds": working}
+
+
+class _FirstRows:
+    """Ends a run in which nothing works: an empty generator, a folder without its pictures."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards, self.rejected, self.reason = shards, 0, ""
+
+    def see(self, block: Mapping[str, Any]) -> None:
+        """Take note of one block's counts.
+
+        Raises:
+            UserError: enough rows have come out, all of them rejected for one reason.
+        """
+        if self.rejected < 0:
+            return
+        self.reason = self.reason or block["reason"]
+        if not block["reason"] or block["reason"] != self.reason:
+            self.rejected = -1  # something works, or fails in another way
+            return
+        self.rejected += int(block["rows"])
+        if self.rejected >= _FIRST_ROWS:
+            raise UserError(
+                f"the first {self.rejected:,} rows were all rejected for {self.reason}, e.g. {block['example']}",
+                "The run ends here. Look at the model, the prompt and the data; then run the same command again with "
+                f"--retry_failed. Quarantined rows are in {self.shards.quarantine}.",
+            )
 
 
 def _read_shards(batch: pa.Table, plan: Location) -> Iterator[pa.Table]:
@@ -351,6 +406,9 @@ def _commit(block: pa.Table, shards: Shards, run: str) -> pa.Table:
     )
     _write_or_remove(rows.select(BULK_QUARANTINE.names), shards.quarantine / name, BULK_QUARANTINE)
 
+    reasons = table[ERROR_TYPE].fill_null("Error").unique().to_list() if failed.all() else []
+    key, message = table.select(shards.key, pl.col(ERROR).fill_null("")).row(0)
+
     buffer = pa.BufferOutputStream()
     keys = _arrow(retry.select(pl.col(shards.key).alias("key")))
     with pa.ipc.new_stream(buffer, keys.schema) as stream:
@@ -360,6 +418,8 @@ def _commit(block: pa.Table, shards: Shards, run: str) -> pa.Table:
             "rows": [table.height],
             "done": [good.height],
             "quarantined": [bad.height],
+            "reason": [reasons[0] if len(reasons) == 1 else ""],
+            "example": [f"{shards.key} {key}: {message[:300]!r}"],
             TOKENS_IN: [table[TOKENS_IN].fill_null(0).sum()],
             TOKENS_OUT: [table[TOKENS_OUT].fill_null(0).sum()],
             ENGINE_SECONDS: [float(table[ENGINE_SECONDS].fill_null(0).max())],  # type: ignore[arg-type]
@@ -485,45 +545,3 @@ def _exclusive(folder: Location) -> Iterator[Held]:
                 "or use another folder or a bucket.",
             ) from error
         yield lambda: None  # a lock of the system is not lost
-
-
-# ---- engines' processes ----------------------------------------------------------------------------------------------
-
-_RESTARTS = 5
-ENGINE_PROCESS: dict[str, Any] = {"max_restarts": _RESTARTS}
-"""For the step that holds the engines: Ray Data would start a process that dies anew for ever. Chance is survived."""
-
-# ---- errors ----------------------------------------------------------------------------------------------------------
-
-_OUT_OF_MEMORY = (
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "OutOfMemoryError",
-    "No available memory for the cache blocks",
-    "is larger than the maximum number of tokens that can be stored in KV cache",
-    "KV cache is needed, which is larger than the available KV cache memory",
-    "less than desired GPU memory utilization",
-    "Not enough memory",
-)
-
-
-def _explained(error: BaseException) -> BaseException:
-    """A `UserError` for what the user can mend, found anywhere in the chain; else the error itself."""
-    if found := user_error_in(error):
-        return found
-    text = "\n".join(f"{type(link).__name__}: {link}" for link in causes(error))
-    line = next((line.strip() for line in text.splitlines() if any(sign in line for sign in _OUT_OF_MEMORY)), None)
-    if line is None and "ActorDiedError" in text and "error raised in its creation task" not in text:
-        return UserError(
-            f"an engine's process died {_RESTARTS + 1} times",
-            "If its GPU's or the host's memory runs out, lower engine.max_model_len or engine.batch_size; "
-            "VLRANK_VERBOSE=1 shows what it printed. What is committed so far is kept.",
-        )
-    if line is None:
-        return error
-    return UserError(
-        f"the engine ran out of memory: {line[:300]}",
-        "Lower engine.max_model_len or engine.batch_size, give each engine more of a GPU (engine.gpus), share the "
-        "model between GPUs (engine.tensor_parallel_size), or change engine.gpu_memory_utilization; on a CPU, "
-        "VLLM_CPU_KVCACHE_SPACE is the cache's size in GiB. What is committed so far is kept.",
-    )

@@ -60,7 +60,7 @@ class EngineConfig(Config):
     cpus: float = Field(1, gt=0, description="CPUs per engine.")
     batch_size: int = Field(64, ge=1, description="Number of prompts that an engine gets at once.")
     max_model_len: int | None = Field(
-        None, ge=16, description="Longest prompt plus answer, in tokens. Default: the longest that the model allows."
+        None, ge=16, description="Longest prompt plus answer, in tokens. Default: what the longest prompt needs."
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Number of GPUs that one vLLM engine is spread over.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -113,12 +113,14 @@ class Summary:
         lines: Facts to show, in order: label -> value.
         output: The place of the result.
         counts: Machine-readable counts, e.g. ``{"items": 148, "quarantined": 2}``.
+        failure: Why the result is not good enough to go on as if all were well; the command ends with exit code 2.
     """
 
     title: str
     lines: Mapping[str, object] = field(default_factory=dict)
     output: Location | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
+    failure: str | None = None
 
     def show(self) -> None:
         """Print to stderr for people."""

@@ -103,6 +103,9 @@ def run_and_exit(work: Callable[[], Summary | int | None]) -> NoReturn:
         raise SystemExit(2 if cause else 1) from None
     if isinstance(summary, Summary):
         summary.show()
+        if summary.failure:
+            _last_line("error", summary.failure, summary.output, summary.counts)
+            raise SystemExit(2)
         facts = "; ".join([summary.title, *(f"{key}: {value}" for key, value in summary.lines.items())])
         _last_line("ok", facts, summary.output, summary.counts)
     raise SystemExit(0)

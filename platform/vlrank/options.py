@@ -189,7 +189,7 @@ def _value_type(field: FieldInfo) -> tuple[Any, bool]:
 
 
 def main(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 done, 2 the user can mend it (one message, no traceback), 130 interrupted.
+    """Run a command and exit: 0 done, 130 interrupted, 2 for what the user can mend (one message, no traceback).
 
     Args:
         command: What to run; a returned `Summary` is shown.
@@ -213,6 +213,9 @@ def main(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(2)
     if isinstance(result, Summary):
         result.show()
+        if result.failure:
+            announce("error:", result.failure, "bold red")
+            sys.exit(2)
     sys.exit(result if isinstance(result, int) else 0)
 
 

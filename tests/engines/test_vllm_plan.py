@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlrank.config import EngineConfig, Mode, RankingConfig
-from vlrank.engines import vllm_args
 from vlrank.engines.models import ModelFolder
-from vlrank.engines.vllm_scorer import Read, engine_kwargs, plan_reads
+from vlrank.engines.vllm_args import scoring_args
+from vlrank.engines.vllm_scorer import Read, plan_reads
 from vlrank.prompting.labels import LabelTrie
 
 END = 2
@@ -44,15 +44,15 @@ def test_more_choices_than_vllm_returns_are_asked_separately() -> None:
     assert [len(read.nodes) for read in reads] == [1, 1]
 
 
-def test_rerankers_side_by_side_do_not_measure_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rerankers_side_by_side_do_not_measure_what_is_free(tmp_path: Path) -> None:
     """Each would count the other's memory as taken while both start; what pictures get is not for the cache."""
     (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
-    monkeypatch.setattr(vllm_args, "gpu_memory", lambda: 80 * 2**30)
+    (tmp_path / "config.json").write_text("{}")
 
     def cache(gpus: float | None, mode: Mode = "caption", **more: object) -> Any:
         model = ModelFolder(str(tmp_path), str(tmp_path), mode, RankingConfig(), "vision")
         config = EngineConfig(gpus=gpus, gpu_memory_utilization=0.9, engine_kwargs=more)
-        return engine_kwargs(model, config, on_gpu=True).get("kv_cache_memory_bytes")
+        return scoring_args(model, config, memory=80 * 2**30).get("kv_cache_memory_bytes")
 
     taken = 1000 + 3 * 2**30
     assert cache(0.5) == int(80 * 2**30 * 0.45) - taken

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from vlrank.bulk import BulkResult, Shards
 from vlrank.config import EngineConfig, GenerateConfig, RayConfig
 from vlrank.data.dataset import Dataset
+from vlrank.engines.models import open_model
+from vlrank.engines.transformers_scorer import load_model
 from vlrank.errors import UserError
-from vlrank.generation import pipeline
+from vlrank.generation import pipeline, writing
+from vlrank.generation.job import DATA, FAILED, Job, prepare
 from vlrank.generation.pipeline import dry_run, run
+from vlrank.generation.prompts import load_prompt
+from vlrank.generation.writers.transformers import TransformersGenerator
 from vlrank.runtime import ray_session
 
 MISSING, BROKEN, WITHOUT = 3, 5, 7
@@ -41,7 +50,7 @@ def dataset(shop: Dataset, tmp_path: Path) -> Dataset:
 
 
 def config(dataset: Dataset, model: Path, what: str = "caption", **changes: Any) -> GenerateConfig:
-    engine = EngineConfig(name=changes.pop("engine", "transformers"), max_model_len=512)
+    engine = EngineConfig(name=changes.pop("engine", "transformers"), max_model_len=changes.pop("max_model_len", None))
     options = {"quality": False, "max_tokens": 8, "shard_rows": 8, "limit": 20} | changes
     return GenerateConfig(dataset=dataset.path, what=what, model=str(model), engine=engine, **options)
 
@@ -72,7 +81,8 @@ def test_a_dry_run_tries_where_all_nodes_can_see_it_and_leaves_nothing(
 
     monkeypatch.setattr(pipeline, "run_bulk", trial)
     monkeypatch.setattr(pipeline, "ray_session", lambda _: nullcontext())
-    monkeypatch.setattr(pipeline, "engine_gpus", lambda _: 0)
+    for module in (pipeline, writing):
+        monkeypatch.setattr(module, "engine_gpus", lambda _: 0)
     before = set(dataset.path.rglob("*"))  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match="no GPU") if error else nullcontext():
         dry_run(config(dataset, tiny_vision_model))
@@ -217,16 +227,51 @@ def test_a_dry_run_estimates_from_real_items_and_commits_nothing(
     assert {path for path in dataset.path.rglob("*") if path.is_file()} == before
 
 
+@pytest.fixture
+def opinionated_model(tiny_vision_model: Path, tmp_path: Path) -> Path:
+    """As published: its generation_config.json samples and punishes repetition."""
+    folder = tmp_path / "opinionated"
+    shutil.copytree(tiny_vision_model, folder)
+    file = folder / "generation_config.json"
+    wishes = {"do_sample": True, "top_p": 0.5, "top_k": 3, "temperature": 0.9, "repetition_penalty": 3.0}
+    wishes |= {"no_repeat_ngram_size": 1, "min_new_tokens": 20, "max_length": 9, "suppress_tokens": list(range(200))}
+    file.write_text(json.dumps(json.loads(file.read_text()) | wishes))
+    return folder
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_models_own_generation_settings_change_nothing(
+    tiny_vision_model: Path, opinionated_model: Path, tmp_path: Path, adapted: bool
+) -> None:
+    """vLLM does not read them, and the same row must not depend on the engine."""
+    texts = []
+    for model in (tiny_vision_model, opinionated_model):
+        job = Job(load_prompt("semantic_summary/v1", "semantic_summary"), str(model), "m", max_tokens=12)
+        if adapted:
+            job = replace(job, adapter=str(tmp_path / "adapter"))
+            lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+            if not (tmp_path / "adapter").exists():
+                get_peft_model(load_model(open_model(model)), lora).save_pretrained(tmp_path / "adapter")
+        rows = np.empty(3, dtype=object)
+        rows[:] = [{"item_id": n, "text": f"mug {n}", "picture": None, "picture_hash": ""} for n in range(3)]
+        for row in rows:
+            row |= prepare(row, job)
+        written = TransformersGenerator(job)({DATA: rows})[DATA]
+        assert not any(row[FAILED] for row in written)
+        texts.append([row["generated_text"] for row in written])
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.stack
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize(("what", "render_workers"), [("caption", 2), ("semantic_summary", 0)])
 def test_vllm_and_transformers_give_the_same_rows(
-    cluster: None, dataset: Dataset, tiny_vision_model: Path, what: str, render_workers: int
+    cluster: None, dataset: Dataset, opinionated_model: Path, what: str, render_workers: int
 ) -> None:
     """Greedy decoding of one model: neither the engine nor who prepares the pictures changes what is in the dataset."""
     tables, quarantines = [], []
     for engine in ("transformers", "vllm"):
-        summary = run(config(dataset, tiny_vision_model, what, engine=engine, render_workers=render_workers))
+        summary = run(config(dataset, opinionated_model, what, engine=engine, render_workers=render_workers))
         assert summary.counts["quarantined"] == 2
         assert summary.counts["tokens_out"] > 0
         table = dataset.generated(what)  # type: ignore[arg-type]

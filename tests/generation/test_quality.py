@@ -57,6 +57,37 @@ def test_any_language_can_be_allowed() -> None:
     assert problem("这是一个红色的陶瓷杯子。", question=QUESTION, language="any") is None
 
 
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        "红色陶瓷杯",
+        "这是一个红色的陶瓷杯子，适合每天早上喝咖啡",
+        "赤いマグカップ",
+        "毎朝のコーヒーにぴったりの赤いマグカップです",
+        "แก้วสีแดง",
+        "แก้วเซรามิกสีแดงสำหรับดื่มกาแฟทุกเช้า",
+    ],
+)
+@pytest.mark.parametrize("between", ["", " ", "，", "。", "\n", "1"])
+def test_a_phrase_without_blanks_between_its_words_is_a_repetition_too(phrase: str, between: str) -> None:
+    assert problem(phrase, question=QUESTION, language="any") is None
+    assert problem(between.join([phrase] * 6), question=QUESTION, language="any") == "repetition"
+    assert problem(f"{phrase}x{between.join([phrase] * 6)}", question=QUESTION, language="any") == "repetition"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "这款红色陶瓷马克杯配有白色手柄，容量三百毫升，适合喜欢在办公室喝咖啡的人。红色陶瓷易于清洗，也可放入微波炉。",
+        "白い取っ手の付いた赤い陶器のマグカップです。容量は三百ミリリットルで、オフィスでコーヒーを飲む人に向いています。"
+        "マグカップは電子レンジでも使えます。",
+        "แก้วมัคเซรามิกสีแดงพร้อมหูจับสีขาว ความจุสามร้อยมิลลิลิตร เหมาะสำหรับคนที่ชอบดื่มกาแฟในที่ทำงาน ทำความสะอาดง่าย",
+    ],
+)
+def test_good_texts_of_such_languages_pass(text: str) -> None:
+    assert problem(text, question=QUESTION, language="any") is None
+
+
 @given(st.text(max_size=200), st.text(max_size=200), st.booleans())
 def test_no_text_breaks_the_gate(text: str, question: str, cut_off: bool) -> None:
     """Models say anything; an exception would send a whole batch into quarantine."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -14,13 +16,14 @@ from PIL import Image
 
 from vlrank.config import EngineConfig
 from vlrank.data.picture import PictureBroken
-from vlrank.engines.resources import engine_name, weights_bytes
+from vlrank.engines import resources, vllm_args
+from vlrank.engines.resources import RESTARTS, engine_name, weights_bytes
+from vlrank.engines.vllm_args import cache_plan
 from vlrank.errors import UserError
-from vlrank.generation.job import DATA, FAILED, Job, judge, load_picture, prepare
+from vlrank.generation.job import DATA, FAILED, Job, judge, load_picture, load_processor, longest_row, prepare
 from vlrank.generation.prompts import load_prompt
-from vlrank.generation.writers import ray_llm
-from vlrank.generation.writers.ray_llm import vllm_engine_kwargs
 from vlrank.generation.writers.transformers import _gpu_is_lost
+from vlrank.generation.writing import build, engine_args
 
 CAPTION = Job(prompt=load_prompt("caption/v1", "caption"), model="m", model_name="m")
 SUMMARY = dataclasses.replace(CAPTION, prompt=load_prompt("semantic_summary/v1", "semantic_summary"))
@@ -110,6 +113,56 @@ def test_prompt_and_picture_travel_together(tmp_path: Path, tiny_vision_model: P
     assert inputs["sampling_params"] == {"temperature": 0.0, "max_tokens": 96}
 
 
+@pytest.fixture(scope="module")
+def seeing_model(tiny_vision_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Larger pictures take more tokens, as in Qwen3-VL."""
+    from transformers import AutoProcessor
+
+    folder = tmp_path_factory.mktemp("models") / "vision"
+    shutil.copytree(tiny_vision_model, folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.image_processor.size = {"shortest_edge": 128 * 128, "longest_edge": 4096 * 4096}
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_a_row_that_is_longer_than_the_engine_takes_goes_to_quarantine(tmp_path: Path, seeing_model: Path) -> None:
+    """vLLM would refuse it with an error of its own, or cut the answer short without a word."""
+    job = dataclasses.replace(SUMMARY, model=str(seeing_model))
+    rows = [row(text="mug " * n) for n in (1, 50)]
+    rows += [row(picture=picture(tmp_path / f"{side}.png", size=(side, side))) for side in (64, 448)]
+    short, long, small, large = (prepare(one, dataclasses.replace(job, max_model_len=10_000)) for one in rows)
+    for fits, exceeds in ((short, long), (small, large)):
+        processor = load_processor(str(seeing_model), None)
+        pictures = [fits["multimodal_data"]["image"]] if fits["with_image"] else None
+        tokens = len(processor(text=[fits["prompt"]], images=pictures)["input_ids"][0])
+        room = dataclasses.replace(job, max_model_len=tokens + job.max_tokens)
+        inputs = {FAILED: "", "prompt": fits["prompt"]}
+        assert inputs.items() <= prepare(rows[(short, long, small, large).index(fits)], room).items()
+        failed = prepare(rows[(short, long, small, large).index(exceeds)], room)[FAILED]
+        assert failed.startswith("PromptTooLong: ")
+        assert "engine.max_model_len" in failed
+
+
+@pytest.mark.parametrize("side", [32, 100, 448])
+def test_no_row_of_a_job_is_longer_than_its_bound(tmp_path: Path, seeing_model: Path, side: int) -> None:
+    job = dataclasses.replace(SUMMARY, model=str(seeing_model), image_side=side)
+    texts = ["Red mug", "\u7ea2\u8272\u9a6c\u514b\u676f " * 30, "x7-\u00e9<|im_end|>" * 40]
+    plain = [text.replace("<|", "< |") for text in texts]
+    bound = longest_row(job, plain[:1], max(len(text.encode()) for text in plain), pictures=True)
+    assert longest_row(job, plain, 0, pictures=True).total <= bound.total
+    exact = dataclasses.replace(job, max_model_len=longest_row(job, plain, 0, pictures=True).total)
+    for text in texts:
+        for width in (4, 30, side, 600):
+            shown = picture(tmp_path / f"{width}.png", size=(width, 600))
+            assert prepare(row(text=text, picture=shown), exact)[FAILED] == ""
+
+
+def test_an_answer_that_ends_at_the_engines_limit_is_truncated() -> None:
+    (cut,) = judged(dataclasses.replace(CAPTION, max_model_len=12), answered("A red mug for"))
+    assert cut["error_type"] == "Quality.truncated"
+
+
 def test_a_summary_without_picture_is_made_from_the_text(tiny_vision_model: Path) -> None:
     inputs = prepare(row(), dataclasses.replace(SUMMARY, model=str(tiny_vision_model)))
     assert "Red mug" in inputs["prompt"]
@@ -185,40 +238,99 @@ def test_structured_output_yields_the_asked_field() -> None:
     assert bad["error_type"] == "Quality.not_json"
 
 
+GIB = 2**30
+SIZED = dataclasses.replace(CAPTION, max_model_len=512)
+
+
 def test_engines_get_what_the_config_says_and_own_arguments_win() -> None:
-    engine = EngineConfig(max_model_len=512, engine_kwargs={"quantization": "fp8", "seed": 7})
-    kwargs = vllm_engine_kwargs(dataclasses.replace(CAPTION, revision="abc"), engine, gpus=1)
+    engine = EngineConfig(engine_kwargs={"quantization": "fp8", "seed": 7})
+    args = engine_args(dataclasses.replace(SIZED, revision="abc"), engine, memory=80 * GIB)
     expected = {"max_model_len": 512, "quantization": "fp8", "seed": 7, "revision": "abc", "enforce_eager": False}
-    assert expected.items() <= kwargs.items()
-    assert kwargs["limit_mm_per_prompt"] == {"image": 1, "video": 0}
-    assert vllm_engine_kwargs(CAPTION, EngineConfig(), gpus=0)["enforce_eager"] is True
+    assert expected.items() <= args.items()
+    assert args["limit_mm_per_prompt"] == {"image": 1, "video": 0}
+    assert engine_args(SIZED, EngineConfig(), memory=None)["enforce_eager"] is True
 
 
 def test_engines_on_half_a_gpu_take_half_its_memory() -> None:
-    engine = EngineConfig(engine_kwargs={"kv_cache_memory_bytes": 2**30})
-    assert vllm_engine_kwargs(CAPTION, engine, gpus=0.5)["gpu_memory_utilization"] == pytest.approx(0.45)
+    engine = EngineConfig(gpus=0.5, engine_kwargs={"kv_cache_memory_bytes": GIB})
+    assert engine_args(SIZED, engine, memory=80 * GIB)["gpu_memory_utilization"] == pytest.approx(0.45)
 
 
-def test_engines_side_by_side_do_not_measure_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_engines_side_by_side_do_not_measure_what_is_free(tmp_path: Path) -> None:
     """Each would count the other's memory as taken while both start, and die or leave most of the GPU unused."""
     (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
-    monkeypatch.setattr(ray_llm, "_gpu_memory", lambda gpus: 80 * 2**30)
-    kwargs = vllm_engine_kwargs(dataclasses.replace(CAPTION, model=str(tmp_path)), EngineConfig(), gpus=0.5)
-    assert kwargs["kv_cache_memory_bytes"] == int(80 * 2**30 * 0.45) - 1000 - 3 * 2**30
+    job = dataclasses.replace(SIZED, model=str(tmp_path))
+    args = engine_args(job, EngineConfig(gpus=0.5), memory=80 * GIB)
+    assert args["kv_cache_memory_bytes"] == int(80 * GIB * 0.45) - 1000 - 3 * GIB
     with pytest.raises(UserError, match=r"engine\.gpus=0\.04: 2\.9 GiB do not hold"):
-        vllm_engine_kwargs(dataclasses.replace(CAPTION, model=str(tmp_path)), EngineConfig(), gpus=0.04)
+        engine_args(job, EngineConfig(gpus=0.04), memory=80 * GIB)
+
+
+def test_the_plan_says_what_an_engines_cache_holds(shared_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3-VL-2B: 28 layers of 8 key and value heads of 128 elements are 112 KiB a token."""
+    monkeypatch.setattr(vllm_args, "weights_bytes", lambda model: 4 * GIB)
+    job = dataclasses.replace(SIZED, model=str(shared_models / "qwen3-vl-2b"))
+
+    def plan(engine: EngineConfig, memory: int | None) -> str:
+        return cache_plan(job.folder, engine_args(job, engine, memory), memory)
+
+    card = plan(EngineConfig(), 24 * GIB)
+    assert card == "14.6 GiB, 136,689 tokens: 266 of the longest rows at once (at most 512 rows)"
+    share = EngineConfig(gpus=0.25, engine_kwargs={"kv_cache_memory_bytes": 7 * GIB})
+    assert plan(share, 80 * GIB).startswith("7.0 GiB, 65,536 tokens: 128 of the longest rows")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    assert plan(EngineConfig(), None) == "2.0 GiB, 9,362 tokens: 18 of the longest rows at once"
 
 
 def test_an_adapter_is_served_with_the_smallest_rank_that_fits(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 12}))
-    kwargs = vllm_engine_kwargs(dataclasses.replace(CAPTION, adapter=str(tmp_path)), EngineConfig(), gpus=1)
-    assert (kwargs["enable_lora"], kwargs["max_lora_rank"]) == (True, 16)
+    args = engine_args(dataclasses.replace(SIZED, adapter=str(tmp_path)), EngineConfig(), memory=80 * GIB)
+    assert (args["enable_lora"], args["max_lora_rank"]) == (True, 16)
+
+
+class Steps:
+    """As much of a Ray dataset as writers need; notes their actors."""
+
+    def __init__(self) -> None:
+        self.actors: list[dict[str, Any]] = []
+
+    def map(self, work: Any, **_: Any) -> Steps:
+        return self
+
+    def map_batches(self, work: Any, **options: Any) -> Steps:
+        if isinstance(work, type):
+            self.actors.append({"work": work, **options})
+        return self
+
+    map_batches_internal = map_batches  # what `ray.data.llm` calls
+
+
+@pytest.mark.parametrize("engine", [{"name": "transformers"}, {"name": "vllm"}, {"name": "vllm", "rendered": 2}])
+def test_no_engine_is_restarted_for_ever(
+    monkeypatch: pytest.MonkeyPatch, tiny_vision_model: Path, engine: dict[str, Any]
+) -> None:
+    """`ray.data.llm` leaves Ray Data's default, which has no bound: a run whose engine always dies would never end."""
+    import ray
+
+    if engine["name"] == "vllm":
+        pytest.importorskip("vllm")
+        telemetry = "ray.llm._internal.batch.processor.vllm_engine_proc.get_or_create_telemetry_agent"
+        monkeypatch.setattr(telemetry, MagicMock())
+    monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    monkeypatch.setattr(resources, "cluster_gpus", lambda: 0.0)
+    job = dataclasses.replace(SIZED, model=str(tiny_vision_model))
+    steps, workers = Steps(), engine.pop("rendered", 0)
+    build(steps, job, EngineConfig(cpus=3, **engine), shard_rows=8, render_workers=workers)  # type: ignore[arg-type]
+    holder = steps.actors[-1]
+    assert len(steps.actors) == 1 + bool(workers)
+    assert (holder["num_cpus"], holder["num_gpus"], holder["max_restarts"]) == (3, 0, RESTARTS)
 
 
 def test_asking_for_vllm_where_it_is_absent_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert engine_name(EngineConfig()) == "transformers"
-    with pytest.raises(UserError, match="pip install"):
+    with pytest.raises(UserError, match=r"Install it \(.+\)"):
         engine_name(EngineConfig(name="vllm"))
 
 

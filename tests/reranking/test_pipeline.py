@@ -187,7 +187,7 @@ def test_histories_are_cut_to_a_short_engine(
     assert longest(name="transformers", max_model_len=512) == 4096
     assert longest(name="vllm", max_model_len=512) == 512 - 16
     assert longest(name="vllm", max_model_len=8192) == 4096
-    monkeypatch.setattr(vllm_args, "_context", lambda base: 1024)
+    monkeypatch.setattr(vllm_args, "context_length", lambda base: 1024)
     assert longest(name="vllm") == 1024 - 16
 
 

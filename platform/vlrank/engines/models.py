@@ -27,6 +27,7 @@ class ModelFolder:
         ranking: How it was trained to be asked; defaults for a plain base model.
         family: ``vision`` or ``text``.
         details: The rest of ``vlrank.json``.
+        revision: Branch, tag or commit of a model on the hub.
     """
 
     path: str
@@ -35,6 +36,7 @@ class ModelFolder:
     ranking: RankingConfig
     family: Family
     details: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
 
     @property
     def is_adapter(self) -> bool:
@@ -122,6 +124,27 @@ def _family(base: str, details: dict[str, Any]) -> Family:
         return "vision" if details["family"] == "vision" else "text"
     config = location(base) / "config.json"
     return "vision" if config.is_file() and "vision_config" in read_json(config) else "text"
+
+
+def model_config(model: str, revision: str | None = None) -> dict[str, Any]:
+    """``config.json`` of a model folder, or of a model on the hub.
+
+    Raises:
+        UserError: neither exists.
+    """
+    file = location(model) / "config.json"
+    if file.is_file():
+        return read_json(file)
+    from transformers import AutoConfig
+
+    try:
+        config: dict[str, Any] = AutoConfig.from_pretrained(model, revision=revision).to_dict()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {model} was not found: {str(error).splitlines()[0]}",
+            "Check the name and the network, or give a local folder with --model.",
+        ) from None
+    return config
 
 
 def on_this_node(model: ModelFolder) -> ModelFolder:

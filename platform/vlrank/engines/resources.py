@@ -1,19 +1,30 @@
-"""What an engine takes of a machine: which engine, its share of a GPU, its cache, its processes' environment."""
+"""What an engine takes from a machine: its kind, CPUs and GPUs, GPU memory, restarts, environment variables."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from vlrank.config import EngineConfig
-from vlrank.engines.models import ModelFolder, read_json
+from vlrank.data.tables import read_json
+from vlrank.engines.models import ModelFolder
 from vlrank.errors import UserError
 from vlrank.installation import install_command
-from vlrank.runtime import cluster_gpus
+from vlrank.runtime import CAPACITY, cluster_gpus, cluster_resources
 from vlrank.storage import location
+
+RESTARTS = 5
+"""How often Ray restarts a crashed engine. Without a bound Ray Data restarts it forever; five survive an accident."""
+
+
+GIB = 2**30
+WORKSPACE = 3 * GIB
+"""GPU memory of a vLLM engine beside weights and cache: activations, graphs, CUDA itself."""
 
 
 class EngineDied(RuntimeError):
@@ -70,8 +81,11 @@ def ranking_engine(config: EngineConfig, model: ModelFolder) -> Literal["packed"
     return "packed"
 
 
+# ---- CPUs and GPUs ---------------------------------------------------------------------------------------------------
+
+
 def engine_gpus(config: EngineConfig) -> float:
-    """GPUs of one engine; by default one (per tensor-parallel rank) where the cluster has any.
+    """GPUs per tensor-parallel rank of an engine; by default one where the cluster has any.
 
     Raises:
         UserError: fractions together with tensor parallelism.
@@ -80,13 +94,70 @@ def engine_gpus(config: EngineConfig) -> float:
     if config.tensor_parallel_size > 1 and 0 < gpus < 1:
         raise UserError(
             f"engine.gpus={gpus} with engine.tensor_parallel_size={config.tensor_parallel_size}",
-            "An engine that spans GPUs needs whole ones: leave engine.gpus away.",
+            "An engine that spans GPUs needs whole ones: leave engine.gpus unset.",
         )
     return gpus
 
 
+def gpu_share(config: EngineConfig) -> float:
+    """The engine's share of its GPU, above 0 and at most 1."""
+    return config.gpus if config.gpus is not None and 0 < config.gpus < 1 else 1.0
+
+
+def engine_actor(config: EngineConfig) -> dict[str, Any]:
+    """Arguments of `ray.data.Dataset.map_batches` for the step whose actors hold one engine each.
+
+    Raises:
+        UserError: no node of the cluster is large enough.
+    """
+    import ray
+
+    gpus = engine_gpus(config)
+    gpus = math.ceil(gpus * config.tensor_parallel_size) if gpus >= 1 else gpus
+    needs = {kind: amount for kind, amount in (("GPU", gpus), ("CPU", config.cpus)) if amount}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if os.environ.get(CAPACITY):
+        nodes.append(cluster_resources())  # the size of nodes that the autoscaler has yet to start is unknown
+    if not any(all(node.get(kind, 0) >= amount for kind, amount in needs.items()) for node in nodes):
+        has = sorted({", ".join(f"{node.get(kind, 0):g} {kind}" for kind in needs) for node in nodes})
+        raise UserError(
+            f"an engine needs {', '.join(f'{amount:g} {kind}' for kind, amount in needs.items())} on one node; "
+            f"the cluster's nodes have {'; '.join(has)}",
+            "Lower engine.gpus, engine.tensor_parallel_size or engine.cpus, or add a larger node to the cluster.",
+        )
+    return {"num_cpus": config.cpus, "num_gpus": gpus, "max_restarts": RESTARTS}
+
+
+# ---- GPU memory ------------------------------------------------------------------------------------------------------
+
+
+def has_gpu() -> bool:
+    """Whether this process sees a CUDA GPU."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def gpu_memory() -> int:
+    """Bytes of this process's GPU; asks the driver, without a CUDA context."""
+    from vllm.platforms import current_platform
+
+    return int(current_platform.get_device_total_memory())
+
+
+@functools.cache
+def cluster_gpu_memory(gpus: float) -> int:
+    """Bytes of a GPU of the cluster, asked from a task that reserves ``gpus``: the driver need not have one."""
+    import ray
+
+    memory: int = ray.get(ray.remote(num_gpus=min(gpus, 1), num_cpus=0)(gpu_memory).remote())
+    return memory
+
+
 def kv_cache_bytes(model: str, gpus: float, room: float) -> int:
-    """Room for the cache of an engine of vLLM that shares its GPU.
+    """Size of the KV cache of a vLLM engine that shares its GPU.
 
     vLLM measures free memory while it starts; engines that start side by side would see each other's allocations.
 
@@ -101,20 +172,20 @@ def kv_cache_bytes(model: str, gpus: float, room: float) -> int:
     weights = weights_bytes(model)
     if not weights:
         raise UserError(
-            f"engine.gpus={gpus}: the weights' size of {model} is unknown",
-            "Set engine.engine_kwargs.kv_cache_memory_bytes to the cache's size of one engine.",
+            f"engine.gpus={gpus}: the size of the weights of {model} is unknown",
+            "Set engine.engine_kwargs.kv_cache_memory_bytes to the cache size of one engine.",
         )
-    cache = int(room) - weights - 3 * 2**30  # activations, graphs, CUDA itself
-    if cache < 2**29:
+    cache = int(room) - weights - WORKSPACE
+    if cache < GIB // 2:
         raise UserError(
-            f"engine.gpus={gpus}: {room / 2**30:.1f} GiB do not hold {weights / 2**30:.1f} GiB of weights and a cache",
+            f"engine.gpus={gpus}: {room / GIB:.1f} GiB do not hold {weights / GIB:.1f} GiB of weights and a cache",
             "Give each engine more of the GPU (engine.gpus) and start fewer of them (engine.replicas).",
         )
     return cache
 
 
 def weights_bytes(model: str) -> int:
-    """Of a folder, or of a model on the hub; 0 where neither tells."""
+    """Size of the weights in a folder or on the hub; 0 where it is unknown."""
     folder = Path(model)
     if folder.is_dir():
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -122,17 +193,20 @@ def weights_bytes(model: str) -> int:
 
     try:
         files = model_info(model, files_metadata=True, timeout=10).siblings or []
-    except Exception:  # offline, private, no such model: its clients have errors of many kinds
+    except Exception:  # offline, private, no such model: the client libraries raise errors of many kinds
         return 0
     return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+
+
+# ---- environment -----------------------------------------------------------------------------------------------------
 
 
 def vllm_env(gpus: float) -> dict[str, str]:
     """Environment of vLLM's processes; what the user has set wins.
 
-    On CPUs vLLM takes a fixed cache size, in GiB; small ones are enough for the models that make sense there. On GPUs
-    FlashInfer would compile its sampling kernels on a host's first start, for minutes; nothing here samples from the
-    top k or top p that they are for.
+    On CPUs vLLM takes a fixed cache size in GiB; small ones are enough for the models that make sense there. On GPUs
+    FlashInfer would spend minutes compiling its sampling kernels on a host's first start, and nothing here samples from
+    the top k or top p that they are for.
     """
     name, value = ("VLLM_USE_FLASHINFER_SAMPLER", "0") if gpus else ("VLLM_CPU_KVCACHE_SPACE", "1")
     return {name: os.environ.get(name, value)}

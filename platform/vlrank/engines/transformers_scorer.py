@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from vlrank.config import EngineConfig
+from vlrank.engines.adapters import check_adapter
 from vlrank.engines.models import ModelFolder
 from vlrank.engines.packable import other_layers
 from vlrank.engines.weights import load_whole
@@ -218,20 +219,21 @@ def load_model(model: ModelFolder, dtype: str = "auto", device: str | None = Non
         device: Default ``cuda`` where there is one.
 
     Raises:
-        UserError: the folder cannot be loaded.
+        UserError: the folder cannot be loaded, lacks weights, or holds an adapter of another base model.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     from vlrank.compat import patch_torchvision
 
     patch_torchvision()
+    check_adapter(model, "transformers")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         dtype = "auto" if device != "cpu" else "float32"
     kind = AutoModelForImageTextToText if model.family == "vision" else AutoModelForCausalLM
     try:
         options = {"device_map": {"": device}} if device != "cpu" else {}
-        loaded = load_whole(kind, model.base, dtype=dtype, **options)
+        loaded = load_whole(kind, model.base, revision=model.revision, dtype=dtype, **options)
         if model.is_adapter:
             from peft import PeftModel
 

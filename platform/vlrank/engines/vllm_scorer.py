@@ -28,9 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vlrank.config import EngineConfig
+from vlrank.engines.adapters import check_adapter
+from vlrank.engines.failures import root_cause
 from vlrank.engines.models import ModelFolder
-from vlrank.engines.resources import EngineDied, vllm_env
-from vlrank.engines.vllm_args import PICTURE_SHARE, engine_kwargs, gpu_memory, gpu_share, has_gpu
+from vlrank.engines.resources import EngineDied, gpu_memory, gpu_share, has_gpu, vllm_env
+from vlrank.engines.vllm_args import PICTURE_SHARE, scoring_args
 from vlrank.prompting.encoding import Encoded, Encoder, Grid
 from vlrank.prompting.labels import LabelTrie
 
@@ -121,7 +123,7 @@ class VllmScorer:
             the prefix cache when its further nodes are asked for.
 
     Raises:
-        UserError: the model cannot be loaded.
+        UserError: vLLM does not start, or does not serve the model's adapter.
     """
 
     callers = 4
@@ -139,15 +141,17 @@ class VllmScorer:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        check_adapter(model, "vllm")
         self.folder, self.config, self.in_flight = model, config, in_flight
-        self.kwargs = engine_kwargs(model, config, on_gpu)
-        # The context of an `LLM`: large steps, for throughput.
-        vllm_config = EngineArgs(**self.kwargs).create_engine_config(UsageContext.LLM_CLASS)
-        pictures = self.kwargs.get("limit_mm_per_prompt", {}).get("image", 0)
-        if pictures and on_gpu:
-            _keep_pictures(vllm_config, config)
-        self.prepare = _Preparer(vllm_config) if pictures else None
-        self.vllm = LLMEngine.from_vllm_config(vllm_config, UsageContext.LLM_CLASS, disable_log_stats=True)
+        kwargs = scoring_args(model, config, gpu_memory() if on_gpu else None)
+        with root_cause():
+            # The context of an `LLM`: large steps, for throughput.
+            vllm_config = EngineArgs(**kwargs).create_engine_config(UsageContext.LLM_CLASS)
+            pictures = kwargs.get("limit_mm_per_prompt", {}).get("image", 0)
+            if pictures and on_gpu:
+                _keep_pictures(vllm_config, config)
+            self.prepare = _Preparer(vllm_config) if pictures else None
+            self.vllm = LLMEngine.from_vllm_config(vllm_config, UsageContext.LLM_CLASS, disable_log_stats=True)
         self.lora = LoRARequest("reranker", 1, model.path) if model.is_adapter else None
         self.requests = self.prompt_tokens = self.cached_tokens = 0
         self._inbox: queue.SimpleQueue[_Score | None] = queue.SimpleQueue()

@@ -17,7 +17,7 @@ def load_whole(kind: Any, name: str, **options: Any) -> Any:
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, revision=options.get("revision"))
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # sdpa would leave the soft cap out
     model, info = kind.from_pretrained(name, output_loading_info=True, use_safetensors=True, **options)

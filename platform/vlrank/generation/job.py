@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlrank.bulk import ENGINE_SECONDS, ERROR, ERROR_TYPE, RETRY, TOKENS_IN, TOKENS_OUT
+from vlrank.config import RankingConfig
 from vlrank.data.picture import UnreadablePicture, read_rgb
+from vlrank.engines.models import ModelFolder
 from vlrank.generation.prompts import Prompt
 from vlrank.generation.quality import problem
 from vlrank.prompting.chat_template import complete_tokenizer, render_messages
@@ -41,6 +44,7 @@ class Job:
         sees: Whether the model takes pictures.
         max_tokens, temperature, seed, image_side, language: As in `GenerateConfig`.
         gate: Whether texts have to pass the quality gate.
+        max_model_len: Tokens of a prompt and its answer that the engine has room for; None where that is not known.
         attempt: 0 in the first pass; later passes sample with another seed.
         last: Rejected texts go to the quarantine instead of into another pass.
     """
@@ -57,8 +61,21 @@ class Job:
     image_side: int = 448
     language: str = "en"
     gate: bool = True
+    max_model_len: int | None = None
     attempt: int = 0
     last: bool = True
+
+    @property
+    def folder(self) -> ModelFolder:
+        """The model as engines load it."""
+        return ModelFolder(
+            path=self.adapter or self.model,
+            base=self.model,
+            mode=None,
+            ranking=RankingConfig(),
+            family="vision" if self.sees else "text",
+            revision=self.revision,
+        )
 
     def shows_picture(self, path: str | None) -> bool:
         """Whether the prompt for an item with this picture carries it."""
@@ -97,6 +114,36 @@ def _rendered(model: str, revision: str | None, prompt: Prompt, text: str, with_
     return render_messages(load_tokenizer(model, revision), prompt.messages(text, with_image=with_image))
 
 
+@functools.lru_cache(maxsize=4096)
+def text_tokens(model: str, revision: str | None, rendered: str) -> int:
+    """Tokens of a rendered prompt, each picture counted as one."""
+    return len(load_tokenizer(model, revision)(rendered, add_special_tokens=False)["input_ids"])
+
+
+@functools.lru_cache(maxsize=2)
+def load_processor(model: str, revision: str | None) -> Any:
+    """Cached; with the tokenizer, for models that take pictures."""
+    from transformers import AutoProcessor
+
+    from vlrank.compat import patch_torchvision
+
+    patch_torchvision()
+    return AutoProcessor.from_pretrained(model, revision=revision)
+
+
+@functools.lru_cache(maxsize=4096)
+def picture_tokens(model: str, revision: str | None, size: tuple[int, int]) -> int:
+    """Tokens that a picture of this size (width, height) adds to its prompt; 0 for processors that cannot tell."""
+    count = getattr(load_processor(model, revision), "_get_num_multimodal_tokens", None)
+    if count is None:
+        return 0
+    try:
+        (tokens,) = count(image_sizes=[size[::-1]])["num_image_tokens"]
+    except ValueError:  # e.g. 300 times as wide as high: the engine's own error will say so
+        return 0
+    return int(tokens) - 1  # its placeholder is among the text's tokens
+
+
 def prepare(row: Mapping[str, Any], job: Job) -> dict[str, Any]:
     """What an engine needs for one row; ``__inference_error__`` says why a row cannot be asked.
 
@@ -107,16 +154,28 @@ def prepare(row: Mapping[str, Any], job: Job) -> dict[str, Any]:
     with_image = job.shows_picture(row["picture"])
     text = (row["text"] or "") if "{text}" in job.prompt.template else ""
     inputs: dict[str, Any] = {FAILED: "", "prompt": None, "sampling_params": None, "with_image": with_image}
+    picture = None
     if with_image:
         try:
-            inputs["multimodal_data"] = {"image": load_picture(row["picture"], job.image_side)}
+            picture = load_picture(row["picture"], job.image_side)
         except UnreadablePicture as error:
             return {**inputs, FAILED: failure(type(error).__name__, str(error))}
+        inputs["multimodal_data"] = {"image": picture}
         # The content's hash is known: the engine need not compute one of its own over the pixels.
         inputs["multimodal_uuids"] = {"image": f"{row['picture_hash']}-{job.image_side}"}
     elif not text.strip():
         return {**inputs, FAILED: failure("NothingToDescribe", "the item has neither a picture nor text")}
-    inputs["prompt"] = _rendered(job.model, job.revision, job.prompt, text, with_image)
+    rendered = _rendered(job.model, job.revision, job.prompt, text, with_image)
+    if job.max_model_len is not None:
+        tokens = text_tokens(job.model, job.revision, rendered)
+        tokens += picture_tokens(job.model, job.revision, picture.size) if picture else 0
+        if tokens + job.max_tokens > job.max_model_len:
+            why = (
+                f"{tokens} tokens and {job.max_tokens} for the answer; the engine has room for {job.max_model_len}. "
+                "Raise engine.max_model_len, or lower image_side or max_tokens."
+            )
+            return {**inputs, FAILED: failure("PromptTooLong", why)}
+    inputs["prompt"] = rendered
     inputs["sampling_params"] = _sampling(job, row["item_id"])
     if job.adapter:
         inputs["model"] = job.adapter  # another name than the engine's: ray.data.llm takes it for a LoRA adapter
@@ -126,6 +185,52 @@ def prepare(row: Mapping[str, Any], job: Job) -> dict[str, Any]:
 def failure(kind: str, message: str) -> str:
     """What stands in FAILED."""
     return f"{kind}: {message}"
+
+
+@dataclass(frozen=True, slots=True)
+class RowLength:
+    """Tokens that no row exceeds.
+
+    Attributes:
+        prompt: The question after the chat template, without the picture.
+        picture: The picture.
+        answer: ``max_tokens``.
+    """
+
+    prompt: int
+    picture: int
+    answer: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.prompt + self.picture + self.answer
+
+    def __str__(self) -> str:
+        parts = [f"prompt {self.prompt:,}", *([f"picture {self.picture:,}"] if self.picture else [])]
+        return f"{self.total:,} tokens ({', '.join(parts)}, answer {self.answer:,})"
+
+
+def longest_row(job: Job, texts: Sequence[str], other_bytes: int, *, pictures: bool) -> RowLength:
+    """How many tokens the rows of a job can have.
+
+    Args:
+        job: The job.
+        texts: The items' longest texts, which are counted exactly.
+        other_bytes: UTF-8 bytes of the longest other text: a token is at least one byte.
+        pictures: Whether any prompt carries a picture.
+    """
+
+    def tokens(text: str) -> int:
+        return text_tokens(job.model, job.revision, _rendered(job.model, job.revision, job.prompt, text, pictures))
+
+    # Processors scale pictures of few pixels up: the square is not always the one with the most tokens.
+    sizes = [(job.image_side, height) for height in range(1, job.image_side + 1)] if pictures else []
+    return RowLength(
+        max([tokens("") + other_bytes, *map(tokens, texts)]),
+        max((picture_tokens(job.model, job.revision, size) for size in sizes), default=0),
+        job.max_tokens,
+    )
 
 
 def _sampling(job: Job, item_id: int) -> dict[str, Any]:
@@ -152,7 +257,8 @@ def _judged(row: Mapping[str, Any], job: Job) -> dict[str, Any]:
     else:
         # Half a character at the end (bytes of a cut-off answer) is U+FFFD in transformers and nothing in vLLM.
         text = " ".join(str(row["generated_text"]).replace("\ufffd", "").split())
-        cut_off = row["num_generated_tokens"] >= job.max_tokens
+        tokens = row["num_input_tokens"] + row["num_generated_tokens"]
+        cut_off = row["num_generated_tokens"] >= job.max_tokens or tokens >= (job.max_model_len or math.inf)
         if job.prompt.json_field is not None:
             text, kind, message = _field(text, job.prompt.json_field)
         if job.gate and not kind:

@@ -21,11 +21,14 @@ from vlrank.console import Summary, announce, console
 from vlrank.data import schemas
 from vlrank.data.dataset import GENERATED_FOLDERS, Dataset
 from vlrank.data.tables import file_sha256
+from vlrank.engines.adapters import check_adapter
+from vlrank.engines.models import model_config
 from vlrank.engines.resources import engine_gpus, engine_name
+from vlrank.engines.vllm_args import context_length
 from vlrank.errors import UserError
-from vlrank.generation.job import Job
+from vlrank.generation.job import Job, RowLength, longest_row
 from vlrank.generation.prompts import Prompt, load_prompt
-from vlrank.generation.writing import build
+from vlrank.generation.writing import build, engine_lines
 from vlrank.installation import install_command
 from vlrank.prompting.chat_template import check_chat_template
 from vlrank.runtime import ray_session
@@ -34,6 +37,7 @@ from vlrank.storage import Location, is_url, remove_tree, require_writable
 ESTIMATE_ROWS = 32
 """Items that ``--dry_run`` generates, to extrapolate from."""
 
+_COUNTED_TEXTS = 1000
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,8 +49,11 @@ def run(config: GenerateConfig) -> Summary:
     """
     work = _plan(config)
     require_writable(work.shards.folder, "Texts become part of their dataset: generate them in a copy of it.")
+    if not work.shards.pending(work.wanted, retry_failed=config.retry_failed).is_empty():
+        work = _sized(config, work)
     with ray_session(config.ray):
         gpus = engine_gpus(config.engine) * config.engine.tensor_parallel_size * config.engine.replicas
+        engines = _engine_lines(config, work)
         result, retried = _passes(config, work)
     output = work.shards.folder
     if config.sample is not None:
@@ -56,7 +63,12 @@ def run(config: GenerateConfig) -> Summary:
         "model": config.model,
         "prompt": work.job.prompt.prompt_id,
     }
-    lines |= {"done": result.done, "reused": result.reused, "retried": retried, "quarantined": result.quarantined}
+    lines |= engines | {
+        "done": result.done,
+        "reused": result.reused,
+        "retried": retried,
+        "quarantined": result.quarantined,
+    }
     if result.failed_before:
         lines["in quarantine already"] = f"{result.failed_before} (try again with --retry_failed)"
     if work.without_picture:
@@ -76,7 +88,8 @@ def run(config: GenerateConfig) -> Summary:
         "tokens_in": result.tokens_in,
         "tokens_out": result.tokens_out,
     }
-    return Summary(f"generate: {config.what} for {config.dataset}", lines, output, counts)
+    failure = result.failure(work.shards)
+    return Summary(f"generate: {config.what} for {config.dataset}", lines, output, counts, failure)
 
 
 def dry_run(config: GenerateConfig) -> Summary:
@@ -100,9 +113,11 @@ def dry_run(config: GenerateConfig) -> Summary:
         lines["items without a picture"] = work.without_picture
     if pending.is_empty():
         return Summary(f"generate (dry run): {config.what} for {config.dataset}", lines, None, counts)
+    work = _sized(config, work)
     sample = _sample(pending, ESTIMATE_ROWS, config.seed)
     with _trial(config, work) as trial, ray_session(config.ray):
         gpus = engine_gpus(config.engine) * config.engine.tensor_parallel_size * config.engine.replicas
+        lines |= _engine_lines(config, work)
         shard_rows = max(1, ESTIMATE_ROWS // 4)
         result = run_bulk(
             sample,
@@ -143,6 +158,7 @@ class _Work:
     shards: Shards
     wanted: pl.DataFrame  # item_id, input_hash, text, picture, picture_hash
     without_picture: int
+    longest: RowLength | None = None
 
 
 def generated_shards(dataset: Dataset, what: str) -> Shards:
@@ -154,7 +170,7 @@ def generated_shards(dataset: Dataset, what: str) -> Shards:
 def _plan(config: GenerateConfig) -> _Work:
     prompt = load_prompt(config.prompt, config.what)
     dataset = Dataset.open(config.dataset)
-    model, sees = _check_model(config.model)
+    model, sees = _check_model(config.model, config.revision)
     if prompt.image == "required" and not sees:
         raise UserError(
             f"model {config.model} cannot see pictures, and prompt {prompt.prompt_id} shows one",
@@ -183,6 +199,7 @@ def _plan(config: GenerateConfig) -> _Work:
         language=config.language,
         gate=config.quality,
     )
+    check_adapter(job.folder, engine_name(config.engine))
     items = dataset.items().select("item_id", "text", "image_path")
     without = 0
     if prompt.image == "required":
@@ -200,6 +217,23 @@ def _plan(config: GenerateConfig) -> _Work:
     return _Work(job, generated_shards(dataset, config.what), _wanted(items, job, dataset.path), without)
 
 
+def _sized(config: GenerateConfig, work: _Work) -> _Work:
+    """The work with `Job.max_model_len`: as set in the config, or as long as the wanted rows need."""
+    job = work.job
+    texts = work.wanted.select(text=pl.col("text").fill_null("").str.replace_all("<|", "< |", literal=True)).unique()
+    texts = texts if "{text}" in job.prompt.template else texts.clear()
+    by_length = texts.with_columns(n=pl.col("text").str.len_bytes()).sort("n", descending=True)
+    longest = longest_row(
+        job,
+        by_length["text"][:_COUNTED_TEXTS].to_list(),
+        by_length["n"][_COUNTED_TEXTS] if by_length.height > _COUNTED_TEXTS else 0,
+        pictures=job.prompt.image != "none" and work.wanted["picture"].null_count() < work.wanted.height,
+    )
+    room = config.engine.max_model_len or -(-(longest.total + 32) // 64) * 64
+    room = min(room, context_length(job.model, job.revision) or room)
+    return replace(work, job=replace(job, max_model_len=room), longest=longest)
+
+
 def _sample(table: pl.DataFrame, n: int, seed: int) -> pl.DataFrame:
     """``n`` random rows, in the table's order."""
     if n >= table.height:
@@ -208,7 +242,7 @@ def _sample(table: pl.DataFrame, n: int, seed: int) -> pl.DataFrame:
     return table[sorted(rows.tolist())]
 
 
-def _check_model(model: str) -> tuple[str, bool]:
+def _check_model(model: str, revision: str | None) -> tuple[str, bool]:
     """(name or absolute folder, whether it takes pictures); a name on the Hugging Face hub is judged by its config.
 
     Raises:
@@ -227,23 +261,13 @@ def _check_model(model: str) -> tuple[str, bool]:
                     f"model folder {folder} has no {what} ({needed} is missing)",
                     "Save model and tokenizer (and, for pictures, the processor) into one folder with save_pretrained.",
                 )
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return str(folder.absolute()), "vision_config" in config
-    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        model = str(folder.absolute())
+    elif folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise UserError(
             f"model folder {model} does not exist",
             "Give a folder, or a Hugging Face name like Qwen/Qwen3-VL-2B-Instruct.",
         )
-    from transformers import AutoConfig
-
-    try:
-        return model, hasattr(AutoConfig.from_pretrained(model), "vision_config")
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"model {model} cannot be had: {reason}",
-            "Check the name and the network, or give a local folder with --model.",
-        ) from None
+    return model, "vision_config" in model_config(model, revision)
 
 
 def _wanted(items: pl.DataFrame, job: Job, root: Location) -> pl.DataFrame:
@@ -345,6 +369,13 @@ def _passes(config: GenerateConfig, work: _Work) -> tuple[BulkResult, int]:
 def _stages(config: GenerateConfig, job: Job, shard_rows: int) -> Stages:
     workers = config.render_workers if job.sees and job.prompt.image != "none" else 0
     return partial(build, job=job, engine=config.engine, shard_rows=shard_rows, render_workers=workers)
+
+
+def _engine_lines(config: GenerateConfig, work: _Work) -> dict[str, object]:
+    """The longest row and the engines that take it; nothing where no engine starts."""
+    if work.longest is None:
+        return {}
+    return {"longest row": work.longest, **engine_lines(work.job, config.engine)}
 
 
 def _cost(config: GenerateConfig, items: int, seconds: float, gpus: float) -> dict[str, object]:

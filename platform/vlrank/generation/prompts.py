@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,7 +37,7 @@ class Prompt:
     kind: str
     image: Image
     template: str
-    json_schema: Mapping[str, Any] | None = None
+    json_schema: Mapping[str, Any] | None = field(default=None, hash=False)
     json_field: str | None = None
 
     def question(self, text: str) -> str:
@@ -115,12 +115,12 @@ def _read(path: Path, prompt_id: str, kind: str) -> Prompt:
         raise UserError(
             f"prompt file {path}: unknown field {{{sorted(fields - {'text'})[0]}}}", "The only field is {text}."
         )
-    schema, field = raw.get("json_schema"), raw.get("json_field")
-    if (schema is None) != (field is None) or (schema is not None and field not in schema.get("properties", {})):
+    schema, name = raw.get("json_schema"), raw.get("json_field")
+    if (schema is None) != (name is None) or (schema is not None and name not in schema.get("properties", {})):
         raise UserError(
             f"prompt file {path}: json_schema and json_field go together, and the field must be one of its properties"
         )
-    return Prompt(prompt_id, kind, raw["image"], template, schema, field)
+    return Prompt(prompt_id, kind, raw["image"], template, schema, name)
 
 
 def _braces(template: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 
 REFUSAL = re.compile(
@@ -24,6 +25,10 @@ _FUNCTION_WORDS = {
     "nl": {"het", "een", "met", "voor", "niet", "van", "zijn", "deze", "en", "op", "te", "dat"},
 }
 _WORD = re.compile(r"\w+(?:['’]\w+)?")
+# Thai to Lao, Burmese, Khmer, kana, Chinese characters.
+_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
+_RUN = 12
+"""Letters of an unspaced script that count as much as four words."""
 
 
 def problem(text: str, *, question: str, cut_off: bool = False, language: str = "en") -> str | None:
@@ -54,13 +59,24 @@ def problem(text: str, *, question: str, cut_off: bool = False, language: str = 
 
 def repeats(words: list[str], text: str) -> bool:
     """A run of four words occurs three times, one word fills a third of a text of 12 words or more, or a character is
-    repeated 20 times."""
-    if re.search(r"(\S)\1{19}", text):
+    repeated 20 times. Scripts that put no blanks between words are judged by `_unspaced_repeats` too."""
+    if re.search(r"(\S)\1{19}", text) or _unspaced_repeats(text):
         return True
     runs = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
     if max(runs.values(), default=0) >= 3:
         return True
     return len(words) >= 12 and Counter(words).most_common(1)[0][1] > len(words) / 3
+
+
+def _unspaced_repeats(text: str) -> bool:
+    """Whether a phrase is said four times in a row, a character six times, or `_RUN` letters occur three times."""
+    letters = "".join(
+        c for c in text if c.isalpha() or unicodedata.category(c).startswith("M")
+    )  # Thai vowels are marks
+    if len(_UNSPACED.findall(letters)) * 2 <= len(letters):
+        return False
+    runs = Counter(letters[start : start + _RUN] for start in range(len(letters) - _RUN + 1))
+    return bool(re.search(r"(.{2,})\1{3}|(.)\2{5}", letters)) or max(runs.values(), default=0) >= 3
 
 
 def copies(words: list[str], question: list[str], run: int = 8) -> bool:

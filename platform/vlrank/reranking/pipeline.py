@@ -8,7 +8,6 @@ another weight costs no inference.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import sys
 import threading
@@ -23,7 +22,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from vlrank.bulk import ENGINE_PROCESS, ENGINE_SECONDS, ERROR, ERROR_TYPE, TOKENS_IN, BulkResult, Shards, run_bulk
+from vlrank.bulk import ENGINE_SECONDS, ERROR, ERROR_TYPE, TOKENS_IN, BulkResult, Shards, run_bulk
 from vlrank.config import EngineConfig, RankingConfig, RerankConfig, Split
 from vlrank.console import Summary, announce
 from vlrank.data.candidates_io import write_rankings
@@ -33,7 +32,7 @@ from vlrank.data.lists import Lists
 from vlrank.data.schemas import RANKINGS
 from vlrank.data.tables import atomic_write_json
 from vlrank.engines.models import ModelFolder, on_this_node
-from vlrank.engines.resources import EngineDied, engine_gpus
+from vlrank.engines.resources import EngineDied, engine_actor
 from vlrank.prompting.modes import ModeSpec
 from vlrank.prompting.prior import log_prior
 from vlrank.reranking.fusion import best_weight, fused_table
@@ -87,7 +86,9 @@ def run(config: RerankConfig) -> Summary:
         **({"warning": _CONSTANT} if constant else {}),
         "time": f"{time.monotonic() - started:,.1f} s",
     }
-    return Summary(f"rerank: {config.split} users of {config.dataset}", lines, config.out, _counts(users, result, rows))
+    failure = result.failure(_shards(config, setup.dataset, config.split))
+    counts = _counts(users, result, rows)
+    return Summary(f"rerank: {config.split} users of {config.dataset}", lines, config.out, counts, failure)
 
 
 def dry_run(config: RerankConfig) -> Summary:
@@ -171,10 +172,10 @@ def _stages(dataset: ray.data.Dataset, job: _Job, shard_rows: int) -> ray.data.D
     from ray.data import ActorPoolStrategy
 
     config = job.engine
-    gpus = engine_gpus(config)
+    actor = engine_actor(config)
     # The next shard's prompts begin while the last ones of this shard are scored.
     overlap = 1 if config.name == "transformers" else 2
-    makers = job.prompt_workers if job.prompt_workers is not None else 4 * config.replicas * (gpus > 0)
+    makers = job.prompt_workers if job.prompt_workers is not None else 4 * config.replicas * (actor["num_gpus"] > 0)
     if makers:
         dataset = dataset.map_batches(
             _PromptWorker,
@@ -196,9 +197,7 @@ def _stages(dataset: ray.data.Dataset, job: _Job, shard_rows: int) -> ray.data.D
             max_concurrent_calls_per_actor=overlap,
             enable_true_multi_threading=overlap > 1,
         ),
-        num_cpus=config.cpus,
-        num_gpus=math.ceil(gpus * config.tensor_parallel_size) if gpus >= 1 else gpus,
-        **ENGINE_PROCESS,
+        **actor,
     )
 
 

@@ -16,34 +16,36 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from vlrank.bulk import ENGINE_PROCESS
 from vlrank.config import EngineConfig
-from vlrank.engines.resources import engine_gpus, vllm_env
-from vlrank.generation.job import DATA, FAILED, PREPARE_CPUS, Job, prepare
-from vlrank.generation.writers.ray_llm import concurrent_batches, vllm_engine_kwargs
+from vlrank.engines.failures import root_cause
+from vlrank.engines.resources import engine_actor, vllm_env
+from vlrank.engines.vllm_args import concurrent_batches
+from vlrank.generation.job import DATA, FAILED, PREPARE_CPUS, Job, failure, prepare
 
 if TYPE_CHECKING:
     import ray.data
 
 
-def rendered_vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig, render_workers: int) -> ray.data.Dataset:
-    """The stages; rows in and out as in `writing.build`.
+def rendered_vllm(
+    dataset: ray.data.Dataset, job: Job, engine: EngineConfig, args: dict[str, Any], render_workers: int
+) -> ray.data.Dataset:
+    """Rows of `job` -> rows with ``generated_text``, in the column DATA.
 
     Args:
         dataset: Rows as in `writing.build`.
         job: The job.
         engine: The engines.
+        args: vLLM's arguments.
         render_workers: CPU processes that prepare pictures.
     """
     from ray.data import ActorPoolStrategy
 
-    gpus = engine_gpus(engine)
-    kwargs = {"model": job.model, **vllm_engine_kwargs(job, engine, gpus)}
-    environment = {"runtime_env": {"env_vars": vllm_env(gpus)}}
-    concurrent = concurrent_batches(kwargs, engine.batch_size)
+    actor = engine_actor(engine)
+    environment = {"runtime_env": {"env_vars": vllm_env(actor["num_gpus"])}}
+    concurrent = concurrent_batches(args, engine.batch_size)
     dataset = dataset.map_batches(
         Renderer,
-        fn_constructor_kwargs={"job": job, "engine_kwargs": kwargs},
+        fn_constructor_kwargs={"job": job, "args": args},
         batch_size=min(32, engine.batch_size),
         compute=ActorPoolStrategy(size=render_workers),
         num_cpus=PREPARE_CPUS,
@@ -51,7 +53,7 @@ def rendered_vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig, ren
     )
     return dataset.map_batches(
         RenderedVllm,
-        fn_constructor_kwargs={"job": job, "engine_kwargs": kwargs},
+        fn_constructor_kwargs={"job": job, "args": args},
         batch_size=engine.batch_size,
         # One actor works on several batches at once, so that the engine never runs dry between two.
         compute=ActorPoolStrategy(
@@ -59,18 +61,16 @@ def rendered_vllm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig, ren
             max_tasks_in_flight_per_actor=2 * concurrent,
             max_concurrent_calls_per_actor=concurrent,
         ),
-        num_cpus=engine.cpus,
-        num_gpus=math.ceil(gpus * engine.tensor_parallel_size) if gpus >= 1 else gpus,
         zero_copy_batch=True,
         **environment,
-        **ENGINE_PROCESS,
+        **actor,
     )
 
 
 class Renderer:
     """vLLM's renderer without an engine: pixels and prompt become what an engine core takes."""
 
-    def __init__(self, job: Job, engine_kwargs: dict[str, Any]) -> None:
+    def __init__(self, job: Job, args: dict[str, Any]) -> None:
         from vlrank.compat import patch_torchvision
 
         patch_torchvision()
@@ -86,7 +86,7 @@ class Renderer:
         torch.set_num_threads(1)
         logging.getLogger("vllm").setLevel(logging.ERROR)
         self.job = job
-        config = AsyncEngineArgs(**engine_kwargs).create_engine_config()
+        config = AsyncEngineArgs(**args).create_engine_config()
         self.renderer = renderer_from_config(config)
         self.parse = functools.partial(parse_model_prompt, config.model_config)
 
@@ -108,7 +108,7 @@ class Renderer:
         try:
             (rendered,) = self.renderer.render_cmpl([self.parse(prompt)])
         except Exception as error:  # e.g. a picture 300 times as wide as high: the row's fault, not the run's
-            return row | {FAILED: f"{type(error).__name__}: {error}"}
+            return row | {FAILED: failure(type(error).__name__, str(error))}
         if pictures and uuids:
             # Without a prefix cache vLLM counts pictures per renderer: two workers' pictures would share a name, and
             # the engine would show one in place of the other. The content's name is the same everywhere.
@@ -119,7 +119,7 @@ class Renderer:
 class RenderedVllm:
     """An engine that takes rendered prompts; an actor whose batches overlap."""
 
-    def __init__(self, job: Job, engine_kwargs: dict[str, Any]) -> None:
+    def __init__(self, job: Job, args: dict[str, Any]) -> None:
         from vlrank.compat import patch_torchvision
 
         patch_torchvision()
@@ -127,7 +127,8 @@ class RenderedVllm:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self.job = job
-        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_kwargs))
+        with root_cause():
+            self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         # More requests than the engine can run only cost memory.
         self.room = asyncio.Semaphore(math.ceil(1.1 * self.engine.vllm_config.scheduler_config.max_num_seqs))
         self.asked = 0
@@ -152,11 +153,9 @@ class RenderedVllm:
                 ):
                     answer = output
         except EngineDeadError:
-            os._exit(
-                1
-            )  # Ray starts the actor anew and repeats its tasks; an exception would come back to a dead engine
+            os._exit(1)  # Ray restarts the actor and repeats its tasks; an exception would come back to a dead engine
         except Exception as error:
-            row[FAILED] = f"{type(error).__name__}: {error}"
+            row[FAILED] = failure(type(error).__name__, str(error))
             return
         assert answer is not None
         row["time_taken_llm"] = time.monotonic() - start

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from vlrank.bulk import ENGINE_PROCESS
 from vlrank.config import EngineConfig
-from vlrank.engines.resources import engine_gpus
-from vlrank.generation.job import DATA, FAILED, PREPARE_CPUS, Job, failure, load_tokenizer, prepare
+from vlrank.engines.resources import engine_actor
+from vlrank.generation.job import DATA, FAILED, PREPARE_CPUS, Job, failure, load_processor, load_tokenizer, prepare
 
 if TYPE_CHECKING:
     import ray.data
@@ -23,16 +21,13 @@ def transformers_batches(dataset: ray.data.Dataset, job: Job, engine: EngineConf
     """Rows of `job` -> rows with ``generated_text``, in the column DATA."""
     from ray.data import ActorPoolStrategy
 
-    gpus = engine_gpus(engine)
     dataset = dataset.map(functools.partial(_with_inputs, job=job), num_cpus=PREPARE_CPUS)
     return dataset.map_batches(
         TransformersGenerator,
         fn_constructor_kwargs={"job": job, "dtype": engine.dtype},
         batch_size=engine.batch_size,
         compute=ActorPoolStrategy(size=engine.replicas),
-        num_cpus=engine.cpus,
-        num_gpus=math.ceil(gpus * engine.tensor_parallel_size) if gpus >= 1 else gpus,
-        **ENGINE_PROCESS,
+        **engine_actor(engine),
     )
 
 
@@ -53,22 +48,21 @@ class TransformersGenerator:
     """Batched generation with transformers: the engine where vLLM is not installed, with the same rows in and out."""
 
     def __init__(self, job: Job, dtype: str = "auto") -> None:
-        from vlrank.compat import patch_torchvision
+        from transformers import GenerationConfig
 
-        patch_torchvision()
-        import torch
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+        from vlrank.engines.transformers_scorer import load_model
 
-        source = {"pretrained_model_name_or_path": job.model, "revision": job.revision}
         self.job = job
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        kind = AutoModelForImageTextToText if job.sees else AutoModelForCausalLM
-        self.model = kind.from_pretrained(**source, dtype=dtype, device_map=device if device == "cuda" else None).eval()
+        self.model = load_model(job.folder, dtype)
+        ends = self.model.generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends])
+        # transformers fills fields that `_generate` leaves unset from here: with the model's own generation_config.json
+        # it would sample or punish repetition, which vLLM does not.
+        plain = GenerationConfig()
+        self.model.generation_config = plain
         if job.adapter:
-            from peft import PeftModel
-
-            self.model = PeftModel.from_pretrained(self.model, job.adapter).eval()
-        self.processor = AutoProcessor.from_pretrained(**source) if job.sees else None
+            self.model.get_base_model().generation_config = plain
+        self.processor = load_processor(job.model, job.revision) if job.sees else None
         self.tokenizer = self.processor.tokenizer if self.processor else load_tokenizer(job.model, job.revision)
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
@@ -115,14 +109,12 @@ class TransformersGenerator:
         else:
             inputs = self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False)
         inputs = inputs.to(self.model.device)
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
+        ends = self.ends | {self.tokenizer.eos_token_id}
         sampling: dict[str, Any] = {"do_sample": False}
         if self.job.effective_temperature > 0:
             seeds = ",".join(str(row["sampling_params"]["seed"]) for row in rows)
             torch.manual_seed(int.from_bytes(hashlib.sha256(seeds.encode()).digest()[:4], "little"))
             sampling = {"do_sample": True, "temperature": self.job.effective_temperature, "top_k": 0}
-        # A configuration of its own: a model's generation_config.json may sample and punish repetition by default.
         config = GenerationConfig(
             max_new_tokens=self.job.max_tokens,
             eos_token_id=sorted(end for end in ends if end is not None),
