@@ -113,6 +113,16 @@ def test_quotes_of_two_rows_that_would_swallow_the_rows_between_are_plain_charac
     assert ([row[:2] for row in rows], bad) == ([("u1", "i1"), ("u2", "i2"), ("u3", "i3"), ("u4", "i4")], [])
 
 
+def test_quotes_that_are_escaped_by_backslashes(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text(
+        'text,user,item,timestamp\n"say \\"hi\\", you",u1,i1,1\nok,u2,i2,2\n'
+        '"two \\"\nlines\\"",u3,i3,3\n"C:\\",u4,i4,4\n'
+    )
+    rows, bad = read(path)
+    assert ([row[0] for row in rows], bad) == (["u1", "u2", "u3", "u4"], [])
+
+
 def test_rows_after_many_lines_of_text_keep_their_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     text = "long " * 200 + "\n"

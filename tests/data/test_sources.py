@@ -240,6 +240,16 @@ def test_the_unit_of_times_is_told_by_size_or_given(tmp_path: Path, value: int, 
     assert read(write_lines(path, ["user,item,timestamp", "u,i,5000"]), timestamp_unit="ms")[0][0][2] == 5000
 
 
+@given(st.floats() | st.integers(-(10**20), 10**20), st.sampled_from(["auto", "s", "ms", "us", "ns"]))
+def test_one_time_is_read_as_many_are(value: float, unit: sources.TimestampUnit) -> None:
+    many = sources._times(np.array([value], np.float64), unit)
+    if many is None:
+        with pytest.raises(ValueError, match="is not a time"):
+            sources._time(value, unit)
+    else:
+        assert sources._time(value, unit) == many[0]
+
+
 # ---- metadata -------------------------------------------------------------------------------------------------------
 
 
@@ -417,4 +427,15 @@ def test_a_parquet_column_that_cannot_be_meant_is_named_with_an_example(
     table = pa.table({"user": ["u1", "u2"], "item": ["i", "i"], "timestamp": [1, 2]} | {role: values})
     pq.write_table(table, tmp_path / "r.parquet")
     with pytest.raises(UserError, match=rf"column {role} of .*r\.parquet holds .*, such as .*, expected the {role}"):
+        read(tmp_path / "r.parquet")
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    times = np.random.default_rng(0).integers(1, 2**40, 20_000)
+    table = pa.table({"user": [f"u{n}" for n in times], "item": ["i"] * len(times), "timestamp": times})
+    pq.write_table(table, tmp_path / "r.parquet", compression="zstd")
+    content = bytearray((tmp_path / "r.parquet").read_bytes())
+    content[100:2000] = b"\xff" * 1900
+    (tmp_path / "r.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"r\.parquet is damaged"):
         read(tmp_path / "r.parquet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,6 +25,22 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         raise UserError(f"input file {path} does not exist", "Check the path.") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"input file {path} is not a readable Parquet file: {error}") from None
+
+
+def read_batches(path: Path, file: pq.ParquetFile, rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of an open file, so many rows at a time.
+
+    Raises:
+        UserError: the file is damaged, or Arrow cannot read a column.
+    """
+    try:
+        yield from file.iter_batches(batch_size=rows, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the disk's trouble, not the file's
+            raise
+        raise UserError(
+            f"input file {path} is damaged or cannot be read: {error}", "Write or download it again."
+        ) from None
 
 
 def parquet_column(path: Path, role: str, name: str, column: pa.Array) -> pa.Array:

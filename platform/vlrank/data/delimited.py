@@ -14,6 +14,11 @@ from typing import Any
 
 from vlrank.data.rawfiles import decode
 
+_BACKSLASH: dict[str, Any] = {
+    "strict": True,
+    "escapechar": "\\",
+    "doublequote": False,
+}  # as Spark and MySQL write quotes
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -57,6 +62,8 @@ class Dialect:
     def _readings(self, text: str) -> Iterator[dict[str, Any]]:
         if self.quoting:
             yield {"strict": True}
+        if self.quoting and '\\"' in text:
+            yield _BACKSLASH
         if self.quoting and '"' in text:
             yield {"strict": False}
         if not self.quoting or ('"' in text and self.delimiter == "\t"):
@@ -138,16 +145,23 @@ def _join(
         reader = csv.reader(_texts(islice(lines, start, None)), delimiter=dialect.delimiter, strict=True)
         begin, still_open = start, False
         try:
-            for _ in reader:
+            for values in reader:
                 end = start + reader.line_num
-                if end - begin > 1 and _swallows_rows(lines[begin:end], is_row):
+                record = _joined(lines[begin:end]) or b""
+                misread = len(values) != len(dialect.header) and b'\\"' in record
+                if misread or _swallows_rows(lines[begin:end], is_row):
                     break
                 numbers.append(number + begin)
-                records.append(_joined(lines[begin:end]) or b"")
+                records.append(record)
                 begin = end
         except csv.Error as error:
             still_open = start + reader.line_num == len(lines) and "unexpected end of data" in str(error)
         start = begin
+        if escaped := _escaped(lines, begin, dialect, is_row):
+            numbers.append(number + begin)
+            records.append(_joined(escaped) or b"")
+            regular, start = False, begin + len(escaped)
+            continue
         if still_open and len(_joined(lines[begin:]) or b"") <= max_open_bytes:
             break
         if begin < len(lines):  # a stray quote, or a line that is too long: a record begins in the next line
@@ -155,6 +169,20 @@ def _join(
             records.append(lines[begin])
             regular, start = False, begin + 1
     return Records(numbers, records, _joined(records) if regular else None), start
+
+
+def _escaped(
+    lines: Sequence[bytes | int], begin: int, dialect: Dialect, is_row: Callable[[bytes], bool]
+) -> list[bytes | int]:
+    """The lines of the record that begins there, if it is one whose quotes are escaped by backslashes."""
+    reader = csv.reader(_texts(islice(lines, begin, None)), delimiter=dialect.delimiter, **_BACKSLASH)
+    try:
+        width = len(next(reader, []))
+    except csv.Error:
+        return []
+    record = list(lines[begin : begin + reader.line_num])
+    escaped = width == len(dialect.header) and b'\\"' in (_joined(record) or b"")
+    return record if escaped and not _swallows_rows(record, is_row) else []
 
 
 def _texts(lines: Iterable[bytes | int]) -> Iterator[str]:
@@ -171,5 +199,7 @@ def _text(line: bytes) -> str:
 
 def _swallows_rows(lines: Sequence[Any], is_row: Callable[[bytes], bool]) -> bool:
     """Whether a value that a quote opened ran over whole rows: the quote was a plain character then."""
+    if len(lines) < 2:
+        return False
     first, *between, last = lines
-    return any(map(is_row, between)) or (is_row(first) and is_row(last))
+    return any(map(is_row, between)) or (is_row(last) and is_row(first))

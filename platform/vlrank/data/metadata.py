@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from vlrank.data.cells import parse_cell
-from vlrank.data.columns import open_parquet, parquet_column
+from vlrank.data.columns import open_parquet, parquet_column, read_batches
 from vlrank.data.delimited import record_blocks
 from vlrank.data.rawfiles import Rejects, decode, excerpt, line_blocks, open_raw, parse_record, printable, records
 from vlrank.data.sources import (
@@ -133,7 +133,7 @@ def _parquet_items(path: Path, wanted: Set[str], options: RawOptions) -> Iterato
     known = {name for role in _ROLES for name in options.names(role)}
     names = {name: plain_name(name) for name in schema.names if plain_name(name) in known}
     number = 1
-    for batch in file.iter_batches(batch_size=65_536, columns=list(names)):
+    for batch in read_batches(path, file, 65_536, list(names)):
         ids = parquet_column(path, "item", id_column, batch.column(id_column)).to_pylist()
         mine = [row for row, source_id in enumerate(ids) if source_id in wanted]
         rows = batch.take(pa.array(mine, pa.int64())).to_pylist(maps_as_pydicts="lossy")
@@ -192,7 +192,7 @@ def _image(value: Any, root: Path) -> str | None:
     product photo first or marked MAIN.
     """
     if isinstance(value, Mapping):
-        lists = [value.get(size) for size in ("hi_res", "large", "thumb")]
+        lists = [value.get(size) for size in ("hi_res", "large", "thumb", "url", "path")]
         value = [url for found in lists if found for url in (found if isinstance(found, list) else [found]) if url]
     if isinstance(value, list | tuple):
         pictures = [part for part in value if part]

@@ -34,7 +34,7 @@ import pyarrow.csv
 import pyarrow.json
 
 from vlrank.config import ColumnsConfig
-from vlrank.data.columns import is_dated, open_parquet, parquet_column
+from vlrank.data.columns import is_dated, open_parquet, parquet_column, read_batches
 from vlrank.data.delimited import BYTE_ORDER_MARK, Dialect, Records, read_dialect, record_blocks
 from vlrank.data.rawfiles import Rejects, excerpt, line_blocks, open_raw, parse_record, printable
 from vlrank.errors import UserError
@@ -67,6 +67,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "image": ("imageURLHighRes", "imageURL", "imUrl", "images", "image", "image_path", "image_url", "img"),
 }
 _MILLISECONDS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
+_SCALES = ((1e17, 1e-6), (1e14, 1e-3), (1e11, 1.0))  # least size -> milliseconds; smaller numbers are seconds
 _MAX_TIME_MS = 253_402_300_800_000  # the year 10000
 _NO_RATING = {"", "na", "n/a", "nan", "null", "none"}
 _PARQUET_ROWS = 1 << 20
@@ -212,7 +213,7 @@ def _times(values: np.ndarray, unit: TimestampUnit) -> np.ndarray | None:
     scale: Any
     if unit == "auto":
         size = np.abs(numbers)
-        scale = np.select([size >= 1e17, size >= 1e14, size >= 1e11], [1e-6, 1e-3, 1.0], 1000.0)
+        scale = np.select([size >= least for least, _ in _SCALES], [scale for _, scale in _SCALES], 1000.0)
     else:
         scale = _MILLISECONDS[unit]
     milliseconds = np.floor(numbers * scale)
@@ -296,12 +297,15 @@ def _time(value: Any, unit: TimestampUnit) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"timestamp {value!r} is not a number")
     try:
-        times = _times(np.array([value], np.float64), unit)
+        number = float(value)
     except OverflowError:
-        times = None
-    if times is None:
+        number = math.inf
+    size = abs(number)
+    scale = _MILLISECONDS[unit] if unit != "auto" else next((s for least, s in _SCALES if size >= least), 1000.0)
+    milliseconds = number * scale
+    if not math.isfinite(milliseconds) or abs(math.floor(milliseconds)) > _MAX_TIME_MS:
         raise ValueError(f"timestamp {value!r} is not a time")
-    return int(times[0])
+    return math.floor(milliseconds)
 
 
 def _date(text: str) -> int:
@@ -482,7 +486,7 @@ def _parquet_interactions(path: Path, options: RawOptions, rejects: Rejects) -> 
     wanted = ("user", "item", "timestamp", "rating")
     roles = find_roles(path, file.schema_arrow.names, options, {"user", "item", "timestamp"}, wanted)
     number = 1
-    for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(roles.values())):
+    for batch in read_batches(path, file, _PARQUET_ROWS, list(roles.values())):
         columns = {role: parquet_column(path, role, name, batch.column(name)) for role, name in roles.items()}
         dated = is_dated(batch.schema.field(roles["timestamp"]).type)
         unit = "ms" if dated else options.timestamp_unit

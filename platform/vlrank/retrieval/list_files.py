@@ -218,7 +218,7 @@ def _trec(lines: Iterable[str], path: Path) -> pl.DataFrame:
         found = _TREC.fullmatch(line.strip())
         try:
             user, item, rank, score = found.groups()[:4] if found else ("", "", "", "")
-            rows.append((user, item, float(int(rank)), float(score)))
+            rows.append((user, item, float(rank), float(score)))
         except ValueError as error:
             width = len(line.split())
             problem = error if width == 6 else f"{width} columns, expected 6"
@@ -268,7 +268,7 @@ def _text_table(lines: Sequence[str], delimiter: str, path: Path, *, ragged: boo
         raise UserError(f"{path}: {error}", f"Formats: {FORMATS}.") from None
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
-    return frame
+    return frame.with_columns(pl.all().str.strip_chars())
 
 
 def _unnamed(table: pl.DataFrame, delimiter: str) -> pl.DataFrame | None:
@@ -321,7 +321,10 @@ def _text_rows(lines: Iterable[str], path: Path, split: str) -> Iterator[dict[st
             continue
         user, tab, rest = line.partition("\t")
         if not tab or not user.strip():
-            raise UserError(f"{path}, line {number}: no tab between user and items", f"Formats: {FORMATS}.")
+            width = len(line.split())
+            raise UserError(
+                f"{path}, line {number}: no tab between user and items, but {width} columns", f"Formats: {FORMATS}."
+            )
         rows.append((user.strip(), rest.replace(",", " ").split()))
     if all(len(items) <= 1 for _, items in rows):
         joined: dict[str, list[str]] = {}
