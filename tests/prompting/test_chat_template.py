@@ -13,7 +13,13 @@ from vlrank.config import GenerateConfig, RerankConfig, TrainConfig, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
 from vlrank.generation import pipeline as generate
-from vlrank.prompting.chat_template import chat_template, check_chat_template, complete_tokenizer, render_messages
+from vlrank.prompting.chat_template import (
+    chat_template,
+    check_chat_template,
+    check_tokenizer,
+    complete_tokenizer,
+    render_messages,
+)
 from vlrank.prompting.labels import LabelTrie, end_token_id
 from vlrank.reranking import pipeline as rerank
 from vlrank.training import run as train
@@ -182,3 +188,10 @@ def test_every_stage_says_so_before_anything_starts(shop: Dataset, tiny_vision_m
             run()
         assert not ray.is_initialized()
     assert not list(tmp_path.glob("out.parquet*"))
+
+
+def test_a_tokenizer_from_the_hub_is_checked_when_it_has_been_loaded() -> None:
+    assert check_tokenizer(model(PARTS), "somebody/vision", pictures=True) is None
+    assert "plain text" in str(check_tokenizer(model(None), "somebody/base", pictures=False))
+    with pytest.raises(UserError, match="somebody/base cannot be used: it has no chat template"):
+        check_tokenizer(model(None), "somebody/base", pictures=True)

@@ -105,7 +105,7 @@ def load_tokenizer(model: str, revision: str | None) -> Any:
     """Cached."""
     from transformers import AutoTokenizer
 
-    return complete_tokenizer(AutoTokenizer.from_pretrained(model, revision=revision), model)
+    return complete_tokenizer(AutoTokenizer.from_pretrained(model, revision=revision), model, revision)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -102,50 +104,66 @@ def render_messages(tokenizer: Any, messages: Messages) -> str:
     return "\n\n".join(message["content"] for message in messages) + "\n\nAnswer:\n"
 
 
-def complete_tokenizer(tokenizer: Any, folder: str | Location) -> Any:
-    """The tokenizer, with the template that older models keep in a file of their processor."""
+def complete_tokenizer(tokenizer: Any, model: str | Location, revision: str | None = None) -> Any:
+    """The tokenizer of ``model``, with the template that older models keep in a file of their processor."""
     if not getattr(tokenizer, "chat_template", None):
-        tokenizer.chat_template = _of_processor(location(folder))
+        tokenizer.chat_template = _of_processor(model, revision)
     return tokenizer
 
 
-def check_chat_template(model: str | Location, *, pictures: bool) -> str | None:
-    """Look at a model folder's template before anything is loaded.
+def check_tokenizer(tokenizer: Any, model: str | Location, *, pictures: bool) -> str | None:
+    """Find out whether prompts can be made with a tokenizer.
 
     Args:
-        model: Folder, URL or Hugging Face name; nothing is known of a name before its files are there.
+        tokenizer: The model's.
+        model: How messages call the model.
         pictures: Whether prompts show pictures.
 
     Returns:
         What the user should know, if anything.
 
     Raises:
-        UserError: prompts cannot be made with this model.
+        UserError: prompts cannot be made.
+    """
+    with _named(model):
+        return _check(chat_template(tokenizer), model, pictures)
+
+
+def check_chat_template(model: str | Location, *, pictures: bool) -> str | None:
+    """`check_tokenizer` from the files of a model folder, before anything is loaded.
+
+    A Hugging Face name is not checked: its files may not be here yet.
     """
     folder = location(model)
     if not folder.is_dir():
         return None
-    config = folder / "tokenizer_config.json"
-    settings = read_json(config) if config.is_file() else {}
-    own = folder / "chat_template.jinja"
-    source = own.read_text(encoding="utf-8") if own.is_file() else settings.get("chat_template")
-    source = source or _of_processor(folder)
-    try:
-        if not source:
-            if pictures:
-                raise UserError("it has no chat template, which is needed to show pictures")
-            return f"{model} has no chat template: prompts are plain text that ends in 'Answer:'"
+    config, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    with _named(model):
+        settings = read_json(config) if config.is_file() else {}
+        source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+        source = source or _of_processor(model)
         named = ((name, token.get("content") if isinstance(token, dict) else token) for name, token in settings.items())
         tokens = tuple((name, token) for name, token in named if name.endswith("_token") and isinstance(token, str))
-        template = _probed(_default(source), tokens)
-        if pictures:
-            _check_pictures(template)
-    except UserError as error:
-        raise UserError(f"model {model} cannot be used: {error.problem}", error.remedy or _INSTRUCT) from None
-    return None
+        return _check(_probed(_default(source), tokens) if source else None, model, pictures)
 
 
 _INSTRUCT = "Use the model's instruction-tuned variant, or copy its chat_template.jinja into the folder."
+
+
+def _check(template: ChatTemplate | None, model: str | Location, pictures: bool) -> str | None:
+    if template is not None and pictures:
+        _check_pictures(template)
+    if template is None and pictures:
+        raise UserError("it has no chat template, which is needed to show pictures")
+    return f"{model} has no chat template: prompts are plain text that ends in 'Answer:'" if template is None else None
+
+
+@contextmanager
+def _named(model: str | Location) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"model {model} cannot be used: {error.problem}", error.remedy or _INSTRUCT) from None
 
 
 def _check_pictures(template: ChatTemplate) -> None:
@@ -208,11 +226,26 @@ def _default(source: Any) -> str:
     return str(source["default"])
 
 
-def _of_processor(folder: Location) -> str | None:
+def _of_processor(model: str | Location, revision: str | None = None) -> str | None:
+    folder = location(model)
     for name in ("chat_template.json", "processor_config.json"):
-        if (folder / name).is_file() and (source := read_json(folder / name).get("chat_template")):
+        file = folder / name if folder.is_dir() else _hub_file(str(model), name, revision)
+        if file is not None and file.is_file() and (source := read_json(file).get("chat_template")):
             return _default(source)
     return None
+
+
+def _hub_file(model: str, name: str, revision: str | None) -> Path | None:
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        model,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else Path(path)
 
 
 class _Generation(Extension):

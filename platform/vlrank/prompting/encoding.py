@@ -21,7 +21,7 @@ from vlrank.config import RankingConfig
 from vlrank.data.items import ItemMeta
 from vlrank.data.picture import PictureBroken, UnreadablePicture, read_rgb, upright_size
 from vlrank.errors import UserError
-from vlrank.prompting.chat_template import complete_tokenizer
+from vlrank.prompting.chat_template import check_tokenizer, complete_tokenizer
 from vlrank.prompting.labels import LabelTrie
 from vlrank.prompting.modes import ModeSpec
 from vlrank.prompting.prompts import CANDIDATES, Prompt, build_prompt, render
@@ -132,7 +132,8 @@ class Encoder:
         """The encoder for a model folder or Hugging Face name.
 
         Raises:
-            UserError: no tokenizer there, or no image processor where the mode needs one.
+            UserError: no tokenizer there, one that no prompt can be made with, or no image processor where the mode
+                needs one.
         """
         from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -156,6 +157,7 @@ class Encoder:
                     f"model {folder} has no image processor for mode {spec.name}: {str(error).splitlines()[0]}",
                     "Use a Qwen3-VL model folder with preprocessor_config.json.",
                 ) from None
+        check_tokenizer(tokenizer, folder, pictures=spec.pixels)
         return cls(tokenizer, spec, ranking, processor, **kwargs)
 
     def trie(self, n: int) -> LabelTrie:
