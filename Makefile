@@ -18,12 +18,13 @@ PYTHON ?= $(shell for version in $(VERSIONS); do for python in python$$version p
   $$python -c "import sys, ensurepip; '%d.%d' % sys.version_info[:2] == '$$version' and print(sys._base_executable)" 2> /dev/null; \
   done; done | head -1)
 
-.PHONY: help venv gpu demo test lint bench clean
+.PHONY: help venv gpu demo check test lint bench clean
 
 help:
 	@printf "make venv   make .venv without a GPU: 3.7 GB to download, 8 GB of disk; where a CPU build of torch is offered\n            (pip settings, or TORCH_INDEX=URL), 1.3 and 5 GB\n"
 	@echo "make gpu    make .venv for an NVIDIA GPU: driver 580 or newer, 3.8 GB to download, 12 GB of disk"
 	@echo "make demo   the whole platform on an embedded shop, without a GPU"
+	@echo "make check  lint and all tests without Ray, vLLM, Unsloth or a GPU (two minutes)"
 	@echo "make test   lint and the whole test suite"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the CPU benchmarks; results go to bench/results"
@@ -75,6 +76,10 @@ lint: $(ANY)
 	$(BIN)/ruff check platform jobs tests bench
 	$(BIN)/ruff format --check platform jobs tests bench
 	$(BIN)/mypy
+
+# All tests that need neither Ray, vLLM, Unsloth nor a GPU, in two processes of one thread each.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not stack"
 
 # Two processes, a file each: Ray, vLLM and Unsloth take their time to start, and one waits while the other works.
 test: lint

@@ -1,10 +1,13 @@
 """Shared by all tests: the small shop, tiny models, a world of two tastes, the research data beside the checkout."""
 
+import os
 import subprocess
-from collections.abc import Generator
+import uuid
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import settings
 
@@ -15,6 +18,39 @@ from vlrank.demo.shop import make_shop
 # An example may take as long as a busy machine makes it take.
 settings.register_profile("vlrank", deadline=None)
 settings.load_profile("vlrank")
+
+SESSION = "VLRANK_TEST_SESSION"
+"""Environment variable that marks every process which the tests start, directly or through Ray."""
+
+
+def pytest_configure() -> None:
+    os.environ.setdefault(SESSION, uuid.uuid4().hex)  # xdist's workers inherit the controller's
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """A process that outlives the tests fails the run: users would find it on their machines."""
+    yield
+    if hasattr(session.config, "workerinput"):
+        return  # the controller looks when all workers have ended
+    _, left = psutil.wait_procs(_started_by_tests(), timeout=20)
+    for process in left:
+        print(f"left behind: {process.pid} {' '.join(process.cmdline())[:200]}")
+        process.kill()
+    if left and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _started_by_tests() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(SESSION) == os.environ[SESSION]:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
