@@ -105,16 +105,18 @@ def test_printers_colours_and_films(tmp_path: Path) -> None:
     assert read_rgb(tmp_path / "a.gif").getpixel((5, 5)) == RED
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff", "webp"])
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_pictures_stand_upright(tmp_path: Path, turn: int) -> None:
+def test_pictures_stand_upright(tmp_path: Path, turn: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = turn
     stored = Image.new("RGB", (32, 16))
     stored.paste(RED, (0, 0, 8, 8))
-    stored.save(tmp_path / "a.png", exif=exif)
+    path = tmp_path / f"a.{kind}"
+    stored.save(path, exif=exif, **({"lossless": True} if kind == "webp" else {}))
     red = {1: (0, 0), 2: (1, 0), 3: (1, 1), 4: (0, 1), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}[turn]
-    image = read_rgb(tmp_path / "a.png")
-    assert image.size == upright_size(tmp_path / "a.png") == ((32, 16) if turn < 5 else (16, 32))
+    image = read_rgb(path)
+    assert image.size == upright_size(path) == ((32, 16) if turn < 5 else (16, 32))
     assert image.getpixel((2 + red[0] * (image.width - 5), 2 + red[1] * (image.height - 5))) == RED
 
 

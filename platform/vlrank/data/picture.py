@@ -91,6 +91,8 @@ def orientation(image: Image) -> int:
     """EXIF orientation, 1 (upright) to 8; from 5 on the sides are swapped. Damaged EXIF counts as upright."""
     if image.format == "PNG":
         image.load()  # the EXIF chunk may follow the pixels
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself when it loads them
     try:
         value = int(image.getexif().get(0x0112, 1))
     except Exception:
