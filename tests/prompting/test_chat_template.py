@@ -118,7 +118,7 @@ def test_labels_and_their_end_are_read_behind_closed_thoughts() -> None:
     ("template", "problem"),
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% for m in messages %}{{ m.role }}", "no Jinja template"),
+        ("{% for m in messages %}{{ m.role }}", "not valid Jinja"),
         ("hello", "leaves the question out"),
         ({"rag": CHAT}, "several chat templates and none is the default: rag"),
     ],

@@ -37,7 +37,7 @@ _OPEN_THOUGHTS = re.compile(r"<([\w:|]*think\w*\|?)>\s*\Z")
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A model's template, and how it wants to be asked.
+    """A model's template, and the form of messages that it takes.
 
     Attributes:
         template: Compiled.
@@ -183,7 +183,7 @@ def _probed(source: str, tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
     try:
         compiled = _environment().from_string(source)
     except jinja2.TemplateError as error:
-        raise UserError(f"its chat template is no Jinja template: {_reason(error)}") from error
+        raise UserError(f"its chat template is not valid Jinja: {_reason(error)}") from error
     question = {"role": "user", "content": _QUESTION}
     failure = "it leaves the question out"
     for options in ({"enable_thinking": False}, {}):

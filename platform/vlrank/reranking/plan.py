@@ -119,7 +119,7 @@ def _check_fusion(config: RerankConfig, dataset: Dataset) -> None:
             raise UserError(
                 "fusion_weight=auto on split val would choose the weight on the users it ranks", "Give a number."
             )
-        _retrieved(config, dataset, "val")  # missing lists are found now, not when all other users are ranked
+        _retrieved(config, dataset, "val")  # fail before the other users are ranked
 
 
 def _retrieved(config: RerankConfig, dataset: Dataset, split: Split) -> pl.DataFrame:
