@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlrank.config import MODES, TuneConfig, load_config
+from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
 from vlrank.tuning.mode_search import mode_search
 from vlrank.tuning.resources import TrialResources, concurrency, trial_resources
@@ -149,10 +150,22 @@ def test_workers_never_share_a_gpu() -> None:
     assert trial_resources(mode_search(config(), "caption").base, {"CPU": 4}) == TrialResources(0, 1)
 
 
-def test_a_dry_run_lists_trials_and_what_asha_is_expected_to_save(tmp_path: Path) -> None:
-    summary = dry_run(config(out=tmp_path / "sweep", modes="caption", trials=9, train={"epochs": 9}))
+def test_a_dry_run_lists_trials_and_what_asha_is_expected_to_save(
+    shop: Dataset, tiny_text_model: Path, tmp_path: Path
+) -> None:
+    train = {"epochs": 9, "model": str(tiny_text_model), "ranking": {"missing": "text"}, "max_missing": 1}
+    options = {"out": tmp_path / "sweep", "modes": "semantic_summary_small", "trials": 9, "train": train}
+    summary = dry_run(config(dataset=shop.path, **options))
     # 9 trials to epoch 1, 3 to epoch 3, 1 to epoch 9: 9 + 3 * 2 + 1 * 6 = 21 of 81.
     assert summary.lines["expected epochs"] == "21 of 81, 8 trials stopped by ASHA"
     assert summary.counts == {"trials": 9, "expected_epochs": 21}
-    assert str(summary.lines["caption-000"]).endswith("(defaults)")
+    assert str(summary.lines["semantic_summary_small-000"]).endswith("(defaults)")
+    assert f"{shop.count_targets('val')} validation users" in str(summary.lines["semantic_summary_small"])
     assert not (tmp_path / "sweep").exists(), "a dry run leaves nothing behind"
+
+
+def test_a_dry_run_refuses_what_every_trial_would_refuse(shop: Dataset, tiny_text_model: Path, tmp_path: Path) -> None:
+    train = {"model": str(tiny_text_model)}
+    for dataset, problem in ((tmp_path / "nowhere", "nowhere does not exist"), (shop.path, "vlrank generate")):
+        with pytest.raises(UserError, match=problem):
+            dry_run(config(dataset=dataset, out=tmp_path / "sweep", modes="semantic_summary_small", train=train))

@@ -217,6 +217,7 @@ def dry_run(config: TuneConfig) -> Summary:
         UserError: as `run`, before any trial.
     """
     modes = [mode_search(config, mode) for mode in config.modes]
+    users = {mode.mode: validation_users(mode.base) for mode in modes}
 
     # What a trial holds, and how many run side by side.
     resources = {"CPU": float(os.cpu_count() or 1), "GPU": float(_gpus_here())}
@@ -239,7 +240,8 @@ def dry_run(config: TuneConfig) -> Summary:
             at = f" at epochs {', '.join(map(str, rungs(*asha)))}" if rungs(*asha) else " at their ends"
         else:
             at = " at their ends"
-        lines[mode.mode] = f"{len(mode.points)} trials ({holds}), compared by {mode.metric}{at}"
+        measure = f"{mode.metric} of {users[mode.mode]:,} validation users"
+        lines[mode.mode] = f"{len(mode.points)} trials ({holds}), compared by {measure}{at}"
         for index, point in enumerate(mode.points):
             keys = ", ".join(f"{key} {value}" for key, value in point.items()) or "chosen by Optuna while it runs"
             lines[f"{mode.mode}-{index:03d}"] = keys + (" (defaults)" if index == 0 else "")
