@@ -4,7 +4,7 @@
 
 The job is that of ``vlrank generate`` up to the engine: plan, decode and scale pictures, commit. In place of an engine
 stands a stage that holds every batch for ``--delay`` seconds, so that pictures would pile up if nothing held them back.
-All items share ``--pictures`` files on disk; every one of them is decoded anew.
+All items share ``--pictures`` files on disk; each of them is decoded again.
 """
 
 from __future__ import annotations

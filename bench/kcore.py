@@ -2,7 +2,7 @@
 
     python bench/kcore.py --interactions 20_000_000 --items 1_000_000
 
-The generator makes a reviews file and a metadata file of the asked size: popularity follows a power law with a long
+The generator makes a reviews file and a metadata file of the given size: popularity follows a power law with a long
 tail, so that the 5-core takes several rounds; a tenth of the users repeat a purchase; ratings and times are given, ids
 look like Amazon's. Each size runs in its own process, which reports its peak memory. The input is checked, too: the
 number of interactions kept must be the same as the plain k-core below finds.
@@ -119,7 +119,7 @@ def plain_core(reviews: Path, core: int) -> int:
 
 
 def sizes(interactions: int, items: int, growth: bool) -> Iterator[tuple[int, int]]:
-    """The asked size, and with ``growth`` a tenth, a quarter and half of it before."""
+    """The given size, and with ``growth`` a tenth, a quarter and half of it before."""
     for share in (0.1, 0.25, 0.5) if growth else ():
         yield int(interactions * share), int(items * share)
     yield interactions, items

@@ -2,7 +2,7 @@
 
 The lessons are the demo's (`pretrain.py`: find the line that fits, guided attention) with H&M's photos and
 words in place of drawn products: which of these pictures shows a black dress, and what does this one show? Words come
-from the catalogue: kind (the last category) and colour (of the title). Nothing is said of users or purchases.
+from the catalogue: kind (the last category) and colour (of the title). Users and purchases are not in them.
 """
 
 from __future__ import annotations

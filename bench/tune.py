@@ -40,7 +40,7 @@ SEARCHES = ("random", "asha", "asha_of_ray")
 
 
 def make_data(folder: Path, items: int, users: int) -> tuple[Path, Path]:
-    """A shop with the summaries that a perfect eye would write, and the demo's small text model."""
+    """A shop with the summaries that a perfect vision model would write, and the demo's small text model."""
     from pretrain import summary
     from vlrank.demo.base_models import make_demo_models
 
@@ -71,7 +71,7 @@ def replay(
         epochs: Of the longest.
         factor: Reduction factor.
         concurrent: Trials side by side.
-        folder: For a sweep that nobody reads.
+        folder: Folder for a sweep file that is not read again.
         ours: `vlrank.tuning.asha.Asha`, or Ray Tune's ``ASHAScheduler``.
     """
     sweep = Sweep(folder / "replay.jsonl")

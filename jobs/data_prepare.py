@@ -1,7 +1,7 @@
 """`ray job submit -- python jobs/data_prepare.py --dataset_code beauty --min_rating 3 --min_uc 20 --min_sc 20 ...`.
 
 Takes every flag of `vlrank prepare`, and the historic ``--generate_caption`` and ``--generate_semantic_summary``, which
-go on to the next stage; its keys are given as ``--generate model=NAME``.
+run `vlrank generate` afterwards; its keys are given as ``--generate model=NAME``.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ EXTRA = (
 
 
 def job(argv: Sequence[str] | None = None) -> NoReturn:
-    """Prepare, then generate what was asked for; all configs are checked before anything is done."""
-    asked: dict[str, Any] = {}
+    """Prepare, then generate the requested texts; all configs are checked before anything is done."""
+    requested: dict[str, Any] = {}
 
     def adapt(given: dict[str, Any]) -> dict[str, Any]:
-        asked.update({key: given.pop(key) for key in ("generate_caption", "generate_semantic_summary", "generate")})
+        requested.update({key: given.pop(key) for key in ("generate_caption", "generate_semantic_summary", "generate")})
         return given
 
     def stages(config: PrepareConfig) -> Summary:
-        texts = [what for what in ("caption", "semantic_summary") if asked[f"generate_{what}"]]
+        texts = [what for what in ("caption", "semantic_summary") if requested[f"generate_{what}"]]
         configs = [
-            load_config(GenerateConfig, overrides=asked["generate"], dataset=config.folder, what=what) for what in texts
+            load_config(GenerateConfig, overrides=requested["generate"], dataset=config.folder, what=what)
+            for what in texts
         ]
         summary = prepare(config)
         for generate_config in configs:
