@@ -380,8 +380,8 @@ def build(name: str, args: argparse.Namespace) -> Work:
 
 def row_tokens(variant: str, model: Any, batches: list[list[Any]]) -> int:
     """Length of packed rows, chosen as training does."""
-    from vlrank.engines.structure import weights
-    from vlrank.training.packing import free_memory, launch_tokens, row_length, row_limit
+    from vlrank.training.memory import Work, make_plan, shape_of
+    from vlrank.training.packing import launch_tokens, row_length
 
     if variant == "8bit-gc":
         return LENGTH + ANSWER
@@ -389,12 +389,12 @@ def row_tokens(variant: str, model: Any, batches: list[list[Any]]) -> int:
         return BATCH * LENGTH
     import torch
 
-    text = model.config.get_text_config()
     on_gpu = torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else float("inf")
-    limit = row_limit(text.num_hidden_layers, text.hidden_size, free_memory(memory, weights(model)))
-    least = launch_tokens(text.hidden_size) if on_gpu else 0
-    return row_length([len(row) for rows in batches for row in rows], len(batches[0]), limit, least)
+    work = Work(shape_of(model), longest=LENGTH + ANSWER, prompts=len(batches[0]), fused=True)
+    least = launch_tokens(work.shape.hidden) if on_gpu else 0
+    lengths = [len(row) for rows in batches for row in rows]
+    return row_length(lengths, len(batches[0]), make_plan(work, memory).tokens, least)
 
 
 def plain_loss(model: Any, batch: dict[str, Any]) -> Any:

@@ -356,7 +356,8 @@ class TrainConfig(Config):
         None, ge=1, description="Samples per forward pass. Default: a worker's whole share of the batch."
     )
     auto_batch: bool = Field(
-        False, description="On a GPU: find the largest forward pass that fits; --batch_size stays."
+        True,
+        description="On a GPU: fit passes, recomputed layers and optimizer states to its memory; --batch_size stays.",
     )
     lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
     warmup_ratio: float = Field(
@@ -366,8 +367,8 @@ class TrainConfig(Config):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
     optim: Literal["auto", "adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "auto",
-        description="Optimizer. auto is adamw with float32 moments and weights; adamw_bf16 keeps both in bfloat16; "
-        "the 8-bit ones are those of bitsandbytes.",
+        description="Optimizer. auto is adamw with float32 moments and weights, or an 8-bit one where the GPU's memory "
+        "asks for it; adamw_bf16 keeps both in bfloat16; the 8-bit ones are those of bitsandbytes.",
     )
     patience: int = Field(5, ge=1, description="Stop after this many evaluations without improvement.")
     loss: Literal["answer", "all"] = Field(
@@ -398,8 +399,10 @@ class TrainConfig(Config):
     max_missing: float = Field(
         0.2, ge=0, le=1, description="Refuse a dataset in which a larger share of the items lacks what the mode shows."
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Number format of the computation. auto is bfloat16 on a GPU and float32 on a CPU."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Number format of the computation. auto is bfloat16 on a GPU, float16 on one without it (T4, "
+        "V100), and float32 on a CPU.",
     )
     backend: Literal["auto", "unsloth", "transformers"] = Field(
         "auto", description="Library behind text models. auto takes Unsloth for LoRA where it is installed."
@@ -424,8 +427,13 @@ class TrainConfig(Config):
     cache_vision: bool = Field(
         True, description="Compute the features of a frozen vision tower once per picture and keep them."
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Compute activations again in the backward pass, to save memory."
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Recompute layers in the backward pass: same result, less memory, about a third slower. Default: "
+        "where the GPU's memory asks for it.",
+    )
+    gpu_memory_gib: float | None = Field(
+        None, gt=0, description="GPU memory in GiB that a worker may take. Default: what is free."
     )
     parallel: Literal["ddp", "fsdp2"] = Field(
         "ddp",

@@ -105,7 +105,7 @@ def test_rows_are_as_long_as_steps_fill_well(batch_size: int, spread: float) -> 
     lengths = np.clip(rng.normal(942, spread, size=(300, batch_size)), 200, 3000).astype(int)
     row = row_length(lengths[:20].flatten().tolist(), batch_size, limit=16384)
     assert row % 128 == 0
-    assert row <= 16384  # what auto_batch found to fit
+    assert row <= 16384  # what the memory plan allows
     rows = sum(len(pack(step.tolist(), max(row, int(step.max())))) for step in lengths)
     padding = 1 - lengths.sum() / (rows * row)
     # Two standard deviations of a step, and half a prompt in each of several rows.

@@ -31,7 +31,7 @@ from vlrank.training.run import (
     record_evaluation,
     run,
 )
-from vlrank.training.trainer import RerankTrainer, Stability, device_full, largest_that_fits
+from vlrank.training.trainer import RerankTrainer, Stability, device_full
 from vlrank.training.validation import rank_metrics
 from vlrank.training.worker import remove_orphans
 
@@ -277,23 +277,9 @@ def test_a_full_device_names_settings_in_the_order_of_least_loss(settings: Make)
     config = settings("raw_image", method="full", packing=True)
     for row, size in ((16384, "pack_tokens=8192"), (None, "micro_batch_size=")):
         remedy = str(device_full(config, resolve_base(config), "step 1", row).remedy)
-        names = [size, "auto_batch", "gradient_checkpointing", "optim", "method=lora", "max_image_pixels"]
+        names = [size, "gradient_checkpointing", "optim", "method=lora", "max_image_pixels"]
         places = [remedy.index(name) for name in names]
         assert places == sorted(places)
-
-
-def test_the_largest_micro_batch_that_fits() -> None:
-    def attempt(limit: int) -> Callable[[int], None]:
-        def pass_of(size: int) -> None:
-            if size > limit:
-                raise torch.OutOfMemoryError("full")
-
-        return pass_of
-
-    assert largest_that_fits(attempt(5), start=32, smallest=1) == 4
-    assert largest_that_fits(attempt(99), start=32, smallest=1) == 32
-    assert largest_that_fits(attempt(0), start=32, smallest=1) is None
-    assert largest_that_fits(attempt(300), start=1000, smallest=260) == 260
 
 
 def test_resuming_keeps_bfloat16_adapters_and_their_masters(tiny_text_model: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ the micro-batch and the packing change speed and memory and nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +37,8 @@ class Step:
         tokens: Tokens that were read, without padding.
         padding: Tokens that were not.
         inserted: Samples whose target was put among a retriever's candidates by hand.
+        together: Samples of the largest micro-batch.
+        halvings: Of the passes' length when it was made, see `Steps.halve`.
         bad: (user, error type, message) of samples that could not be read.
     """
 
@@ -45,6 +48,8 @@ class Step:
     tokens: int
     padding: int
     inserted: int
+    together: int = 1
+    halvings: int = 0
     bad: list[tuple[int, str, str]] = field(default_factory=list)
 
 
@@ -56,9 +61,10 @@ class Steps(Dataset[Step]):
         item_meta: What prompts show.
         encoder: Prompts -> token ids, in the mode that training shows.
         batch_size: Samples of a step over all ranks.
-        micro_batch_size: Rows side by side; ignored when packing.
+        micro_batch_size: Rows side by side at most; ignored when packing.
         pack_tokens: Length of packed rows, or None to pad. A step with a longer prompt gets rows for the longest prompt
             that the encoder makes, so that there are two shapes at most.
+        pass_tokens: Tokens of a padded micro-batch at most, padding included; a longer prompt goes alone.
         rank, world: Which share of each step.
         vision: Whether the model is a Qwen3-VL.
         pad_id: Any token id that is no picture placeholder.
@@ -81,10 +87,12 @@ class Steps(Dataset[Step]):
         pad_id: int,
         pictures: Pictures | None,
         loss: Literal["answer", "all"] = "answer",
+        pass_tokens: int | None = None,
     ) -> None:
         self.samples, self.item_meta, self.encoder = samples, item_meta, encoder
         self.batch_size, self.micro_batch_size, self.pack_tokens = batch_size, micro_batch_size, pack_tokens
-        self.rank, self.world, self.loss = rank, world, loss
+        self.rank, self.world, self.loss, self.pass_tokens = rank, world, loss, pass_tokens
+        self._halvings = torch.zeros((), dtype=torch.int64).share_memory_()  # loader processes see it
         self._form: dict[str, Any] = {"vision": vision, "pad_id": pad_id, "pictures": pictures}
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -110,7 +118,7 @@ class Steps(Dataset[Step]):
         rows, bad = self._rows(own)
         answers = sum(len(row.targets) for row in rows)
         stand_in = [] if rows else [self._stand_in()]
-        micro = self._micro_batches(rows or stand_in)
+        groups, micro = self._micro_batches(rows or stand_in)
         read = sum(len(row) for row in rows)
         return Step(
             micro=micro,
@@ -119,6 +127,8 @@ class Steps(Dataset[Step]):
             tokens=read,
             padding=sum(batch["input_ids"].numel() for batch in micro) - read,
             inserted=sum(sample.inserted for sample in own),
+            together=max(map(len, groups)),
+            halvings=self.halvings,
             bad=bad,
         )
 
@@ -143,25 +153,32 @@ class Steps(Dataset[Step]):
         candidates = [self.item_meta[item] for item in sample.candidates]
         return answer_row(self.encoder, self.encoder.encode(history, candidates), sample.label, self.loss)
 
-    def _micro_batches(self, rows: Sequence[Row]) -> list[MicroBatch]:
+    @property
+    def halvings(self) -> int:
+        """How often `halve` was called, in any process."""
+        return int(self._halvings)
+
+    def halve(self) -> None:
+        """Let passes take half of the tokens from now on, in the loader's processes too."""
+        self._halvings += 1
+
+    def _micro_batches(self, rows: Sequence[Row]) -> tuple[list[list[int]], list[MicroBatch]]:
+        """Which rows go together, and as what."""
         lengths = [len(row) for row in rows]
+        part = 2**self.halvings
         if self.pack_tokens is None:
-            return [
-                side_by_side([rows[i] for i in chosen], **self._form)
-                for chosen in batches(lengths, self.micro_batch_size)
-            ]
+            tokens = math.inf if self.pass_tokens is None else self.pass_tokens
+            if part > 1:
+                tokens = min(tokens, self.micro_batch_size * max(lengths)) / part
+            groups = batches(lengths, self.micro_batch_size, tokens)
+            return groups, [side_by_side([rows[i] for i in chosen], **self._form) for chosen in groups]
         longest = self.encoder.ranking.max_prompt_tokens + ANSWER_ROOM
-        budget = self.pack_tokens if max(lengths) <= self.pack_tokens else max(longest, *lengths)
-        return [
-            end_to_end(
-                [rows[i] for i in chosen],
-                length=budget,
-                documents=min(self.batch_size, budget),
-                longest=min(budget, longest),
-                **self._form,
-            )
-            for chosen in pack(lengths, budget)
-        ]
+        budget = self.pack_tokens // part
+        if max(lengths) > budget:
+            budget = max(longest, *lengths) if part == 1 else -(-max(lengths) // 128) * 128
+        groups = pack(lengths, budget)
+        form = self._form | {"documents": min(self.batch_size, budget), "longest": min(budget, longest)}
+        return groups, [end_to_end([rows[i] for i in chosen], length=budget, **form) for chosen in groups]
 
     def _weight(self, sample: Sample) -> float:
         # Characters stand for tokens: every rank must come to the same shares without tokenising the others' prompts.
@@ -191,7 +208,8 @@ class _EpochOrder(Sampler[list[int]]):
         return ([self.epoch * self.per_epoch + step] for step in range(self.per_epoch))
 
 
-def _only(steps: list[Step]) -> dict[str, Any]:
+def fields_of(steps: list[Step]) -> dict[str, Any]:
+    """One step as the dict that a `Trainer` takes."""
     (step,) = steps
     return {name: getattr(step, name) for name in Step.__slots__}
 
@@ -203,7 +221,7 @@ class StepLoader(DataLoader[Step]):
         super().__init__(
             steps,
             batch_sampler=_EpochOrder(steps.per_epoch),
-            collate_fn=_only,
+            collate_fn=fields_of,
             num_workers=workers,
             pin_memory=pin_memory,
             prefetch_factor=4 if workers else None,

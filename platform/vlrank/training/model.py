@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,7 @@ from vlrank.errors import UserError
 from vlrank.installation import install_command
 from vlrank.prompting.chat_template import check_chat_template
 from vlrank.prompting.modes import Family, ModeSpec, mode_spec
-from vlrank.storage import Location, fetch_model, is_url, location
+from vlrank.storage import Location, is_url, location
 from vlrank.training.collate import ANSWER_ROOM
 
 if TYPE_CHECKING:
@@ -148,7 +148,12 @@ def _model_folder(given: Location, spec: ModeSpec) -> Location:
 
 
 def load_trainable(config: TrainConfig, base: Base, device: torch.device) -> Trainable:
-    """Load, freeze and adapt the base model, in float32 on a CPU and in bfloat16 on a GPU unless `dtype` says more.
+    """Load, freeze and adapt the base model.
+
+    Args:
+        config: With ``dtype`` and ``gradient_checkpointing`` decided.
+        base: The base model, on this node.
+        device: Where it will be trained.
 
     Raises:
         UserError: the model cannot be found or lacks a tokenizer or image processor.
@@ -160,8 +165,7 @@ def load_trainable(config: TrainConfig, base: Base, device: torch.device) -> Tra
     from vlrank.training.answers import AnswerHead
 
     spec = mode_spec(config.mode)
-    base = replace(base, name=fetch_model(base.name))
-    dtype = weight_dtype(config, device)
+    dtype = weight_dtype(config, base)
     torch.manual_seed(config.seed)  # adapters start at random
     try:
         model = (_load_unsloth if base.unsloth else _load_transformers)(config, base, device, dtype)
@@ -174,25 +178,37 @@ def load_trainable(config: TrainConfig, base: Base, device: torch.device) -> Tra
         ) from error
     model.config.use_cache = False
     if config.gradient_checkpointing and not base.unsloth:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+        recompute_layers(model)
     return Trainable(model, processor, encoder, AnswerHead(model, last_layer=config.loss == "answer"))
 
 
-def weight_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """float32 or bfloat16, see `TrainConfig.dtype`; sharded weights are float32 and computed with in bfloat16."""
+def recompute_layers(model: Any) -> None:
+    """Keep only the layers' inputs for the backward pass."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+
+
+def weight_dtype(config: TrainConfig, base: Base) -> torch.dtype:
+    """The type of the weights, of a config whose ``dtype`` is decided.
+
+    float32 where they are sharded, or where all of them train in float16: computed in less than they are kept in.
+    """
     import torch
 
-    if config.parallel == "fsdp2":
+    if config.parallel == "fsdp2" or (config.dtype == "float16" and base.method == "full"):
         return torch.float32
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype
+
+
+def model_class(base: Base) -> Any:
+    """What transformers loads the base model as."""
+    from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration
+
+    return Qwen3VLForConditionalGeneration if base.family == "vision" else AutoModelForCausalLM
 
 
 def _load_transformers(config: TrainConfig, base: Base, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration
-
     options: dict[str, Any] = {"dtype": dtype}
     if base.in_4bit:
         from transformers import BitsAndBytesConfig
@@ -201,18 +217,35 @@ def _load_transformers(config: TrainConfig, base: Base, device: torch.device, dt
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
         )
         options["device_map"] = {"": device}
-    kind = Qwen3VLForConditionalGeneration if base.family == "vision" else AutoModelForCausalLM
-    model = load_whole(kind, base.name, **options)
+    model = load_whole(model_class(base), base.name, **options)
     if base.in_4bit:
         exact_4bit_on_cpu(model)
     else:
         model.to(device)
+    return adapt(config, base, model)
+
+
+def adapt(config: TrainConfig, base: Base, model: Any) -> Any:
+    """Freeze what does not learn, and add adapters for ``method: lora``.
+
+    Raises:
+        UserError: ``lora.target_modules`` names no layer of the model.
+    """
+    from torch.nn import Linear
+
     if base.method == "full":
         if base.family == "vision":
             model.model.visual.requires_grad_(config.train_vision)
         return model
     from peft import LoraConfig, get_peft_model
 
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if "weight" in module._parameters}
+    if not names & set(config.lora.target_modules):
+        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Linear)}
+        raise UserError(
+            f"no layer of {base.name} is named {', '.join(config.lora.target_modules)} (lora.target_modules)",
+            f"Name some of these: {', '.join(sorted(linear or names))}.",
+        )
     lora = LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
@@ -222,8 +255,8 @@ def _load_transformers(config: TrainConfig, base: Base, device: torch.device, dt
         exclude_modules=r".*\.visual\..*" if base.family == "vision" else None,
     )
     # Adapters in the weights' type: float32 ones make every activation be cast to float32 and back. The optimizer keeps
-    # float32 masters of them (see `MasterAdamW`).
-    return get_peft_model(model, lora, autocast_adapter_dtype=False)
+    # float32 masters of bfloat16 ones (see `MasterAdamW`); scaled losses of float16 need float32 ones.
+    return get_peft_model(model, lora, autocast_adapter_dtype=config.dtype == "float16")
 
 
 def _load_unsloth(config: TrainConfig, base: Base, device: torch.device, dtype: torch.dtype) -> Any:

@@ -6,51 +6,9 @@ Packing to a fixed budget keeps every shape static, so compiled layers are compi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-
-_ROW_BYTES = 44
-_TRAINED_BYTES = {"adamw_bf16": 8, "adamw_8bit": 6, "paged_adamw_8bit": 4}
-
-
-def row_limit(layers: int, hidden: int, free: float, *, tower: bool = False) -> int:
-    """Longest packed row unless the config says more: what it must remember may take half of the GPU's free memory.
-
-    Long rows keep a large GPU busy; a small model needs longer ones. Every layer keeps about 44 bytes per token and
-    hidden unit for the backward pass (measured: 16,384 tokens of Qwen3-0.6B, 28 layers of 1024, take 20 GiB).
-
-    Args:
-        layers: Of the language model.
-        hidden: Their width.
-        free: Bytes of the GPU; see `free_memory`.
-        tower: A vision tower is trained too: it remembers as much again.
-
-    >>> h100 = 79.2 * 2**30
-    >>> row_limit(30, 576, h100 - 2**31), row_limit(28, 2048, h100 - 32 * 2**30), row_limit(28, 1024, h100 / 3)
-    (54272, 9216, 10240)
-    >>> row_limit(28, 2048, h100 - 32 * 2**30, tower=True)
-    4096
-    """
-    tokens = free / (4 if tower else 2) / (_ROW_BYTES * layers * hidden)
-    return int(max(2.0, min(64.0, tokens / 1024))) * 1024
-
-
-def free_memory(total: float, weights: Iterable[tuple[int, int, bool]], optim: str = "auto", ranks: int = 1) -> float:
-    """Bytes of a GPU that the weights and what trains them leave.
-
-    Args:
-        total: Bytes of the GPU, or of a run's share of it.
-        weights: Numbers, bytes and whether it is trained, of each weight.
-        optim: As in `TrainConfig`; AdamW takes 16 bytes for a trained number: float32 moments, itself and its gradient,
-            in bfloat16 with a float32 copy.
-        ranks: Over how many GPUs the weights are sharded.
-
-    >>> free_memory(100, [(2, 4, False), (3, 6, True)]), free_memory(100, [(3, 6, True)], "adamw_8bit", ranks=2)
-    (48.0, 91.0)
-    """
-    each = _TRAINED_BYTES.get(optim, 16)
-    return total - sum(each * numbers if trained else size for numbers, size, trained in weights) / ranks
 
 
 def launch_tokens(hidden: int) -> int:
@@ -124,14 +82,21 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return bins
 
 
-def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Batches of at most ``size`` indices, similar lengths together, so that little is padding.
+def batches(lengths: Sequence[int], size: int, tokens: float = math.inf) -> list[list[int]]:
+    """Batches of at most ``size`` indices and ``tokens`` padded tokens, similar lengths together: little is padding.
 
-    >>> batches([9, 2, 8, 3], size=2)
-    [[0, 2], [3, 1]]
+    A length of more than ``tokens`` goes alone.
+
+    >>> batches([9, 2, 8, 3], size=2), batches([9, 2, 8, 3], size=4, tokens=18)
+    ([[0, 2], [3, 1]], [[0, 2], [3, 1]])
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-    return [order[i : i + size] for i in range(0, len(order), size)]
+    result: list[list[int]] = []
+    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        if result and len(result[-1]) < size and (len(result[-1]) + 1) * lengths[result[-1][0]] <= tokens:
+            result[-1].append(i)
+        else:
+            result.append([i])
+    return result
 
 
 def share(weights: Sequence[float], rank: int, world: int) -> list[int]:

@@ -13,12 +13,12 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vlrank.config import TrainConfig
+from vlrank.config import TrainConfig, mode_defaults
 from vlrank.console import Summary, announce, console, progress
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
@@ -27,11 +27,14 @@ from vlrank.data.tables import atomic_write_json, atomic_write_text, disk_errors
 from vlrank.errors import UserError
 from vlrank.prompting.chat_template import check_chat_template
 from vlrank.runtime import cluster_gpus, cluster_resources, ray_session
-from vlrank.storage import BucketPath, Location, listing, location, remove_tree, writable
+from vlrank.storage import BucketPath, Location, fetch_model, listing, location, remove_tree, writable
 from vlrank.training.checkpoints import set_torn_aside, torn_file
-from vlrank.training.data import TrainingData, display_name, plan
+from vlrank.training.data import TrainingData, display_name, plan, selection_metric
 from vlrank.training.failures import with_failure_policy, worker_error
+from vlrank.training.memory import GIB, TooLarge, free_gpu_memory
 from vlrank.training.model import FOLDERS, Base, resolve_base
+from vlrank.training.selection import best_evaluation, improves
+from vlrank.training.settle import OPEN, with_kept
 from vlrank.training.worker import PROGRESS_FILE, PROGRESS_S
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
 _FREE_KEYS = {
     *("out", "ray", "max_failures", "resume", "report_to", "loader_workers", "save_total_limit"),
     # What a full GPU makes people change; neither samples nor gradients depend on it.
-    *("micro_batch_size", "gradient_checkpointing", "pack_tokens", "auto_batch", "compile"),
+    *("micro_batch_size", "gradient_checkpointing", "pack_tokens", "auto_batch", "gpu_memory_gib", "compile"),
     *("workers", "gpus_per_worker", "cpus_per_worker"),
 }
 """Settings that may change between a run and its continuation."""
@@ -116,13 +119,14 @@ def build_trainer(
     folder = location(storage_path).resolve() / name
     config = config.model_copy(update={"out": folder, "dataset": config.dataset.resolve()})
     base = resolve_base(config)
+    gpus = gpus_per_worker(config, cluster_gpus())
+    config = with_kept(with_defaults(config, base), folder).model_copy(update={"gpus_per_worker": gpus})
     if data is None:
         data = TrainingData.of_dataset(Dataset.open(config.dataset), config.candidates)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     _resume_from_whole(folder, folder / FOLDERS[base.family])
-    gpus = gpus_per_worker(config, cluster_gpus())
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     kind: type[DataParallelTrainer] = DataParallelTrainer
     if config.workers > 1 or config.parallel == "fsdp2":
@@ -179,7 +183,7 @@ def record_evaluation(folder: Location, metrics: Mapping[str, Any]) -> None:
     history = [line for line in read_history(folder) if line["step"] < metrics["step"]]
     history.append({**metrics, "time": time.time()})
     write_history(folder, history)
-    best = max(history, key=lambda line: line["selection"])
+    best = best_evaluation(history)
     facts = {key: best[key] for key in ("checkpoint", "metric", "value", "epoch", "step")}
     atomic_write_json(folder / "best.json", facts)
 
@@ -199,7 +203,7 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
     base = resolve_base(config)
     _check_reporters(config)
     run_plan = plan(config, data)
-    if _finished(config, dataset):
+    if _finished(with_defaults(config, base), dataset):
         console.print(f"{config.out} is finished already; delete it or set resume=never to train again")
         return _summary(config, base, json.loads((config.out / "result.json").read_text(encoding="utf-8")))
     template_note = check_chat_template(base.name, pictures=run_plan.spec.pixels)
@@ -238,6 +242,19 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
     return _summary(config, base, result)
 
 
+def with_defaults(config: TrainConfig, base: Base) -> TrainConfig:
+    """The config with every setting decided that depends on no device; see `vlrank.training.settle` for the others."""
+    decided = {
+        "model": config.model or mode_defaults(config.mode)["model"],
+        "method": base.method,
+        "backend": "unsloth" if base.unsloth else "transformers",
+        "load_in_4bit": base.in_4bit,
+        "metric": selection_metric(config)[0],
+        "ranking": config.asked,
+    }
+    return config.model_copy(update=decided)
+
+
 def _finished(config: TrainConfig, dataset: Dataset | None) -> bool:
     """Whether ``out`` holds this very run, finished; clears it under ``resume: never``.
 
@@ -256,8 +273,12 @@ def _finished(config: TrainConfig, dataset: Dataset | None) -> bool:
         return False
     saved = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     wanted = config.model_dump(mode="json")
-    # A key that a later version has added stood at its default before.
-    differing = [key for key in wanted if key not in _FREE_KEYS and key in saved and saved[key] != wanted[key]]
+
+    def differs(key: str) -> bool:
+        # What one of both leaves open is the other's; a key that a later version has added stood at its default before.
+        return key in saved and saved[key] != wanted[key] and saved[key] not in OPEN and wanted[key] not in OPEN
+
+    differing = [key for key in wanted if key not in _FREE_KEYS and differs(key)]
     if differing:
         changes = ", ".join(f"{key}: {saved.get(key)!r} -> {wanted[key]!r}" for key in differing)
         raise UserError(
@@ -363,10 +384,8 @@ def _watch(config: TrainConfig, total: int) -> Iterator[None]:
                             said.add(line)
                 with suppress(UserError):  # a bucket that does not answer for once
                     history = read_history(config.out)
-                best = max((line["selection"] for line in history[:shown]), default=float("-inf"))
-                for line in history[shown:]:
-                    mark = " [BEST]" if line["selection"] > best else ""
-                    best = max(best, line["selection"])
+                for i, line in enumerate(history[shown:], shown + 1):
+                    mark = " [BEST]" if improves([earlier["selection"] for earlier in history[:i]]) else ""
                     console.print(epoch_line(line, config.epochs) + mark)
                     if line.get("guessing") and not warned:
                         announce("Note:", _GUESSES, "yellow")
@@ -422,11 +441,33 @@ def _facts(config: TrainConfig, base: Base, data: TrainingData) -> Summary:
         "steps": f"{steps} per epoch, {steps * config.epochs} at most",
         "validation users": len(run_plan.validation),
         "selected by": display_name(run_plan.metric),
+        "GPU memory": _memory_line(config, base),
         **({"notes": "; ".join(run_plan.warnings)} if run_plan.warnings else {}),
     }
     return Summary(
         f"train {config.mode} (dry run)", lines, config.out, {"samples": len(run_plan.samples), "steps": steps}
     )
+
+
+def _memory_line(config: TrainConfig, base: Base) -> str:
+    """How the run would fit this machine's GPU, or ``gpu_memory_gib``."""
+    import torch
+
+    from vlrank.training.settle import plan_for
+
+    if torch.cuda.is_available():
+        memory = free_gpu_memory(config, torch.device("cuda", 0))
+    elif config.gpu_memory_gib is not None:
+        memory = config.gpu_memory_gib * GIB
+    else:
+        return "no GPU here; gpu_memory_gib=24 shows the plan for a card of 24 GiB"
+    base = replace(base, name=fetch_model(base.name))
+    try:
+        return str(plan_for(config, base, memory))
+    except TooLarge:
+        raise
+    except UserError as error:
+        return f"unknown: {error.problem}"
 
 
 def _summary(config: TrainConfig, base: Base, result: Mapping[str, Any]) -> Summary:
@@ -442,7 +483,8 @@ def _summary(config: TrainConfig, base: Base, result: Mapping[str, Any]) -> Summ
         "seconds": result["seconds"],
     }
     if result["peak_memory_gib"]:
-        lines["peak GPU memory"] = f"{result['peak_memory_gib']:.1f} GiB"
+        planned = f" ({result['planned_memory_gib']:.1f} predicted)" if result.get("planned_memory_gib") else ""
+        lines["peak GPU memory"] = f"{result['peak_memory_gib']:.1f} GiB{planned}"
     if result["inserted"]:
         lines["targets inserted"] = f"{result['inserted']:.1%} of samples: the retriever did not list them"
     if result["quarantined"]:

@@ -24,11 +24,13 @@ from vlrank.engines.transformers_scorer import score_labels
 from vlrank.errors import UserError
 from vlrank.prompting.prior import log_prior
 from vlrank.training.answers import token_losses
-from vlrank.training.batches import StepLoader, Steps, to_device
+from vlrank.training.batches import StepLoader, Steps, fields_of, to_device
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import Plan
-from vlrank.training.model import Base, Trainable
+from vlrank.training.memory import GIB, MemoryPlan
+from vlrank.training.model import Base, Trainable, recompute_layers
 from vlrank.training.optim import MasterAdamW
+from vlrank.training.selection import improves, logged_selections, patience_spent, selection_value
 from vlrank.training.validation import encode_samples, rank_metrics, target_ranks, validation_scores
 
 CHECKPOINT_FILE = "vlrank.json"
@@ -48,6 +50,7 @@ class Outcome:
         loader_wait: Share of training time spent waiting for batches.
         padding: Share of padding among the tokens computed.
         peak_memory_gib: Largest GPU memory of this rank; 0 on a CPU.
+        planned_memory_gib: What was predicted.
         inserted: Share of samples whose target was put among a retriever's candidates by hand.
         bad: (user, error type, message) of rows that could not be used.
     """
@@ -60,6 +63,7 @@ class Outcome:
     loader_wait: float
     padding: float
     peak_memory_gib: float
+    planned_memory_gib: float
     inserted: float
     bad: list[tuple[str, str, str]]
 
@@ -76,9 +80,9 @@ class RerankTrainer(Trainer):
         args: `TrainingArguments`; accumulation, sampling and collation settings there are not used.
         config, base, plan: The run.
         steps: The training data.
-        loader_workers: Processes that prepare steps ahead.
         validation_encoder: Encodes validation prompts (in raw_image with ``train_inputs: caption`` they differ).
-        eval_tokens: Padded tokens per forward pass of a validation.
+        memory_plan: How the run fits the device.
+        say: Shows the user a line.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -94,16 +98,17 @@ class RerankTrainer(Trainer):
         plan: Plan,
         steps: Steps,
         validation_encoder: Any,
-        loader_workers: int,
-        eval_tokens: int,
-        callbacks: list[TrainerCallback],
+        memory_plan: MemoryPlan,
+        say: Callable[[str], None],
     ) -> None:
         self.config, self.base, self.plan = config, base, plan
         self.head, self.steps = trainable.head, steps
-        self._encoder, self._loader_workers, self._eval_tokens = validation_encoder, loader_workers, eval_tokens
+        self._encoder, self._memory_plan, self._say = validation_encoder, memory_plan, say
+        self._read_tokens, self._recompute = memory_plan.read_tokens, memory_plan.recompute
         self._validation_prompts: list[Any] | None = None
         self._meter = _Meter()
-        self._stability = Stability(math.log(len(trainable.encoder.tokenizer)))
+        # Scaled losses of float16 overflow until their factor is found, which is halved each time.
+        self._stability = Stability(math.log(len(trainable.encoder.tokenizer)), overflows=24 if args.fp16 else 0)
         self._norm: tuple[int, Callable[[], float]] | None = None
         self.bad: dict[str, tuple[str, str]] = {}
         super().__init__(
@@ -112,7 +117,7 @@ class RerankTrainer(Trainer):
             train_dataset=steps,
             eval_dataset=plan.validation,
             processing_class=trainable.processor,
-            callbacks=callbacks,
+            callbacks=[StopEarly(config.patience)],
         )
         self.remove_callback(PrinterCallback)
 
@@ -120,7 +125,7 @@ class RerankTrainer(Trainer):
 
     def get_train_dataloader(self) -> StepLoader:
         """Steps of this rank; not sharded again."""
-        return StepLoader(self.steps, self._loader_workers, pin_memory=self.args.device.type == "cuda")
+        return StepLoader(self.steps, self.config.loader_workers or 0, pin_memory=self.args.device.type == "cuda")
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Fetch the next step, and time how long the device waits for it."""
@@ -140,13 +145,28 @@ class RerankTrainer(Trainer):
     # ---- learning ---------------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward over the micro-batches of a step.
+        """Forward and backward over the micro-batches of a step, which is repeated in smaller ones if memory runs out.
 
         Returns:
             This rank's part of the mean loss per learned token, scaled so that the mean over ranks is the loss.
         """
         model.train()
-        inputs = self._prepare_inputs(inputs)
+        if inputs["halvings"] < self.steps.halvings:  # made ahead, before passes became smaller
+            inputs = self._made_again()
+        while True:
+            try:
+                loss = self._learn(model, self._prepare_inputs(inputs))
+                break
+            except torch.OutOfMemoryError as error:
+                together, full = inputs["together"], error.with_traceback(None)
+            # Outside the handler: what the failed pass had kept is free now.
+            inputs = self._smaller_step(model, together, full)
+        self._meter.did(inputs)
+        for user, kind, message in inputs["bad"]:
+            self.bad[str(user)] = (kind, message)
+        return loss
+
+    def _learn(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         micro, world = inputs["micro"], self.args.world_size
         # Nothing here may wait for the GPU: it would run dry while the next kernels are launched.
         scale: Any = world / max(1, inputs["answers"])
@@ -161,22 +181,40 @@ class RerankTrainer(Trainer):
                 repeats = int(counts[1]) - len(micro)
         work = [(batch, inputs["answers"] > 0) for batch in micro] + [(micro[-1], False)] * repeats
         loss = torch.zeros((), device=self.args.device)
-        try:
-            for i, (batch, counted) in enumerate(work):
-                last = i == len(work) - 1
-                with nullcontext() if last or world == 1 else self.accelerator.no_sync(model):
-                    with self.compute_loss_context_manager():
-                        part = token_losses(model, self.head, batch).sum() * scale
-                        part = part if counted else part * 0.0  # keeps the output connected to the model
-                    self.accelerator.backward(part)
-                loss += part.detach()
-        except torch.OutOfMemoryError as error:
-            at = f"step {self.state.global_step + 1}"
-            raise device_full(self.config, self.base, at, self.steps.pack_tokens) from error
-        self._meter.did(inputs)
-        for user, kind, message in inputs["bad"]:
-            self.bad[str(user)] = (kind, message)
+        for i, (batch, counted) in enumerate(work):
+            last = i == len(work) - 1
+            with nullcontext() if last or world == 1 else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    part = token_losses(model, self.head, batch).sum() * scale
+                    part = part if counted else part * 0.0  # keeps the output connected to the model
+                self.accelerator.backward(part)
+            loss += part.detach()
         return loss
+
+    def _smaller_step(self, model: Any, together: int, error: Exception) -> dict[str, Any]:
+        """The step that ran out of memory once more, in passes of half the size, or with recomputed layers.
+
+        Raises:
+            UserError: nothing is left to give up, or other ranks have finished the step's collectives.
+        """
+        at = f"step {self.state.global_step + 1}"
+        if self.args.world_size > 1 or (together == 1 and (self._recompute or self.base.unsloth)):
+            raise device_full(self.config, self.base, at, self.steps.pack_tokens) from error
+        model.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if together > 1:
+            if not self.steps.halvings:
+                self._say(f"GPU memory ran out at {at}: this and all later steps are made in passes of half the size")
+            self.steps.halve()
+        else:
+            self._say(f"GPU memory ran out at {at}: layers are recomputed in the backward pass from now on")
+            recompute_layers(self.accelerator.unwrap_model(model))
+            self._recompute = True
+        return self._made_again()
+
+    def _made_again(self) -> dict[str, Any]:
+        return fields_of([self.steps[self.state.global_step]])
 
     def _clip_grad_norm(self, model: Any) -> Any:
         # Called once per step, after all gradients are there. Waiting for their norm would leave the GPU without work
@@ -246,7 +284,7 @@ class RerankTrainer(Trainer):
         if self.config.asked.popularity_prior:
             priors = [log_prior(self.plan.item_meta[item] for item in sample.candidates) for sample in own]
         with self.compute_loss_context_manager():
-            scores = validation_scores(self._validation_prompts, score, self._eval_tokens)
+            scores = self._validation_scores(score)
         ranks = np.stack([target_ranks(own, scores, priors), target_ranks(own, scores)])
         if world > 1:
             parts: list[Any] = [None] * world
@@ -255,14 +293,25 @@ class RerankTrainer(Trainer):
         metrics = rank_metrics(ranks[0], self.metric_names)
         # Without the prior, by which even a model that guesses would put many targets first.
         metrics["answered"] = float((ranks[1] == 1).mean())
-        # A tie goes to the earlier checkpoint, here and where Ray Train decides which checkpoints to keep.
-        metrics["selection"] = metrics[self.plan.metric] - 1e-9 * self.state.global_step
+        metrics["selection"] = selection_value(metrics[self.plan.metric], self.state.global_step)
         self._meter.paused(time.perf_counter() - begun)
         metrics["seconds"] = time.perf_counter() - begun
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(prefixed)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
         return prefixed
+
+    def _validation_scores(self, score: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """Scores of the validation prompts, in smaller passes where memory runs out."""
+        assert self._validation_prompts is not None
+        while True:
+            try:
+                return validation_scores(self._validation_prompts, score, self._read_tokens)
+            except torch.OutOfMemoryError:
+                if self._read_tokens <= 1024 or self.args.world_size > 1:
+                    raise
+            self._read_tokens //= 2
+            torch.cuda.empty_cache()
 
     def guesses(self, loss: float, answered: float) -> bool:
         """Whether neither loss nor validation tells this model from one that guesses a number.
@@ -307,6 +356,14 @@ class RerankTrainer(Trainer):
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing needs
         write_checkpoint_facts(folder, self.config, self.base)
 
+    def has_stopped(self, checkpoint: Path) -> bool:
+        """Whether the run that wrote this checkpoint had run out of patience; then its state is taken over."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        stopped = patience_spent(logged_selections(state.log_history), self.config.patience)
+        if stopped:
+            self.state = state
+        return stopped
+
     # ---- outcome ----------------------------------------------------------------------------------------------------
 
     def speed(self) -> tuple[float, float]:
@@ -336,7 +393,8 @@ class RerankTrainer(Trainer):
             tokens_per_s=tokens / seconds,
             loader_wait=meter.wait / seconds,
             padding=padding / max(1.0, tokens + padding),
-            peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+            peak_memory_gib=torch.cuda.max_memory_allocated() / GIB if cuda else 0.0,
+            planned_memory_gib=self._memory_plan.peak / GIB if cuda else 0.0,
             inserted=inserted / max(1.0, samples),
             bad=bad,
         )
@@ -370,7 +428,7 @@ def write_checkpoint_facts(folder: Path, config: TrainConfig, base: Base) -> Non
     (folder / CHECKPOINT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def device_full(config: TrainConfig, base: Base, when: str, row: int | None) -> UserError:
+def device_full(config: TrainConfig, base: Base, when: str, row: int | None = None) -> UserError:
     """The message for a full GPU: what to change, in the order of what it costs.
 
     Args:
@@ -382,10 +440,10 @@ def device_full(config: TrainConfig, base: Base, when: str, row: int | None) -> 
     longest = config.ranking.max_prompt_tokens + ANSWER_ROOM
     if row is not None:  # packed; micro-batches do not matter
         if row > longest:
-            changes.append(f"pack_tokens={max(row // 2, longest)} (same result), or auto_batch=true")
+            changes.append(f"pack_tokens={max(row // 2, longest)} (same result)")
     elif (config.micro_batch_size or config.batch_size) > 1:
         half = max(1, (config.micro_batch_size or config.batch_size) // 2)
-        changes.append(f"micro_batch_size={half} (same result), or auto_batch=true")
+        changes.append(f"micro_batch_size={half} (same result)")
     if config.loss == "all":
         changes.append("loss=answer (logits of the answer only)")
     if not config.gradient_checkpointing:
@@ -404,35 +462,22 @@ def device_full(config: TrainConfig, base: Base, when: str, row: int | None) -> 
     )
 
 
-def largest_that_fits(attempt: Callable[[int], None], start: int, smallest: int) -> int | None:
-    """Halve ``start`` until ``attempt`` fits into memory; None where not even ``smallest`` does."""
-    size = start
-    while True:
-        try:
-            attempt(size)
-            return size
-        except torch.OutOfMemoryError:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        if size <= smallest:
-            return None
-        size = max(smallest, size // 2)
-
-
 class Stability:
     """Stops a run that has gone wrong, instead of letting it spend hours on numbers that mean nothing.
 
     Args:
         uniform: Loss per token of a model that knows nothing, ln(vocabulary).
+        overflows: How many steps in a row may have infinite gradients: the optimizer leaves them out.
     """
 
-    def __init__(self, uniform: float) -> None:
-        self._uniform = uniform
+    def __init__(self, uniform: float, overflows: int = 0) -> None:
+        self._uniform, self._overflows, self._overflowed = uniform, overflows, 0
         self._recent: deque[float] = deque(maxlen=50)
 
     def check_gradients(self, norm: float, step: int) -> None:
         """Raises a `UserError` when gradients are not finite; all ranks see the same norm."""
-        if not math.isfinite(norm):
+        self._overflowed = 0 if math.isfinite(norm) else self._overflowed + 1
+        if self._overflowed > self._overflows:
             raise UserError(
                 f"the loss is not a number at step {step} (gradient norm {norm})",
                 "Lower `lr`, raise `warmup_ratio`, or train in dtype: float32. The last good checkpoint is kept.",
@@ -476,6 +521,18 @@ class _Meter:
         self.tokens += step["tokens"]
         self.padding += step["padding"]
         self.inserted += step["inserted"]
+
+
+class StopEarly(TrainerCallback):
+    """Stops a run whose last evaluations were no improvement."""
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Compare the evaluation with those before."""
+        if patience_spent(logged_selections(state.log_history), self._patience):
+            control.should_training_stop = True
 
 
 class ReportCallback(TrainerCallback):
@@ -534,18 +591,10 @@ class ReportCallback(TrainerCallback):
             "selection": self._evaluated["selection"],
             "metric": self._metric,
             "value": self._evaluated[self._metric],
-            "best": state.best_global_step == state.global_step,
+            "best": improves(logged_selections(state.log_history)),
             "validation_s": round(self._evaluated["seconds"], 3),
             "guessing": bool(losses)
             and self._guesses(float(np.mean(losses[len(losses) // 2 :])), self._evaluated["answered"]),
         }
         self._loss.clear()
         self._report(metrics, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-def patience_spent(checkpoint: Path, patience: int) -> bool:
-    """Whether the run that wrote this checkpoint had already run out of patience."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
-    attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
-    return int(attributes.get("early_stopping_patience_counter", 0)) >= patience

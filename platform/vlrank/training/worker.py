@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlrank.compat import hide_extras, hide_vllm, shard_on_cpus
 from vlrank.config import TrainConfig
@@ -25,6 +24,7 @@ from vlrank.storage import (
     Location,
     cache_folder,
     fetch,
+    fetch_model,
     is_url,
     listing,
     remove_tree,
@@ -33,8 +33,14 @@ from vlrank.storage import (
 )
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import Plan, TrainingData, pictures_folder, plan
-from vlrank.training.model import FOLDERS, Base
-from vlrank.training.packing import free_memory, launch_tokens, row_length, row_limit
+from vlrank.training.memory import MemoryPlan
+from vlrank.training.model import FOLDERS, Base, load_trainable
+from vlrank.training.packing import launch_tokens, row_length
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from vlrank.training.trainer import RerankTrainer
 
 PROGRESS_FILE = "progress.json"
 PROGRESS_S = 5.0
@@ -70,31 +76,112 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, world: int) -> Any:
-    import ray.train
     import ray.train.torch
     import torch
 
+    # This process: libraries in the order that they need, seed, device.
+    device = ray.train.torch.get_device()
+    start_process(config, base, device)
+    from vlrank.training.settle import record_used, with_kept
+    from vlrank.training.trainer import device_full
+
+    # The run folder, as the last attempt left it.
+    show = Progress(config.out if rank == 0 else None)
+    home = config.out / FOLDERS[base.family]
+    last = ray.train.get_checkpoint()
+    if rank == 0:
+        remove_orphans(home)
+    if last is not None:
+        config = with_kept(config, config.out)
+
+    # The trainer, with everything decided that was left open.
+    trainer = make_trainer(config, base, data, device, rank=rank, world=world, show=show)
+    if rank == 0:
+        record_used(trainer.config)
+    _report_to_ray(trainer, home, show)
+
+    # Training, from the last checkpoint on where there is one.
+    show(note="training")
+    try:
+        if last is None:
+            trainer.train()
+        else:
+            with last.as_directory() as folder:
+                if trainer.has_stopped(Path(folder)):
+                    return trainer.outcome()
+                trainer.train(resume_from_checkpoint=folder)
+    except torch.OutOfMemoryError as error:
+        raise device_full(trainer.config, base, f"step {trainer.state.global_step + 1}") from error
+    shutil.rmtree(staging_folder(config.out), ignore_errors=True)
+    return trainer.outcome()
+
+
+def make_trainer(
+    config: TrainConfig, base: Base, data: TrainingData, device: Any, *, rank: int, world: int, show: Progress
+) -> RerankTrainer:
+    """Load a run's model and make its trainer; `start_process` comes before.
+
+    Raises:
+        UserError: the user has to mend something.
+    """
+    from vlrank.training.settle import settle
+    from vlrank.training.trainer import RerankTrainer
+
+    # What was left open, and whether the run fits, before anything is loaded.
+    on_gpu = device.type == "cuda"
+    local = replace(base, name=fetch_model(base.name))
+    config, memory_plan = settle(config, local, device)
+
+    # The model, and what it reads.
+    show(note="loading the model")
+    trainable = load_trainable(config, local, device)
+    encoder, training_encoder, pictures, run_plan, unreadable = _prepare_pictures(
+        config, trainable, data, rank, world, show
+    )
+    if config.packing and not _pack(config, base, trainable.model, on_gpu, show):
+        config, memory_plan = _unpacked(config, local, trainable.model, device)
+
+    # Steps, in passes that fit.
+    steps = _steps(config, base, run_plan, training_encoder, pictures, memory_plan, rank, world, on_gpu)
+    used = {"micro_batch_size": steps.micro_batch_size, "pack_tokens": steps.pack_tokens}
+    config = config.model_copy(update=used)
+    if on_gpu:
+        memory_plan = _as_loaded(config, base, trainable.model, memory_plan)
+        show.say(str(memory_plan))
+
+    # The trainer, which writes checkpoints to a folder of this rank.
+    staging = staging_folder(config.out) / f"rank-{rank}"
+    shutil.rmtree(staging, ignore_errors=True)
+    trainer = RerankTrainer(
+        trainable,
+        _training_arguments(config, base, trainable.model, steps, staging, on_gpu),
+        config=config,
+        base=base,
+        plan=run_plan,
+        steps=steps,
+        validation_encoder=encoder,
+        memory_plan=memory_plan,
+        say=show.say,
+    )
+    trainer.bad |= unreadable if rank == 0 else {}
+    return trainer
+
+
+def start_process(config: TrainConfig, base: Base, device: Any) -> None:
+    """Prepare libraries and seed, in the order that the libraries need."""
+    import torch
+
     quiet_libraries()
+    on_gpu = device.type == "cuda"
     if base.unsloth:
         # Unsloth patches transformers and has to come first.
         hide_vllm()
         import unsloth  # noqa: F401
     elif not base.maybe_quantised:
-        hide_extras(bitsandbytes=not base.in_4bit and "8bit" not in config.optim)
-    from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
-
-    from vlrank.engines.structure import blocks, weights
-    from vlrank.training.batches import Steps
-    from vlrank.training.model import load_trainable
-    from vlrank.training.trainer import Outcome, ReportCallback, RerankTrainer, patience_spent
+        hide_extras(bitsandbytes=not (base.in_4bit or on_gpu or "8bit" in config.optim))
+    from transformers import set_seed
 
     set_seed(config.seed)
-    show = _Progress(config.out if rank == 0 else None)
-    home = config.out / FOLDERS[base.family]
-    if rank == 0:
-        remove_orphans(home)
-    device = ray.train.torch.get_device()
-    on_gpu = device.type == "cuda"
     if not torch.distributed.is_initialized():
         # No process group: Accelerate must not find the environment of one that this host's launcher made.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
@@ -102,25 +189,64 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     if config.parallel == "fsdp2" and not on_gpu:
         shard_on_cpus()
-    show(note="loading the model")
-    trainable = load_trainable(config, base, device)
-    encoder, training_encoder, pictures, run_plan, unreadable = _prepare_pictures(
-        config, trainable, data, rank, world, show
-    )
-    longest = config.ranking.max_prompt_tokens + ANSWER_ROOM
-    packing = config.packing if config.packing is not None else on_gpu and not base.unsloth
-    if packing:
-        packing = _pack(config, base, trainable.model, longest, on_gpu, show)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(config.out / "logs"))
+
+
+def _pack(config: TrainConfig, base: Base, model: Any, on_gpu: bool, show: Progress) -> bool:
+    """Prepare a model for packed rows; False, said once, where its layers do not allow them."""
+    from vlrank.training.attention import NotPackable, compile_layers, use_packed_attention
+
+    try:
+        use_packed_attention(core(model), config.ranking.max_prompt_tokens + ANSWER_ROOM)
+    except NotPackable as error:
+        show.say(error.problem)
+        return False
+    if on_gpu and base.method == "lora" and config.parallel == "ddp":
+        from vlrank.training.lora import fuse_lora
+
+        fuse_lora(model)
+    if config.compile:
+        compile_layers(core(model))
+    return True
+
+
+def _unpacked(config: TrainConfig, base: Base, model: Any, device: Any) -> tuple[TrainConfig, MemoryPlan]:
+    """The settings of a run whose prompts turned out not to be packable: padded passes take more memory."""
+    from vlrank.training.model import recompute_layers
+    from vlrank.training.settle import settle
+
+    before = config.gradient_checkpointing
+    again = {"packing": False, "compile": False, "gradient_checkpointing": before or None}
+    config, memory_plan = settle(config.model_copy(update=again), base, device)
+    if config.gradient_checkpointing and not before:
+        recompute_layers(model)
+    return config, memory_plan
+
+
+def _steps(
+    config: TrainConfig,
+    base: Base,
+    run_plan: Plan,
+    encoder: Any,
+    pictures: Any,
+    memory_plan: MemoryPlan,
+    rank: int,
+    world: int,
+    on_gpu: bool,
+) -> Any:
+    """The training data as steps, in passes that fit the memory plan."""
+    from vlrank.training.batches import Steps
+
     own_share = -(-config.batch_size // world)
-    micro_batch_size = min(config.micro_batch_size or own_share, own_share)
-    pack_tokens = max(config.pack_tokens, longest) if packing and config.pack_tokens else None
+    longest = config.ranking.max_prompt_tokens + ANSWER_ROOM
     steps = Steps(
         run_plan.samples,
         run_plan.item_meta,
-        training_encoder,
+        encoder,
         batch_size=config.batch_size,
-        micro_batch_size=micro_batch_size,
-        pack_tokens=pack_tokens,
+        micro_batch_size=min(config.micro_batch_size or own_share, own_share),
+        pack_tokens=max(config.pack_tokens, longest) if config.packing and config.pack_tokens else None,
+        pass_tokens=memory_plan.tokens if on_gpu else None,
         rank=rank,
         world=world,
         vision=base.family == "vision",
@@ -128,37 +254,39 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         pictures=pictures,
         loss=config.loss,
     )
-    search = config.auto_batch and on_gpu
-    if search:
-        show(note="finding the largest micro-batch")
-    if packing and (search or pack_tokens is None):
+    if config.packing and steps.pack_tokens is None:
         lengths = steps.some_lengths()
         if not lengths:
             raise UserError("not one prompt can be made", "Look at some items with `vlrank inspect`.")
-        text = core(trainable.model).config.get_text_config()
-        least = launch_tokens(text.hidden_size) if on_gpu else 0
-        if search:
-            start = row_length(lengths, own_share, own_share * longest)
-            limit = _fit_memory(config, base, trainable, start, longest, own_share)
-        else:
-            # Trials of a sweep may share a GPU.
-            share = min(1.0, config.gpus_per_worker or 1.0)
-            memory = share * torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
-            sharded = world if config.parallel == "fsdp2" else 1
-            free = free_memory(memory, weights(trainable.model), config.optim, sharded)
-            limit = row_limit(text.num_hidden_layers, text.hidden_size, free, tower=config.train_vision)
-        steps.pack_tokens = row_length(lengths, own_share, limit, least)
-    elif search:
-        steps.micro_batch_size = _fit_memory(config, base, trainable, own_share, longest, None)
+        least = launch_tokens(memory_plan.hidden) if on_gpu else 0
+        steps.pack_tokens = row_length(lengths, own_share, memory_plan.tokens, least)
+    return steps
+
+
+def _as_loaded(config: TrainConfig, base: Base, model: Any, memory_plan: MemoryPlan) -> MemoryPlan:
+    """The memory plan with the weights and the rows that the run has."""
+    from vlrank.training.memory import shape_of, with_passes, work_of
+
+    packed = bool(config.packing)
+    item_bytes = 4 if config.dtype == "float32" else 2
+    work = work_of(config, base, shape_of(model), packed=packed, item_bytes=item_bytes)
+    return with_passes(memory_plan, work, config.pack_tokens if packed and config.pack_tokens else memory_plan.tokens)
+
+
+def _training_arguments(
+    config: TrainConfig, base: Base, model: Any, steps: Any, staging: Path, on_gpu: bool
+) -> TrainingArguments:
+    """Our settings as transformers' Trainer takes them."""
+    from transformers import TrainingArguments
+
+    from vlrank.engines.structure import blocks
+
+    n_steps = steps.per_epoch * config.epochs
     sharding: dict[str, Any] = {}
     if config.parallel == "fsdp2":
-        sharding = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": blocks(trainable.model)}}
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(config.out / "logs"))
-    n_steps = steps.per_epoch * config.epochs
-    staging = staging_folder(config.out) / f"rank-{rank}"
-    shutil.rmtree(staging, ignore_errors=True)
+        sharding = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": blocks(model)}}
     by_steps = config.eval_steps is not None
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(staging),
         num_train_epochs=config.epochs,
         per_device_train_batch_size=steps.micro_batch_size,
@@ -167,9 +295,10 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         warmup_steps=round(config.warmup_ratio * n_steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim=_OPTIMIZERS["adamw" if config.optim == "auto" else config.optim],
+        optim=_OPTIMIZERS[config.optim],
         # Whole copies are bfloat16 themselves; Unsloth and sharded float32 weights compute in bfloat16.
-        bf16=on_gpu and config.dtype != "float32" and (base.unsloth or config.parallel == "fsdp2"),
+        bf16=on_gpu and config.dtype == "bfloat16" and (base.unsloth or config.parallel == "fsdp2"),
+        fp16=on_gpu and config.dtype == "float16",
         **sharding,
         eval_strategy="steps" if by_steps else "epoch",
         eval_steps=config.eval_steps,
@@ -178,8 +307,6 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         logging_strategy="steps",
         logging_steps=max(1, min(10, n_steps // 100)),
         logging_nan_inf_filter=False,
-        metric_for_best_model="selection",
-        greater_is_better=True,
         load_best_model_at_end=False,
         remove_unused_columns=False,
         report_to=list(config.report_to) or "none",
@@ -188,109 +315,22 @@ def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, wo
         use_cpu=not on_gpu,
         ddp_find_unused_parameters=config.train_vision,
     )
-    trainer = RerankTrainer(
-        trainable,
-        arguments,
-        config=config,
-        base=base,
-        plan=run_plan,
-        steps=steps,
-        validation_encoder=encoder,
-        loader_workers=config.loader_workers if config.loader_workers is not None else (4 if on_gpu else 0),
-        eval_tokens=32768 if on_gpu else 8192,
-        callbacks=[EarlyStoppingCallback(config.patience)],
-    )
-    trainer.bad |= unreadable if rank == 0 else {}
+
+
+def _report_to_ray(trainer: Any, home: Location, show: Progress) -> None:
+    """Hand evaluations and checkpoints to Ray Train, and the driver what it shows meanwhile."""
+    from vlrank.training.trainer import ReportCallback
 
     def progress(step: int, loss: float | None) -> None:
         samples_per_s, loader_wait = trainer.speed()
         show(step=step, loss=loss, samples_per_s=round(samples_per_s, 1), loader_wait=round(loader_wait, 3))
 
-    trainer.add_callback(
-        ReportCallback(_reporter(home), progress, run_plan.metric, trainer.metric_names, trainer.guesses)
-    )
-    last = ray.train.get_checkpoint()
-    show(note="training")
-    if last is None:
-        trainer.train()
-    else:
-        with last.as_directory() as folder:
-            if patience_spent(Path(folder), config.patience):
-                state = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
-                epoch = round(state["epoch"])
-                return Outcome(state["global_step"], epoch, epoch, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, [])
-            trainer.train(resume_from_checkpoint=folder)
-    shutil.rmtree(staging.parent, ignore_errors=True)
-    return trainer.outcome()
-
-
-def _pack(config: TrainConfig, base: Base, model: Any, longest: int, on_gpu: bool, show: _Progress) -> bool:
-    """Prepare a model for packed rows; False, said once, where its layers do not allow them."""
-    from vlrank.training.attention import NotPackable, compile_layers, use_packed_attention
-
-    try:
-        use_packed_attention(core(model), longest)
-    except NotPackable as error:
-        show.say(error.problem)
-        return False
-    if on_gpu and base.method == "lora" and config.parallel == "ddp":
-        from vlrank.training.lora import fuse_lora
-
-        fuse_lora(model)
-    if config.compile if config.compile is not None else on_gpu:
-        compile_layers(core(model))
-    return True
-
-
-def _fit_memory(
-    config: TrainConfig, base: Base, trainable: Any, start: int, longest: int, documents: int | None
-) -> int:
-    """The largest micro-batch of longest prompts, or the longest packed row, whose pass and optimizer state fit.
-
-    Args:
-        config, base, trainable: The run.
-        start: What to try first: tokens of a packed row, or rows side by side.
-        longest: Tokens of the longest prompt with its answer.
-        documents: Prompts of a packed row at most; None without packing.
-
-    Raises:
-        UserError: not even one prompt fits.
-    """
-    import numpy as np
-    import torch
-
-    from vlrank.training.answers import token_losses
-    from vlrank.training.batches import to_device
-    from vlrank.training.collate import Row, end_to_end, side_by_side
-    from vlrank.training.trainer import device_full, largest_that_fits
-
-    trained = [p for p in trainable.model.parameters() if p.requires_grad]
-    form: dict[str, Any] = {"vision": base.family == "vision", "pad_id": 0}
-    row = Row(
-        np.ones(longest, dtype=np.int64), np.tile(np.arange(longest), (3, 1)), np.array([longest - 1]), np.ones(1, int)
-    )
-
-    def attempt(size: int) -> None:
-        # What AdamW will need beside weights and gradients: moments and, for bfloat16 weights, masters.
-        moments = [torch.empty(p.numel(), 3, device=p.device) for p in trained]
-        if documents is not None:
-            batch = end_to_end([row] * (size // longest), length=size, documents=documents, longest=longest, **form)
-        else:
-            batch = side_by_side([row] * size, **form)
-        batch = to_device(batch, trained[0].device)
-        token_losses(trainable.model, trainable.head, batch).sum().backward()
-        trainable.model.zero_grad(set_to_none=True)
-        del moments
-
-    smallest = 1 if documents is None else longest
-    found = largest_that_fits(attempt, max(start, smallest), smallest)
-    if found is None:
-        raise device_full(config, base, "the first pass of a single prompt", None)
-    return found
+    metric = trainer.plan.metric
+    trainer.add_callback(ReportCallback(_reporter(home), progress, metric, trainer.metric_names, trainer.guesses))
 
 
 def _prepare_pictures(
-    config: TrainConfig, trainable: Any, data: TrainingData, rank: int, world: int, show: _Progress
+    config: TrainConfig, trainable: Any, data: TrainingData, rank: int, world: int, show: Progress
 ) -> tuple[Any, Any, Any, Plan, dict[str, tuple[str, str]]]:
     """Encoders for validation and training, the picture loader, and the plan without unreadable pictures.
 
@@ -430,7 +470,7 @@ def remove_orphans(home: Location) -> list[str]:
     return [folder.name for folder in orphans]
 
 
-class _Progress:
+class Progress:
     """Tells the driver what this worker is doing, through a small file in the run folder; silence is no error."""
 
     def __init__(self, folder: Location | None) -> None:
@@ -443,6 +483,7 @@ class _Progress:
         self(said=[*self._last.get("said", []), line], note=self._last.get("note", ""))
 
     def __call__(self, **facts: Any) -> None:
+        """Update what is shown."""
         if self._path is None:
             return
         self._last |= facts | {"time": time.time()}
