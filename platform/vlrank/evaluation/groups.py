@@ -89,6 +89,11 @@ class Group:
         """The rows that come from rankings files."""
         return [method for method in self.methods if method.kind == "model"]
 
+    def strongest_rival(self, metric: str) -> Method | None:
+        """The rival with the highest mean of the metric; None without rivals."""
+        rivals = [method for method in self.methods if method.kind == "baseline"]
+        return max(rivals, key=lambda method: method.metrics.means[metric], default=None)
+
     @property
     def length(self) -> int:
         """Candidates of the user who has most."""

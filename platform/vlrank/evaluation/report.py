@@ -183,8 +183,7 @@ def _headline(group: Group, ndcg: str, recall: str) -> list[str]:
     k = recall.partition("@")[2]
     where = "first" if k == "1" else f"among the first {k}"
     sentences = [f"{best.name} puts the target {where} for {percent(best.metrics.means[recall])} of the users."]
-    rivals = [method for method in group.methods if method.kind == "baseline"]
-    strongest = max(rivals, key=lambda method: method.metrics.means[ndcg], default=None)
+    strongest = group.strongest_rival(ndcg)
     compared = {
         RETRIEVER if group.ordered else "random": "",
         strongest.name if strongest else "": ", the strongest rival",

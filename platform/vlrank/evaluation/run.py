@@ -22,6 +22,7 @@ from vlrank.evaluation.evaluate import compare_methods, evaluate, main_metrics
 from vlrank.evaluation.groups import RETRIEVER, Group, Method
 from vlrank.evaluation.metrics import label
 from vlrank.evaluation.rankings import read_rankings
+from vlrank.evaluation.report import p_value, render
 from vlrank.version import __version__
 
 
@@ -41,8 +42,6 @@ def run(config: EvaluateConfig) -> Summary:
     Raises:
         UserError: unreadable rankings, rankings of another dataset, an unknown baseline or method to compare.
     """
-    from vlrank.evaluation.report import render
-
     dataset = Dataset.open(config.dataset)
     groups = evaluate(config, dataset)
     compared = _compared(config, groups)
@@ -51,7 +50,7 @@ def run(config: EvaluateConfig) -> Summary:
     _print(groups, compared)
     first = groups[0]
     metric = main_metrics(config.ks, first.length)[0]
-    lines: dict[str, object] = {"report": config.out / "report.html", "metrics": config.out / "metrics.json"}
+    lines: dict[str, object] = {"metrics": config.out / "metrics.json"}
     for method in first.models:
         lines[method.name] = Text.assemble(f"{label(metric)} ", _interval(method, metric))
     warnings = [f for group in groups for f in group.findings if f.level != "note"]
@@ -186,9 +185,14 @@ _PAIRED = 4
 
 
 def _shown(group: Group) -> list[Difference]:
-    """Of all comparisons those with the retriever, with chance, and between few models; the report has the others."""
+    """Comparisons with the retriever or chance, with the strongest rival, and between few models.
+
+    The report has all comparisons.
+    """
     models = {method.name for method in group.models}
     rivals = (models if len(models) <= _PAIRED else set()) | {RETRIEVER if group.ordered else "random"}
+    if strongest := group.strongest_rival(_main(group)):
+        rivals.add(strongest.name)
     return [d for d in group.differences if d.metric == _main(group) and d.b in rivals]
 
 
@@ -199,7 +203,7 @@ def _print_differences(out: Console, differences: Sequence[Difference], title: s
     table = _table(title, first, "A - B", "95% interval", "p" if metrics else "p (Holm)")
     for d in differences:
         name = label(d.metric) if metrics else f"{d.a} - {d.b}"
-        numbers = (f"{d.difference:+.4f}", f"{d.low:+.4f}, {d.high:+.4f}", f"{d.p_holm:.3f}")
+        numbers = (f"{d.difference:+.4f}", f"{d.low:+.4f}, {d.high:+.4f}", p_value(d.p_holm))
         table.add_row(name, *numbers, style="dim" if d.verdict == "unclear" else None)
     out.print(table)
 
