@@ -481,10 +481,10 @@ class TrainConfig(Config):
         return self
 
     @property
-    def asked(self) -> RankingConfig:
-        """`ranking` as validation and the trained model follow it: with ``popularity_prior`` decided.
+    def resolved_ranking(self) -> RankingConfig:
+        """`ranking` for validation and for the trained model, with ``popularity_prior`` decided.
 
-        A retriever's lists are no draw by popularity, so the answers learned from them leave nothing out.
+        Only negatives drawn by popularity need the prior: a retriever's lists are no such draw.
         """
         prior = self.ranking.popularity_prior
         if prior is None:

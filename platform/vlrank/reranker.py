@@ -102,7 +102,7 @@ class Qwen3VLReranker:
         config = load_config(TrainConfig, **{"ranking": self.ranking.model_dump(), **given})
         self.close()
         self.model = str(fit(train_data, val_data, item_meta, config))
-        self.ranking = config.asked
+        self.ranking = config.resolved_ranking
         self.item_meta = with_popularity(item_meta, train_data)
         return self
 

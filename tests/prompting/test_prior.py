@@ -71,15 +71,15 @@ def test_popularity_counts_training_interactions_alone(shop: Dataset) -> None:
 
 
 def test_the_prior_is_on_where_training_drew_by_it_and_nowhere_else() -> None:
-    def asked(**settings: object) -> bool | None:
+    def resolved(**settings: object) -> bool | None:
         config = load_config(TrainConfig, dataset="d", out="o", mode="caption", **settings)
-        return config.asked.popularity_prior
+        return config.resolved_ranking.popularity_prior
 
-    assert asked() is False
-    assert asked(negative_sampling="popularity") is True
-    assert asked(negative_sampling="popularity", candidates="retrieval:als") is False
-    assert asked(negative_sampling="popularity", ranking={"popularity_prior": False}) is False
-    assert asked(ranking={"popularity_prior": True}) is True
+    assert resolved() is False
+    assert resolved(negative_sampling="popularity") is True
+    assert resolved(negative_sampling="popularity", candidates="retrieval:als") is False
+    assert resolved(negative_sampling="popularity", ranking={"popularity_prior": False}) is False
+    assert resolved(ranking={"popularity_prior": True}) is True
     assert RankingConfig().popularity_prior is None
 
 

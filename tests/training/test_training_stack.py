@@ -47,7 +47,7 @@ def test_a_mode_trains_and_its_best_checkpoint_ranks(
     )
     facts = json.loads((checkpoint / "vlrank.json").read_text())
     assert (facts["mode"], facts["method"]) == (mode, "full" if full else "lora")
-    assert RankingConfig(**facts["ranking"]) == config.asked
+    assert RankingConfig(**facts["ranking"]) == config.resolved_ranking
     assert not list(checkpoint.glob("*args.bin"))
     (events,) = (config.out / "logs").glob("events.out.tfevents.*")
     assert b"train/loss" in events.read_bytes()

@@ -250,7 +250,7 @@ def with_defaults(config: TrainConfig, base: Base) -> TrainConfig:
         "backend": "unsloth" if base.unsloth else "transformers",
         "load_in_4bit": base.in_4bit,
         "metric": selection_metric(config)[0],
-        "ranking": config.asked,
+        "ranking": config.resolved_ranking,
     }
     return config.model_copy(update=decided)
 

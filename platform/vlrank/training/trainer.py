@@ -281,7 +281,7 @@ class RerankTrainer(Trainer):
             return score_labels(model, self._encoder, prompts, tree=not self.base.unsloth)
 
         priors = None
-        if self.config.asked.popularity_prior:
+        if self.config.resolved_ranking.popularity_prior:
             priors = [log_prior(self.plan.item_meta[item] for item in sample.candidates) for sample in own]
         with self.compute_loss_context_manager():
             scores = self._validation_scores(score)
@@ -420,7 +420,7 @@ def write_checkpoint_facts(folder: Path, config: TrainConfig, base: Base) -> Non
     """Write `CHECKPOINT_FILE`."""
     facts = {
         "mode": config.mode,
-        "ranking": config.asked.model_dump(mode="json"),
+        "ranking": config.resolved_ranking.model_dump(mode="json"),
         "base_model": base.name,
         "family": base.family,
         "method": base.method,
