@@ -83,7 +83,9 @@ def _devices() -> Iterator[Check]:
         yield Check("gpu", "note", "none: tiny models and the demo run on the CPU, real models need a GPU")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        yield Check(f"gpu {index}", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {cuda}")
+        formats = "" if properties.major >= 8 else "; no bfloat16, training takes float16"
+        size = f"{properties.total_memory / 2**30:.0f} GiB"
+        yield Check(f"gpu {index}", "ok", f"{properties.name}, {size}, CUDA {cuda}{formats}")
     if torch.cuda.is_available():
         yield _compiler()
 

@@ -41,7 +41,7 @@ def why_not_packed(model: Any, attention: str, longest: float) -> str | None:
     small = small_copy(model)
     if small is None:
         return f"{config.model_type} layers of which no small copy can be made to compare"
-    return _difference(small, attention, 1e-4) or _difference(model, attention, _noise(model))
+    return _difference(small, attention) or _difference(model, attention)
 
 
 def other_layers(config: Any, longest: float) -> str | None:
@@ -110,8 +110,12 @@ def small_copy(model: Any) -> Any:
     return copy
 
 
-def _difference(model: Any, attention: str, tolerance: float) -> str | None:
-    """The first layer whose hidden states differ between prompts in one row and each alone, beyond ``tolerance``."""
+def _difference(model: Any, attention: str) -> str | None:
+    """The first layer whose hidden states differ between prompts in one row and each alone.
+
+    By more than 1e-4 of their norm at any place in float32; by more than a tenth on average in a lower precision, where
+    another order of the same arithmetic makes up to a few hundredths.
+    """
     inner, config = language_model(model), core(model).config.get_text_config()
     device = next(inner.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -150,7 +154,8 @@ def _difference(model: Any, attention: str, tolerance: float) -> str | None:
     for layer, packed, *apart in zip(decoder_layers(model), row, *alone, strict=True):
         expected = torch.cat(apart, dim=1).float()
         distance = (packed.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-        if not bool((distance < tolerance).all()):
+        same = distance.max() < 1e-4 if packed.dtype == torch.float32 else distance.mean() < 0.1
+        if not bool(same):
             return f"{type(layer).__name__} layers"
     return None
 
@@ -178,8 +183,3 @@ def _attention(config: Any, name: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
-
-
-def _noise(model: Any) -> float:
-    """Relative difference that another order of the same arithmetic may make."""
-    return 1e-3 if next(language_model(model).parameters()).dtype == torch.float32 else 0.1

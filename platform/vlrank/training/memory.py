@@ -203,7 +203,8 @@ def make_plan(work: Work, memory: float) -> MemoryPlan:
     smallest = f"the smallest card that could is one of {card} GiB" if card else "no single card could"
     raise TooLarge(
         f"this run needs {needed:.1f} GiB of GPU memory, {memory / GIB:.1f} GiB are free; {smallest}",
-        "Train with method: lora, shorter prompts (ranking.max_prompt_tokens, ranking.max_history) or a smaller model.",
+        f"Train with {'method: lora, ' if work.shape.trained_bytes > GIB else ''}shorter prompts "
+        "(ranking.max_prompt_tokens, ranking.max_history) or a smaller model.",
     )
 
 
@@ -282,7 +283,7 @@ def work_of(config: TrainConfig, base: Base, shape: Shape, *, packed: bool, item
         optim=None if config.optim == "auto" else config.optim,
         recompute=config.gradient_checkpointing,
         tokens=max(config.pack_tokens, longest) if packed and config.pack_tokens else None,
-        eight_bit=config.parallel == "ddp" and find_spec("bitsandbytes") is not None,
+        eight_bit=base.method == "full" and config.parallel == "ddp" and find_spec("bitsandbytes") is not None,
     )
 
 

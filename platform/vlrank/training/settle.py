@@ -53,7 +53,7 @@ def settle(config: TrainConfig, base: Base, device: torch.device) -> tuple[Train
         if config.gpu_memory_gib is not None:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib * GIB / total), device)
-        plan = plan_for(config, base, memory)
+        plan = plan_for(config, base, least_of_ranks(memory, device))
     else:
         plan = MemoryPlan(65536, bool(config.gradient_checkpointing), _first_optimizer(config), 8192, 0.0, UNBOUNDED)
     return config.model_copy(update={"gradient_checkpointing": plan.recompute, "optim": plan.optim}), plan
@@ -105,6 +105,18 @@ def default_dtype(on_gpu: bool) -> str:
     if not on_gpu:
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def least_of_ranks(memory: float, device: torch.device) -> float:
+    """The smallest ``memory`` of all ranks: they must make the same plan."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return memory
+    least = torch.tensor(memory, dtype=torch.float64, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return float(least)
 
 
 def _first_optimizer(config: TrainConfig) -> Any:

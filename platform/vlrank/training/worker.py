@@ -34,7 +34,7 @@ from vlrank.storage import (
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import Plan, TrainingData, pictures_folder, plan
 from vlrank.training.memory import MemoryPlan
-from vlrank.training.model import FOLDERS, Base, load_trainable
+from vlrank.training.model import FOLDERS, Base, load_trainable, recompute_layers
 from vlrank.training.packing import launch_tokens, row_length
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ def make_trainer(
     # What was left open, and whether the run fits, before anything is loaded.
     on_gpu = device.type == "cuda"
     local = replace(base, name=fetch_model(base.name))
-    config, memory_plan = settle(config, local, device)
+    given = config
+    config, memory_plan = settle(given, local, device)
 
     # The model, and what it reads.
     show(note="loading the model")
@@ -139,7 +140,10 @@ def make_trainer(
         config, trainable, data, rank, world, show
     )
     if config.packing and not _pack(config, base, trainable.model, on_gpu, show):
-        config, memory_plan = _unpacked(config, local, trainable.model, device)
+        recomputes = config.gradient_checkpointing
+        config, memory_plan = settle(given.model_copy(update={"packing": False}), local, device)
+        if config.gradient_checkpointing and not recomputes:
+            recompute_layers(trainable.model)
 
     # Steps, in passes that fit.
     steps = _steps(config, base, run_plan, training_encoder, pictures, memory_plan, rank, world, on_gpu)
@@ -178,7 +182,8 @@ def start_process(config: TrainConfig, base: Base, device: Any) -> None:
         hide_vllm()
         import unsloth  # noqa: F401
     elif not base.maybe_quantised:
-        hide_extras(bitsandbytes=not (base.in_4bit or on_gpu or "8bit" in config.optim))
+        maybe_8bit = "8bit" in config.optim or (on_gpu and base.method == "full")
+        hide_extras(bitsandbytes=not (base.in_4bit or maybe_8bit))
     from transformers import set_seed
 
     set_seed(config.seed)
@@ -208,19 +213,6 @@ def _pack(config: TrainConfig, base: Base, model: Any, on_gpu: bool, show: Progr
     if config.compile:
         compile_layers(core(model))
     return True
-
-
-def _unpacked(config: TrainConfig, base: Base, model: Any, device: Any) -> tuple[TrainConfig, MemoryPlan]:
-    """The settings of a run whose prompts turned out not to be packable: padded passes take more memory."""
-    from vlrank.training.model import recompute_layers
-    from vlrank.training.settle import settle
-
-    before = config.gradient_checkpointing
-    again = {"packing": False, "compile": False, "gradient_checkpointing": before or None}
-    config, memory_plan = settle(config.model_copy(update=again), base, device)
-    if config.gradient_checkpointing and not before:
-        recompute_layers(model)
-    return config, memory_plan
 
 
 def _steps(
