@@ -57,6 +57,8 @@ FILES = {
     "rank_and_score.tsv": text("uirs"),
     "no_header.csv": text("uisr", ","),
     "unknown_names.csv": text("uis", ",", "visitor,thing,how much"),
+    "spaces.csv": text("uis", ", ", "user_id, item_id, score"),
+    "own_names.csv": text("uir", ",", "userID,itemID,topK place"),
     "semicolons.txt": text("uisr", ";", "uid;iid;pred;position"),
     "other_order.csv": text("rsiu", ",", "rank,prediction,item,user"),
     "in_order.tsv": text("ui", header="user\titem", lines=LINES),

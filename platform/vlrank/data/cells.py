@@ -41,9 +41,12 @@ def parse_cell(value: Any) -> Any:
     >>> parse_cell("['Beauty' 'Hair']"), parse_cell('["Beauty", null]'), parse_cell("nan"), parse_cell("[NEW] Soap")
     (['Beauty', 'Hair'], ['Beauty', None], None, '[NEW] Soap')
     """
-    if _is_missing(value):
+    if not isinstance(value, str):
+        return None if _is_missing(value) else value
+    text = value.strip()
+    if text in _MISSING:
         return None
-    if not isinstance(value, str) or not _STRUCTURE.match(text := value.strip()):
+    if text[-1] not in ")]}" or not _STRUCTURE.match(text):
         return value
     try:
         parsed = json.loads(text)

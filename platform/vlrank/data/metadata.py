@@ -148,8 +148,7 @@ def _parquet_items(path: Path, wanted: Set[str], options: RawOptions) -> Iterato
 def _clean_item(
     source_id: str, record: Mapping[str, Any], names: Mapping[str, Sequence[str]], image_root: Path, max_chars: int
 ) -> Item:
-    cells = {name: parse_cell(record.get(name)) for role in _ROLES[1:] for name in names[role]}
-    raw = {role: first_value(cells, names[role]) for role in _ROLES[1:]}
+    raw = {role: _first_cell(record, names[role]) for role in _ROLES[1:]}
     return Item(
         source_id,
         clean_title(" ".join(_strings(raw["title"], "title")), max_chars),
@@ -159,6 +158,12 @@ def _clean_item(
         clean_description(" ".join(_strings(raw["description"], "description")), 4 * max_chars) or None,
         _image(raw["image"], image_root),
     )
+
+
+def _first_cell(record: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """What the first of these columns that is there and not empty means."""
+    cells = (parse_cell(record[name]) for name in names if name in record)
+    return next((value for value in cells if value is not None), None)
 
 
 def _strings(value: Any, field: str) -> list[str]:

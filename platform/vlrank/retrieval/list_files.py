@@ -150,7 +150,9 @@ def _from_table(table: pl.DataFrame, path: Path, split: str) -> RawLists:
         _id(table, user).alias("user"),
     )
     if item is not None and not table.schema[item].is_nested():
-        score, rank = (_column(columns, names) for names in (_SCORE, _RANK))
+        score, rank = _column(columns, _SCORE), _column(columns, _RANK)
+        if score is None and rank is None:
+            score, rank = _by_content(table, user, [name for name in columns if name not in (user, item, "split")])
         told = [name for name in (user, item, score, rank) if name]
         single = table.select(
             "split",
@@ -174,6 +176,16 @@ def _from_table(table: pl.DataFrame, path: Path, split: str) -> RawLists:
         ),
         f"one list a line ({user}, {name})",
     )
+
+
+def _by_content(table: pl.DataFrame, user: str, others: Sequence[str]) -> tuple[str | None, str | None]:
+    """(score, rank) among one or two columns of numbers whose names say nothing."""
+    times = {_folded(name) for name in ALIASES["timestamp"]}
+    flat = [name for name in others if _folded(name) not in times and not table.schema[name].is_nested()]
+    numbers = table.select(_number(name) for name in flat)
+    numbers = numbers.select(name for name in flat if not numbers[name].null_count())
+    columns = {role: name for name, role in _roles(table[user], numbers).items()} if 1 <= numbers.width <= 2 else {}
+    return columns.get("score"), columns.get("rank")
 
 
 def _id(table: pl.DataFrame, name: str) -> pl.Expr:
