@@ -44,6 +44,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlrank.console import progress
+from vlrank.data.quarantine import bulk_rows
 from vlrank.data.schemas import BULK_QUARANTINE
 from vlrank.data.tables import atomic_path, disk_errors, empty_frame, parquet_file, write_parquet_atomic
 from vlrank.engines.failures import explained
@@ -397,14 +398,8 @@ def _commit(block: pa.Table, shards: Shards, run: str) -> pa.Table:
     name = f"{run}-{hashlib.sha256(chr(10).join(names).encode()).hexdigest()[:16]}.parquet"
     # The last attempt at a block wins, whole: where it has no good (bad) rows, an earlier attempt's file goes.
     _write_or_remove(good.select(shards.schema.names), shards.folder / name, shards.schema)
-    rows = bad.select(
-        pl.col(shards.key).cast(pl.String).alias("key"),
-        pl.lit(shards.stage).alias("stage"),
-        pl.col(ERROR_TYPE).fill_null("Error").alias("error_type"),
-        pl.col(ERROR).fill_null("").alias("message"),
-        "input_hash",
-    )
-    _write_or_remove(rows.select(BULK_QUARANTINE.names), shards.quarantine / name, BULK_QUARANTINE)
+    rows = bulk_rows(bad, shards.key, shards.stage)
+    _write_or_remove(rows, shards.quarantine / name, BULK_QUARANTINE)
 
     reasons = table[ERROR_TYPE].fill_null("Error").unique().to_list() if failed.all() else []
     key, message = table.select(shards.key, pl.col(ERROR).fill_null("")).row(0)

@@ -1,7 +1,7 @@
 """Rows that a stage could not use, put aside with their reason: ``DATASET/quarantine/STAGE/*.parquet``.
 
-Every stage but the bulk ones writes them here. Bulk stages commit bad rows together with good ones, shard by shard (see
-`vlrank.bulk`), in the same place and with the same columns.
+`write_quarantine` is for stages that know all their bad rows at once. Bulk stages (`vlrank.bulk`) commit bad rows shard
+by shard, together with the good ones, and take folder and columns from here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,28 @@ from vlrank.data.tables import empty_frame, next_file, read_parquet, write_parqu
 from vlrank.storage import Location, each, listing
 
 
+def quarantine_folder(folder: Location, stage: str) -> Location:
+    """Where a stage's bad rows are, below the dataset folder."""
+    return folder / "quarantine" / stage
+
+
+def bulk_rows(bad: pl.DataFrame, key: str, stage: str) -> pl.DataFrame:
+    """Bad rows of a bulk stage as they are put aside: `schemas.BULK_QUARANTINE`.
+
+    Args:
+        bad: Columns ``key``, ``error_type``, ``error`` and ``input_hash``.
+        key: The column that identifies a row.
+        stage: Name of the stage.
+    """
+    return bad.select(
+        pl.col(key).cast(pl.String).alias("key"),
+        pl.lit(stage).alias("stage"),
+        pl.col("error_type").fill_null("Error"),
+        pl.col("error").fill_null("").alias("message"),
+        "input_hash",
+    ).select(schemas.BULK_QUARANTINE.names)
+
+
 def write_quarantine(folder: Location, stage: str, rows: Iterable[Mapping[str, Any]], *, replace: bool = False) -> None:
     """Put rows aside with their reason.
 
@@ -30,14 +52,14 @@ def write_quarantine(folder: Location, stage: str, rows: Iterable[Mapping[str, A
         {"key": str(r["key"]), "stage": stage, "error_type": str(r["error_type"]), "message": str(r["message"])}
         for r in rows
     ]
-    old = listing(folder / "quarantine" / stage, "[!.]*.parquet") if replace else []
+    old = listing(quarantine_folder(folder, stage), "[!.]*.parquet") if replace else []
     if table:
-        write_parquet_atomic(table, next_file(folder / "quarantine" / stage), schemas.QUARANTINE)
+        write_parquet_atomic(table, next_file(quarantine_folder(folder, stage)), schemas.QUARANTINE)
     for file in old:
         file.unlink()
 
 
 def read_quarantine(folder: Location, stage: str) -> pl.DataFrame:
     """The rows that a stage put aside (`schemas.QUARANTINE`), oldest first; empty when there are none."""
-    files = listing(folder / "quarantine" / stage, "[!.]*.parquet")
+    files = listing(quarantine_folder(folder, stage), "[!.]*.parquet")
     return pl.concat([empty_frame(schemas.QUARANTINE), *each(partial(read_parquet, schema=schemas.QUARANTINE), files)])

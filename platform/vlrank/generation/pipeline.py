@@ -20,6 +20,7 @@ from vlrank.config import GenerateConfig
 from vlrank.console import Summary, announce, console
 from vlrank.data import schemas
 from vlrank.data.dataset import GENERATED_FOLDERS, Dataset
+from vlrank.data.quarantine import quarantine_folder
 from vlrank.data.tables import file_sha256
 from vlrank.engines.adapters import check_adapter
 from vlrank.engines.models import model_config
@@ -164,7 +165,7 @@ class _Work:
 def generated_shards(dataset: Dataset, what: str) -> Shards:
     """Where captions or summaries of a dataset lie, for `vlrank.bulk`."""
     folder = dataset.path / GENERATED_FOLDERS[what]
-    return Shards(folder, schemas.GENERATED, "item_id", dataset.path / "quarantine" / what, what)
+    return Shards(folder, schemas.GENERATED, "item_id", quarantine_folder(dataset.path, what), what)
 
 
 def _plan(config: GenerateConfig) -> _Work:

@@ -29,6 +29,7 @@ from vlrank.data.candidates_io import write_rankings
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
 from vlrank.data.lists import Lists
+from vlrank.data.quarantine import quarantine_folder
 from vlrank.data.schemas import RANKINGS
 from vlrank.data.tables import atomic_write_json
 from vlrank.engines.models import ModelFolder, on_this_node
@@ -138,7 +139,7 @@ def _shards(config: RerankConfig, dataset: Dataset, split: Split) -> Shards:
         folder=shards / split,
         schema=_SHARD,
         key="user_id",
-        quarantine=(dataset.path if writable(dataset.path) else shards) / "quarantine" / name,
+        quarantine=quarantine_folder(dataset.path if writable(dataset.path) else shards, name),
         stage=name,
     )
 
