@@ -446,7 +446,7 @@ def _damage_named(path: Location) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the system: not allowed, no such file
         raise UserError(
-            f"{path} is damaged: {error}", "Delete it and run the same command again: only its rows are made anew."
+            f"{path} is damaged: {error}", "Delete it and run the same command again: only its rows are made again."
         ) from error
 
 
@@ -463,7 +463,7 @@ def _height(path: Location) -> int:
 
 
 _ROWS_AT_ONCE = 1_000_000
-"""Rows of shards in the driver's memory at a time, some 100 bytes each; of those before, their keys alone."""
+"""Rows of shards in the driver's memory at a time, some 100 bytes each; of earlier groups it keeps the keys."""
 
 
 def _newest_first(folder: Location, columns: Sequence[str]) -> Iterator[tuple[list[Location], pl.DataFrame]]:
@@ -492,7 +492,7 @@ def _common(rows: pl.DataFrame, wanted: pl.DataFrame, key: str) -> pl.DataFrame:
 
 
 def _next_run(shards: Shards) -> str:
-    """Eight digits, larger than in any file name: what is newest can be told from names, whatever the clocks say."""
+    """Eight digits, larger than in any file name: the order of names is the order of runs, whatever the clocks say."""
     runs = [path.name.split("-")[0] for folder in (shards.folder, shards.quarantine) for path in _files(folder)]
     return f"{max((int(run) for run in runs if run.isdigit()), default=0) + 1:08d}"
 
@@ -535,7 +535,7 @@ def _exclusive(folder: Location) -> Iterator[Held]:
             take_lock(file, UserError(f"another run is writing to {folder}", "Wait until it has finished, or stop it."))
         except OSError as error:
             raise UserError(
-                f"{folder} lies on a file system without locks ({error.strerror}): two runs could write there at once",
+                f"{folder} is on a file system without locks ({error.strerror}): two runs could write there at once",
                 "Have it mounted with locks (Lustre: the option flock; NFS: version 4, or lockd on server and client), "
                 "or use another folder or a bucket.",
             ) from error

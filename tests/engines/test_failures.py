@@ -1,11 +1,16 @@
 """What went wrong in a child process is what the user has to read, not that something went wrong there."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from vlrank.config import EngineConfig
 from vlrank.engines.failures import last_error, root_cause
+from vlrank.engines.models import open_model
+from vlrank.engines.scoring import open_scorer
 from vlrank.errors import UserError
 
 FAILED = RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
@@ -45,6 +50,19 @@ def test_an_error_of_the_process_itself_is_told(capfd: pytest.CaptureFixture[str
     start("hello\n", None)
     print("after", file=sys.stderr, flush=True)
     assert capfd.readouterr().err.endswith("hello\nafter\n")
+
+
+@pytest.mark.stack
+def test_vllm_says_what_went_wrong_in_its_core(tiny_text_model: Path, tmp_path: Path) -> None:
+    """The model is loaded by the core, a process of its own."""
+    pytest.importorskip("vllm")
+    model = tmp_path / "model"
+    shutil.copytree(tiny_text_model, model)
+    content = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"an engine did not start: \w*Safetensor\w*: ") as caught:
+        open_scorer(open_model(model), EngineConfig(name="vllm", max_model_len=512))
+    assert "See root cause" not in caught.value.problem
 
 
 def test_colours_and_prefixes_are_no_part_of_an_error() -> None:

@@ -24,7 +24,7 @@ class ModelFolder:
         path: Folder (or Hugging Face name) with the weights, or with the adapter.
         base: The base model of an adapter; equal to ``path`` where there is none.
         mode: What it was trained for; None for a plain base model.
-        ranking: How it was trained to be asked; defaults for a plain base model.
+        ranking: The prompts that it was trained on; defaults for a plain base model.
         family: ``vision`` or ``text``.
         details: The rest of ``vlrank.json``.
         revision: Branch, tag or commit of a model on the hub.
@@ -148,5 +148,5 @@ def model_config(model: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def on_this_node(model: ModelFolder) -> ModelFolder:
-    """The model as engines can load it: what lies in a bucket comes into this node's cache, once."""
+    """The model in folders of this node: from a bucket it is downloaded once, into the node's cache."""
     return replace(model, path=fetch_model(model.path), base=fetch_model(model.base))

@@ -149,7 +149,7 @@ def gpu_memory() -> int:
 
 @functools.cache
 def cluster_gpu_memory(gpus: float) -> int:
-    """Bytes of a GPU of the cluster, asked from a task that reserves ``gpus``: the driver need not have one."""
+    """Bytes of a GPU of the cluster, measured by a task that reserves ``gpus``: the driver may have no GPU."""
     import ray
 
     memory: int = ray.get(ray.remote(num_gpus=min(gpus, 1), num_cpus=0)(gpu_memory).remote())

@@ -120,7 +120,7 @@ class VllmScorer:
         model: What to load.
         config: How.
         in_flight: Prompts handed to vLLM at a time: enough to fill its batches, few enough that a prompt is still in
-            the prefix cache when its further nodes are asked for.
+            the prefix cache when the requests for its other nodes come.
 
     Raises:
         UserError: vLLM does not start, or does not serve the model's adapter.
@@ -322,7 +322,7 @@ class VllmScorer:
                             add(job, more)
                     if job.waiting == 0:
                         job.future.set_result(job.trie.log_probs(job.flat))
-        except BaseException as error:  # nobody may wait for it
+        except BaseException as error:  # callers must not wait for answers that will not come
             died = EngineDied(f"vLLM's engine has died: {type(error).__name__}: {error}")
             died.__cause__ = error
             for job in list(unresolved):
@@ -405,7 +405,7 @@ class _Preparer:
         if not form:
             with self.lock:
                 return self._rendered(encoder.picture(path))
-        item = copy(form)  # a dictionary, and its own
+        item = copy(form)  # a shallow copy: the next line replaces one entry of this dictionary
         item["pixel_values"] = replace(form["pixel_values"], data=self._pixels(encoder, path, form))
         return item
 
@@ -450,6 +450,6 @@ def _store(job: _Score, read: Read, output: Any) -> None:
 
 def _outcome(future: Future[Any]) -> Any:
     error = future.exception()
-    if isinstance(error, EngineDied):  # whatever ended the driver, see `_drive`
+    if isinstance(error, EngineDied):  # `_drive` has ended
         raise error
     return error if error is not None else future.result()

@@ -145,7 +145,7 @@ def picture_tokens(model: str, revision: str | None, size: tuple[int, int]) -> i
 
 
 def prepare(row: Mapping[str, Any], job: Job) -> dict[str, Any]:
-    """What an engine needs for one row; ``__inference_error__`` says why a row cannot be asked.
+    """What an engine needs for one row; ``__inference_error__`` says why the engine must not get the row.
 
     Args:
         row: ``item_id``, ``text``, ``picture`` (absolute path or None), ``picture_hash``.
@@ -161,7 +161,7 @@ def prepare(row: Mapping[str, Any], job: Job) -> dict[str, Any]:
         except UnreadablePicture as error:
             return {**inputs, FAILED: failure(type(error).__name__, str(error))}
         inputs["multimodal_data"] = {"image": picture}
-        # The content's hash is known: the engine need not compute one of its own over the pixels.
+        # With a known hash of the content the engine does not hash the pixels.
         inputs["multimodal_uuids"] = {"image": f"{row['picture_hash']}-{job.image_side}"}
     elif not text.strip():
         return {**inputs, FAILED: failure("NothingToDescribe", "the item has neither a picture nor text")}

@@ -146,7 +146,7 @@ def _trial(config: GenerateConfig, work: _Work) -> Iterator[Shards]:
     try:
         yield replace(work.shards, folder=folder / "shards", quarantine=folder / "quarantine")
     finally:
-        with suppress(OSError):  # a task that outlives an error may still write into it; that error is to be told
+        with suppress(OSError):  # a task that outlives an error may still write here; the error must reach the user
             remove_tree(folder)
 
 

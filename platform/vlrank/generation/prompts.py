@@ -21,7 +21,7 @@ Image = Literal["required", "optional", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model is asked about one item.
+    """The question about one item.
 
     Attributes:
         prompt_id: E.g. ``"caption/v1"``; for a file of the user's own its stem.

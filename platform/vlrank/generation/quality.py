@@ -1,4 +1,4 @@
-"""A cheap gate between a model and the table: texts that nobody wants in a prompt are tried again, then quarantined."""
+"""The quality gate: rules that reject texts which are useless in a prompt."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def ray_llm(dataset: ray.data.Dataset, job: Job, engine: EngineConfig, args: dic
     )
     (stage,) = processor.stages.values()
     stage.fn = _saying_why(stage.fn)
-    stage.map_batches_kwargs.update(actor)  # last: an assignment to the stage makes it compute resources of its own
+    stage.map_batches_kwargs.update(actor)  # last: assigning to a field of the stage makes it compute resources again
     # Without its own last step the processor returns good and failed rows alike, in the column DATA; that step would
     # give the two kinds different columns.
     processor.postprocess = None

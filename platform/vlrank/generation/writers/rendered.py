@@ -1,7 +1,7 @@
 """vLLM fed with pictures that CPU processes have prepared: the way past the one process that limits picture throughput.
 
-Whoever holds a vLLM engine (``LLM.generate``, the actor of `ray.data.llm`) resizes, normalises and patches its pictures
-in one process; on an H100 that process stops at 100 pictures a second while the GPU waits. Here a pool of workers runs
+The process that holds a vLLM engine (``LLM.generate``, the actor of `ray.data.llm`) resizes, normalises and patches all
+pictures itself; on an H100 it reaches 100 pictures a second while the GPU waits. Here a pool of workers runs
 vLLM's own renderer (tokeniser, image processor, placeholders), and the engine's process receives what that made, which
 `AsyncLLM.generate` accepts as it is. `render_workers` in the config switches it on.
 """
@@ -131,7 +131,7 @@ class RenderedVllm:
             self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         # More requests than the engine can run only cost memory.
         self.room = asyncio.Semaphore(math.ceil(1.1 * self.engine.vllm_config.scheduler_config.max_num_seqs))
-        self.asked = 0
+        self.requests = 0
 
     async def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Rows with ``engine_input`` get ``generated_text``, ``num_input_tokens``, ``num_generated_tokens``."""
@@ -143,13 +143,13 @@ class RenderedVllm:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         rendered = row.pop("engine_input")
-        self.asked += 1
+        self.requests += 1
         try:
             async with self.room:
                 start = time.monotonic()
                 answer = None
                 async for output in self.engine.generate(
-                    rendered, self._params(row), f"{row['item_id']}-{self.asked}", lora_request=self._lora()
+                    rendered, self._params(row), f"{row['item_id']}-{self.requests}", lora_request=self._lora()
                 ):
                     answer = output
         except EngineDeadError:

@@ -91,7 +91,9 @@ class TransformersGenerator:
         except Exception as error:
             if _gpu_is_lost(error):
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                os._exit(1)  # Ray starts the actor anew and repeats its tasks; here every later row would fail as well
+                os._exit(
+                    1
+                )  # Ray restarts the actor and repeats its tasks; in this process every later row would fail as well
             if len(rows) == 1:
                 rows[0][FAILED] = failure(type(error).__name__, str(error))
                 return
