@@ -69,7 +69,7 @@ class Shards:
     """A table that grows by shards, and its quarantine.
 
     Attributes:
-        folder: Where the shards lie, ``*.parquet``; in the order of their names the newest row of a key is last.
+        folder: Folder of the shards, ``*.parquet``; in the order of their names the newest row of a key is last.
         schema: Columns of a shard; holds ``key`` and ``input_hash`` (string).
         key: The column that identifies a row, an integer or a string.
         quarantine: Folder of the quarantine files.

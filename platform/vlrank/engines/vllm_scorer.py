@@ -1,13 +1,13 @@
 """The vLLM engine: exact label scores from few, prefix-cached requests; adapters are served without merging.
 
-A prompt's root node is one request. Its first inner node costs one forced decoding step of the same request; the other
-nodes follow as requests that repeat the prompt, and find it in the prefix cache because they start as soon as their
-root is done, ahead of the roots that wait. Behind them, all would be answered in one short step, and the GPU would idle
-until as many new prompts have come. With 20 candidates in Qwen's digits there are two requests: root and "1", then "2".
+One request reads the root of a prompt's trie and, by one forced decoding step, its first inner node. Every other node
+is a request that repeats the prompt. It starts as soon as the root is done, ahead of waiting prompts, so that it finds
+its prompt in the prefix cache; all of them at the end would make one short step, during which the GPU idles. With 20
+candidates in Qwen's digits there are two requests: root and "1", then "2".
 
 A picture is prepared once, by the thread that first encodes a prompt with it, and sent to vLLM's core once. vLLM's own
-way, pictures with ids, goes through every picture of every request again: 20 ms for a prompt with 20 of them, in the
-one thread that feeds the engine. Encoded pictures stay on the GPU, in a cache larger than vLLM makes it.
+way, pictures with ids, handles every picture of every request again: 20 ms for a prompt with 20 of them, in the one
+thread that feeds the engine. Encoded pictures stay on the GPU, in a cache larger than vLLM's default.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def load_picture(path: str, side: int) -> Image.Image:
 
 @functools.lru_cache(maxsize=2)
 def load_tokenizer(model: str, revision: str | None) -> Any:
-    """Cached."""
+    """The model's tokenizer; cached."""
     from transformers import AutoTokenizer
 
     return complete_tokenizer(AutoTokenizer.from_pretrained(model, revision=revision), model, revision)
@@ -110,7 +110,7 @@ def load_tokenizer(model: str, revision: str | None) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _rendered(model: str, revision: str | None, prompt: Prompt, text: str, with_image: bool) -> str:
-    """The prompt after the chat template; captions ask the same question of every picture, hence the cache."""
+    """The prompt after the chat template; cached, because captions have the same prompt for every picture."""
     return render_messages(load_tokenizer(model, revision), prompt.messages(text, with_image=with_image))
 
 
@@ -122,7 +122,7 @@ def text_tokens(model: str, revision: str | None, rendered: str) -> int:
 
 @functools.lru_cache(maxsize=2)
 def load_processor(model: str, revision: str | None) -> Any:
-    """Cached; with the tokenizer, for models that take pictures."""
+    """Tokenizer and image processor of a model that takes pictures; cached."""
     from transformers import AutoProcessor
 
     from vlrank.compat import patch_torchvision
@@ -145,7 +145,7 @@ def picture_tokens(model: str, revision: str | None, size: tuple[int, int]) -> i
 
 
 def prepare(row: Mapping[str, Any], job: Job) -> dict[str, Any]:
-    """What an engine needs for one row; ``__inference_error__`` says why the engine must not get the row.
+    """What the engine needs for one row; ``__inference_error__`` says why the engine must not get the row.
 
     Args:
         row: ``item_id``, ``text``, ``picture`` (absolute path or None), ``picture_hash``.
@@ -255,7 +255,7 @@ def _judged(row: Mapping[str, Any], job: Job) -> dict[str, Any]:
     if row[FAILED]:
         kind, _, message = str(row[FAILED]).partition(": ")
     else:
-        # Half a character at the end (bytes of a cut-off answer) is U+FFFD in transformers and nothing in vLLM.
+        # An answer may end within the bytes of a character: U+FFFD in transformers, nothing in vLLM.
         text = " ".join(str(row["generated_text"]).replace("\ufffd", "").split())
         tokens = row["num_input_tokens"] + row["num_generated_tokens"]
         cut_off = row["num_generated_tokens"] >= job.max_tokens or tokens >= (job.max_model_len or math.inf)

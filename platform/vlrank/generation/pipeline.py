@@ -141,7 +141,7 @@ def dry_run(config: GenerateConfig) -> Summary:
 
 @contextmanager
 def _trial(config: GenerateConfig, work: _Work) -> Iterator[Shards]:
-    """Shards that vanish, in the dataset: workers on other nodes see nothing of the driver's temporary folder."""
+    """Temporary shards inside the dataset: workers on other nodes do not see the driver's temporary folder."""
     folder = Dataset.open(config.dataset).path / f".dryrun-{uuid.uuid4().hex[:8]}"
     try:
         yield replace(work.shards, folder=folder / "shards", quarantine=folder / "quarantine")
@@ -163,7 +163,7 @@ class _Work:
 
 
 def generated_shards(dataset: Dataset, what: str) -> Shards:
-    """Where captions or summaries of a dataset lie, for `vlrank.bulk`."""
+    """The captions or summaries of a dataset, for `vlrank.bulk`."""
     folder = dataset.path / GENERATED_FOLDERS[what]
     return Shards(folder, schemas.GENERATED, "item_id", quarantine_folder(dataset.path, what), what)
 
@@ -332,8 +332,8 @@ def _picture_hash(path: Location) -> str:
 def _passes(config: GenerateConfig, work: _Work) -> tuple[BulkResult, int]:
     """The first pass over all rows, then one over the rejected rows per further attempt.
 
-    A pass of its own costs an engine start, and only when something was rejected; a second try inside the first pass
-    would need two engines side by side, or an engine written for it.
+    A further pass starts an engine again, but only when something was rejected; a second try within the first pass
+    would need two engines side by side.
     """
     attempts = config.attempts if work.job.gate else 1
     total, only, retried = BulkResult(), None, 0

@@ -1,9 +1,9 @@
-"""vLLM fed with pictures that CPU processes have prepared: the way past the one process that limits picture throughput.
+"""vLLM with pictures that CPU processes prepare; one process alone limits the throughput of pictures.
 
 The process that holds a vLLM engine (``LLM.generate``, the actor of `ray.data.llm`) resizes, normalises and patches all
-pictures itself; on an H100 it reaches 100 pictures a second while the GPU waits. Here a pool of workers runs
-vLLM's own renderer (tokeniser, image processor, placeholders), and the engine's process receives what that made, which
-`AsyncLLM.generate` accepts as it is. `render_workers` in the config switches it on.
+pictures itself; on an H100 it reaches 100 pictures a second while the GPU waits. Here a pool of workers runs vLLM's own
+renderer (tokeniser, image processor, placeholders), and `AsyncLLM.generate` gets its results. `render_workers` in the
+config switches this on.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Renderer:
         from vlrank.compat import patch_torchvision
 
         patch_torchvision()
-        # Ray hides the GPUs from this worker; vLLM asks the driver what they are when it makes its configuration. No
-        # CUDA context is created here.
+        # Ray hides the GPUs from this worker, but vLLM reads their kind from the driver to make its configuration. This
+        # creates no CUDA context.
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             del os.environ["CUDA_VISIBLE_DEVICES"]
         import torch
@@ -110,8 +110,8 @@ class Renderer:
         except Exception as error:  # e.g. a picture 300 times as wide as high: the row's fault, not the run's
             return row | {FAILED: failure(type(error).__name__, str(error))}
         if pictures and uuids:
-            # Without a prefix cache vLLM counts pictures per renderer: two workers' pictures would share a name, and
-            # the engine would show one in place of the other. The content's name is the same everywhere.
+            # Without a prefix cache vLLM numbers pictures per renderer: pictures of two workers would share a name, and
+            # the engine would confuse them. The hash of the content is the same everywhere.
             rendered["mm_hashes"] = {"image": [uuids["image"]]}
         return row | {"engine_input": rendered, "prompt": None}
 
