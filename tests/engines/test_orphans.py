@@ -22,7 +22,7 @@ def worker(folder):
 def core(folder):
     process = multiprocessing.get_context("spawn").Process(target=worker, args=(folder,))
     process.start()
-    process.join()  # vLLM's core, too, ends with its workers
+    time.sleep(600)
 
 if __name__ == "__main__":
     folder, target = Path(sys.argv[1]), {"worker": worker, "core": core}[sys.argv[2]]
@@ -43,11 +43,11 @@ if __name__ == "__main__":
 """
 
 
-def kill(process: "subprocess.Popen[str]", *, expected: int) -> None:
+def kill(process: "subprocess.Popen[str]", *, at_least: int) -> None:
     """Kill -9; what was below it must be gone ten seconds later."""
     descendants = psutil.Process(process.pid).children(recursive=True)
     workers = [one for one in descendants if "resource_tracker" not in " ".join(one.cmdline())]
-    assert len(workers) == expected
+    assert len(workers) >= at_least
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 10
@@ -68,7 +68,7 @@ def test_a_worker_ends_with_the_process_that_started_the_engine(tmp_path: Path, 
     process = subprocess.Popen([sys.executable, str(script), str(folder), kind], text=True)
     while not list(folder.iterdir()):
         assert process.poll() is None
-    kill(process, expected=1 if kind == "worker" else 2)
+    kill(process, at_least=1 if kind == "worker" else 2)
 
 
 @pytest.mark.stack
@@ -81,4 +81,4 @@ def test_vllm_ends_with_its_process(tmp_path: Path, tiny_text_model: Path) -> No
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None
         assert any(line == "ready\n" for line in process.stdout), (tmp_path / "err").read_text()[-3000:]
-    kill(process, expected=1)
+    kill(process, at_least=1)

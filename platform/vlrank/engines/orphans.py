@@ -32,8 +32,10 @@ def _ancestors() -> tuple[int, ...]:
 
 
 def _watch(ancestors: tuple[int, ...]) -> None:
-    while _ancestors() == ancestors:  # whose parent has died gets another one
+    while _ancestors() == ancestors:  # a process whose parent has died gets another one
         time.sleep(1)
+    if len(ancestors) > 1 and os.getppid() == ancestors[0]:
+        os.kill(ancestors[0], signal.SIGKILL)  # vLLM's core, which would take its time
     os.kill(os.getpid(), signal.SIGKILL)
 
 
