@@ -334,9 +334,18 @@ def test_four_bit_weights_are_the_numbers_that_training_computed_with(
     shown = layer(torch.eye(64, dtype=torch.bfloat16)).T
     # bitsandbytes rounds its scales in some kernels and not in others: one step of bfloat16.
     torch.testing.assert_close(packed.layers[0].qkv.weight[: len(shown)], shown, atol=0, rtol=2**-6)
-    scorer = open_packed(open_model(tmp_path), EngineConfig(name="packed", dtype="bfloat16"), encoder)
-    [scores] = scored(scorer, encoder, [encoder.encode([], text_items(12))])
-    assert np.isfinite(scores).all()
+    exact = EngineConfig(name="packed", dtype="bfloat16")
+    encoded = encoder.encode([], text_items(12))
+    scorer = open_packed(open_model(tmp_path), exact, encoder)
+    [plain] = scored(scorer, encoder, [encoded])
+    assert np.isfinite(plain).all()
+    scorer.close()
+    # and as `vlrank train` leaves it: an adapter beside a base in 4 bits
+    adapter = tmp_path / "adapter"
+    adapted(tmp_path, adapter)
+    scorer = open_packed(open_model(adapter), exact, encoder)
+    [merged] = scored(scorer, encoder, [encoded])
+    assert np.abs(merged - plain).max() > 1e-3
     scorer.close()
 
 
@@ -348,6 +357,18 @@ def test_bfloat16_scores_are_no_ties(text: tuple[PackedScorer, Encoder, Any], ti
     np.testing.assert_allclose(scores, scored(alone, encoder, [encoded])[0], atol=0.15)
     assert len(set(scores.tolist())) == 9
     scorer.close()
+
+
+def test_float8_matrices_are_rounded_row_by_row(text: tuple[PackedScorer, Encoder, Any]) -> None:
+    """Three bits of a number are kept, whatever the size of the row that it is in."""
+    _, _, model = text
+    packed = PackedModel.of(model, keep=True)
+    for layer, rounded in zip(packed.layers, packed.float8().layers, strict=True):
+        for name in ("qkv", "o", "gate_up", "down"):
+            exact, matrix = getattr(layer, name).weight, getattr(rounded, name)
+            restored = matrix.weight.float() * matrix.scale.T
+            small = exact.abs().amax(1, keepdim=True) / 448
+            assert ((restored - exact).abs() <= exact.abs() / 16 + small).all()
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

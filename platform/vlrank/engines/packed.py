@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 
 from vlrank.engines.packed_attention import Context, RowAttention, kernel_for
 from vlrank.engines.packed_model import PackedModel
-from vlrank.engines.packed_pictures import Patches, PictureFeatures
+from vlrank.engines.packed_pictures import PictureFeatures
 from vlrank.engines.packed_rows import Prompt, Row
 from vlrank.engines.resources import EngineDied
 from vlrank.prompting.encoding import Encoded, Encoder
@@ -43,7 +44,6 @@ class _Job:
         body: What a row holds of it.
         prefix: Its beginning, computed in a row of its own and shared; None where the body is the whole prompt.
         key: Of the prefix.
-        patches: Prepared pictures whose features were missing when the job was made.
         hidden: float32 [reads, hidden], or what went wrong.
     """
 
@@ -51,7 +51,6 @@ class _Job:
     body: Prompt
     prefix: Prompt | None
     key: bytes
-    patches: dict[str, Patches]
     hidden: Future[Float32] = field(default_factory=Future)
 
 
@@ -107,6 +106,8 @@ class PackedScorer:
 
     def score_labels(self, encoder: Encoder, requests: Sequence[Encoded]) -> list[Float32 | Exception]:
         """See `scoring.LabelScorer`. A prompt with a `Encoded.prefix` shares it with others that begin alike."""
+        if self.features is not None:
+            self.features.prepare(encoder, [path for request in requests for path in request.image_paths])
         jobs: list[_Job | Exception | None] = []
         for request in requests:
             try:
@@ -143,12 +144,10 @@ class PackedScorer:
         if len(visual) and visual[0] < cut:
             cut = 0  # a prefix is text
         body = Prompt(ids[cut:], positions[:, cut:], request.trie, visual - cut, request.image_paths)
-        patches: dict[str, Patches] = {}
-        for path in request.image_paths:
-            if self.features is not None and path not in self.features and path not in patches:
-                patches[path] = encoder.patches(path)
+        if self.features is not None:
+            self.features.check(request.image_paths)
         prefix = Prompt(ids[:cut], positions[:, :cut], None) if cut else None
-        return _Job(encoder, body, prefix, ids[:cut].astype(np.int32).tobytes(), patches)
+        return _Job(encoder, body, prefix, ids[:cut].astype(np.int32).tobytes())
 
     def _answer(self, request: Encoded, job: _Job | Exception | None) -> Float32 | Exception:
         if isinstance(job, Exception):
@@ -287,8 +286,7 @@ class PackedScorer:
         features = None
         if paths := [path for job in jobs for path in job.body.pictures]:
             assert self.features is not None
-            patches = {path: made for job in jobs for path, made in job.patches.items()}
-            features = self.features(jobs[0].encoder, paths, patches)
+            features = self.features(jobs[0].encoder, paths)
         if jobs[0].prefix is None:
             return self.model.forward(self._attention(row), features)
         prefixes = {job.key: job.prefix for job in jobs if job.prefix is not None}
@@ -313,12 +311,27 @@ class PackedScorer:
                 self._prefixes.move_to_end(key)
                 self.cached_tokens += len(wanted[key].ids)
         missing = [(key, prompt) for key, prompt in wanted.items() if key not in self._prefixes]
+        if missing and self.row_tokens is not None:  # the next rows' prefixes fill this one's row of prefixes
+            missing += self._soon(set(wanted), self.row_tokens - sum(prompt.size for _, prompt in missing))
         for group in self._prefix_rows(missing):
             self._compute_prefixes(group)
         held = [self._prefixes[key] for key in wanted]
         while len(self._prefixes) > len(wanted) and self._kept_bytes() > self._prefix_bytes:
             self._prefixes.popitem(last=False)
         return held
+
+    def _soon(self, known: set[bytes], room: int) -> list[tuple[bytes, Prompt]]:
+        """Missing prefixes of waiting prompts, as many as fit ``room`` tokens."""
+        found: list[tuple[bytes, Prompt]] = []
+        with self._wake:
+            waiting = list(islice(self._waiting, _LOOKED_AT))
+        for job in waiting:
+            if job.prefix is None or job.key in known or job.key in self._prefixes or job.prefix.size > room:
+                continue
+            known.add(job.key)
+            found.append((job.key, job.prefix))
+            room -= job.prefix.size
+        return found
 
     def _kept_bytes(self) -> int:
         return sum(prefix.bytes for prefix in self._prefixes.values())

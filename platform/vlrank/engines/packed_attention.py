@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -55,8 +57,13 @@ class RowAttention:
         self, row: Row, device: torch.device, scaling: float, kernel: Kernel | None, context: Context | None = None
     ) -> None:
         self.row, self.device, self.scaling, self.kernel, self.context = row, device, scaling, kernel, context
+        # The filled row is one shape; compiled, the join is one pass over memory instead of ten.
+        self._join: Callable[..., tuple[torch.Tensor, torch.Tensor]] = (
+            _compiled_join() if row.length and device.type == "cuda" else join
+        )
         self._documents: dict[str, tuple[torch.Tensor, torch.Tensor, int, int]] = {}
-        self.reads, self.tails = (torch.from_numpy(places).to(device) for places in (row.reads, row.tails))
+        self.reads, self.tails = sent(row.reads, device), sent(row.tails, device)
+        self._tails_in_reads = sent(row.tails_in_reads, device)
         if kernel is not None:
             self._document("self", row.segments, row.segments)
             self._document("tails", *row.behind(ends=False))
@@ -85,7 +92,7 @@ class RowAttention:
             joined, joined_lse = join((out[self.tails], lse[:, self.tails]), far)
             out[self.tails], lse[:, self.tails] = joined, joined_lse
         if prefix is not None:
-            out, _ = join((out, lse), self._flash("context", q, *prefix))
+            out, _ = self._join((out, lse), self._flash("context", q, *prefix))
         return out
 
     def at_reads(
@@ -104,16 +111,9 @@ class RowAttention:
             out, _ = join((out, lse), self._flash("context of reads", q[self.reads], *prefix))
         return out
 
-    @property
-    def _tails_in_reads(self) -> torch.Tensor:
-        counts = [prompt.reads for prompt in self.row.prompts]
-        starts = np.cumsum([0, *counts[:-1]])
-        places = [np.arange(start + 1, start + n) for start, n in zip(starts, counts, strict=True)]
-        return torch.from_numpy(np.concatenate(places)).to(self.device)
-
     def _document(self, name: str, queries: Sequence[int], keys: Sequence[int]) -> None:
         longest = (max((b - a for a, b in pairwise(bounds)), default=1) for bounds in (queries, keys))
-        q, k = (torch.tensor(bounds, dtype=torch.int32, device=self.device) for bounds in (queries, keys))
+        q, k = (sent(np.asarray(bounds, dtype=np.int32), self.device) for bounds in (queries, keys))
         longest_q, longest_k = (-(-length // 128) * 128 for length in longest)
         self._documents[name] = q, k, longest_q, longest_k
 
@@ -171,6 +171,17 @@ def join(
     (a, lse_a), (b, lse_b) = near, far
     weight = torch.sigmoid(lse_a.float() - lse_b.float()).transpose(0, 1).unsqueeze(-1)
     return (a.float() * weight + b.float() * (1 - weight)).to(a.dtype), torch.logaddexp(lse_a, lse_b)
+
+
+@cache
+def _compiled_join() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    return torch.compile(join, dynamic=False)
+
+
+def sent(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """An array on a device, without waiting for what the device computes."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @cache

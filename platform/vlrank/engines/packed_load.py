@@ -69,10 +69,12 @@ def open_packed(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
             "feature_bytes": (int(0.2 * total), 16 * 2**30),
         }
         torch.cuda.empty_cache()
-    scorer = PackedScorer(packed, **settings)
     if config.quantization == "fp8":
-        exact, scorer = scorer, PackedScorer(packed.float8(), **settings)
-        scorer.exact = exact
+        scorer = PackedScorer(packed.float8(), **settings)
+        few = {"prefix_bytes": settings["prefix_bytes"] // 8, "feature_bytes": (2**30, 2**30)}
+        scorer.exact = PackedScorer(packed, **settings | few)  # for a sample
+    else:
+        scorer = PackedScorer(packed, **settings)
     return scorer
 
 
@@ -121,7 +123,8 @@ def _undressed(model: Any) -> Any:
 
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child).__name__ == "Linear4bit":
+            # PEFT's wrappers show the weight of the layer inside.
+            if type(getattr(child, "weight", None)).__name__ == "Params4bit" and not hasattr(child, "get_base_layer"):
                 weight = dequantised(child, child.compute_dtype or torch.bfloat16)
                 plain = torch.nn.Linear(*weight.shape[::-1], bias=child.bias is not None, device="meta")
                 plain.weight = torch.nn.Parameter(weight, requires_grad=False)

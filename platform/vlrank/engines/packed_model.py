@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding, linear, silu
 
-from vlrank.engines.packed_attention import RowAttention
-from vlrank.engines.resources import why_not_packed
+from vlrank.engines.packed_attention import RowAttention, sent
+from vlrank.engines.resources import beyond_packed
 from vlrank.engines.structure import core, decoder_layers
 
 _E4M3_MAX = 448.0
@@ -189,6 +189,7 @@ class PackedModel:
 
     def compile(self) -> None:
         """Compile the layers' code, once per length of rows."""
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # a graph per length
         self.before = torch.compile(before_attention, dynamic=False)
         self.after = torch.compile(after_attention, dynamic=False)
 
@@ -210,14 +211,14 @@ class PackedModel:
             store: Called with each layer's number, keys and values: the row holds prefixes. Nothing is read then.
         """
         row, device = attention.row, self.device
-        x = embedding(_sent(torch.from_numpy(row.ids), device), self.embeddings)
+        x = embedding(sent(row.ids, device), self.embeddings)
         deepstack: tuple[torch.Tensor, ...] = ()
         visual = None
         if features is not None:
-            visual = _sent(torch.from_numpy(row.visual), device)
+            visual = sent(row.visual, device)
             first, *rest = features.to(self.dtype).split(x.shape[1], dim=1)
             x, deepstack = x.index_copy(0, visual, first), tuple(rest)
-        positions = _sent(torch.from_numpy(row.positions), device)
+        positions = sent(row.positions, device)
         cos, sin = self.rotary(x, positions[:, None] if self.axes == 3 else positions[:1])
         cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
         for i, layer in enumerate(self.layers):
@@ -238,19 +239,13 @@ class PackedModel:
         return rms_norm(x, self.norm, self.sizes.epsilon)
 
 
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def check(config: Any) -> None:
     """Whether a model of this config is computed here, from the config alone.
 
     Raises:
         Unsuited: it is not.
     """
-    if why := why_not_packed(config.to_dict()):
+    if why := beyond_packed(config.to_dict()):
         raise Unsuited(why)
     text = config.get_text_config()
     if text.hidden_act != "silu":

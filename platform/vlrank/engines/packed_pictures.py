@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vlrank.engines.packed_attention import Kernel, kernel_for, sent
 from vlrank.prompting.encoding import Encoder, Grid
 
 Patches = npt.NDArray[np.uint8]
 
 _PASS = 16384  # patches per pass of the tower on a GPU: 83 pictures of 224x224
 _FILLING = 256
+_THREADS = 8
+_NAME = "vlrank_flash_pictures"  # transformers hands bounds of pictures to functions that are called flash
 
 
 class PictureFeatures:
@@ -35,22 +41,45 @@ class PictureFeatures:
         weight = next(visual.parameters())
         self._device, self._dtype = weight.device, weight.dtype
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._prepared: dict[str, Patches | OSError | ValueError] = {}
+        self._preparing = threading.Lock()
+        self._threads = ThreadPoolExecutor(_THREADS, "pictures")
+        config = visual.config
+        size = config.hidden_size // config.num_heads
+        if kernel := kernel_for(config.num_heads, config.num_heads, size, self._device, self._dtype):
+            ALL_ATTENTION_FUNCTIONS.register(_NAME, _PictureAttention(kernel))
+            config._attn_implementation = _NAME
 
-    def __contains__(self, path: str) -> bool:
-        return path in self._kept
+    def prepare(self, encoder: Encoder, paths: Iterable[str]) -> None:
+        """Read the pictures whose features are missing, in threads; may be called from any thread."""
+        with self._preparing:  # two callers would read the same pictures
+            ready = self._kept.keys() | {path for path, made in self._prepared.items() if isinstance(made, np.ndarray)}
+            missing = [path for path in dict.fromkeys(paths) if path not in ready]
+            for path, patches in zip(missing, self._threads.map(lambda p: _read(encoder, p), missing), strict=True):
+                self._prepared[path] = patches
 
-    def __call__(self, encoder: Encoder, paths: Sequence[str], patches: Mapping[str, Patches]) -> torch.Tensor:
-        """Features of pictures, one behind the other.
+    def check(self, paths: Iterable[str]) -> None:
+        """Raise what `prepare` met.
 
-        Args:
-            encoder: Prepares pictures.
-            paths: In order, repetitions allowed.
-            patches: `Encoder.patches` of some of them, made before; the others are prepared here.
+        Raises:
+            OSError, ValueError: a picture cannot be read.
+        """
+        for path in paths:
+            if isinstance(error := self._prepared.get(path), Exception):
+                raise error
+
+    def __call__(self, encoder: Encoder, paths: Sequence[str]) -> torch.Tensor:
+        """Features of pictures, one behind the other; repetitions are allowed.
+
+        Raises:
+            OSError, ValueError: a picture cannot be read.
         """
         missing = [path for path in dict.fromkeys(paths) if path not in self._kept]
+        self.prepare(encoder, missing)
+        self.check(missing)
         fresh: dict[str, torch.Tensor] = {}
         for group in self._passes(encoder, missing):
-            prepared = [patches[path] if path in patches else encoder.patches(path) for path in group]
+            prepared: list[Any] = [self._prepared.pop(path) for path in group]
             for path, features in zip(group, self._compute(encoder, prepared, map(encoder.grid, group)), strict=True):
                 fresh[path] = features
         held = [fresh[path] if path in fresh else self._kept[path] for path in paths]
@@ -75,7 +104,7 @@ class PictureFeatures:
             yield group
 
     def _compute(self, encoder: Encoder, patches: Sequence[Patches], grids: Iterable[Grid]) -> list[torch.Tensor]:
-        stacked, shapes = torch.from_numpy(np.concatenate(patches)), list(grids)
+        stacked, shapes = np.concatenate(patches), list(grids)
         merge = encoder.image_processor.merge_size**2
         lengths = [int(np.prod(grid)) // merge for grid in shapes]
         if self._device.type == "cuda":
@@ -84,18 +113,18 @@ class PictureFeatures:
                 part = min(rest, _FILLING)
                 shapes.append((1, 2, part // 2))
                 rest -= part
-            stacked = torch.nn.functional.pad(stacked, (0, 0, 0, max(0, _PASS - len(stacked))))
-            stacked = stacked.pin_memory()
-        mean, deviation = (torch.from_numpy(part).to(self._device) for part in encoder.pixel_scale)
-        pixels = (stacked.to(self._device, non_blocking=True).float() - mean) / deviation
+            stacked = np.pad(stacked, ((0, max(0, _PASS - len(stacked))), (0, 0)))
+        mean, deviation = (sent(part, self._device) for part in encoder.pixel_scale)
+        pixels = (sent(stacked, self._device).float() - mean) / deviation
         with torch.no_grad():
             output = self._visual(
-                pixels.to(self._dtype), grid_thw=torch.tensor(shapes, device=self._device), return_dict=True
+                pixels.to(self._dtype), grid_thw=sent(np.asarray(shapes), self._device), return_dict=True
             )
         whole = torch.cat([output.pooler_output, *output.deepstack_features], dim=-1)
         return [part.clone() for part in whole[: sum(lengths)].split(lengths)]
 
     def _keep(self, path: str, features: torch.Tensor) -> None:
+        self._prepared.pop(path, None)  # another caller may have read it meanwhile
         size = features.numel() * features.element_size()
         if size <= self._room:
             self._room -= size
@@ -113,3 +142,33 @@ class PictureFeatures:
                 self._room += size
             else:
                 self._host_room += size
+
+
+class _PictureAttention:
+    """Attention of the tower, all pictures of a pass in one call."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def __call__(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        cu_seq_lens_q: torch.Tensor,
+        max_length_q: int | torch.Tensor,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+        bounds = cu_seq_lens_q.to(torch.int32)
+        out, _ = self._kernel(q, k, v, bounds, bounds, int(max_length_q), int(max_length_q), scaling, False)
+        return out.unsqueeze(0), None
+
+
+def _read(encoder: Encoder, path: str) -> Patches | OSError | ValueError:
+    try:
+        return encoder.patches(path)
+    except (OSError, ValueError) as error:
+        return error

@@ -162,6 +162,14 @@ class Row:
         found = np.concatenate(places) if places else np.zeros(0, dtype=np.int64)
         return np.pad(found, (0, max(0, (self.max_reads or 0) - len(found))))
 
+    @property
+    def tails_in_reads(self) -> Int:
+        """Which of `reads` are the chains' tokens."""
+        starts = np.cumsum([0, *(prompt.reads for prompt in self.prompts)])
+        return np.concatenate(
+            [np.arange(at + 1, at + prompt.reads) for at, prompt in zip(starts, self.prompts, strict=False)]
+        )
+
     @cached_property
     def visual(self) -> Int:
         """Places of visual tokens."""

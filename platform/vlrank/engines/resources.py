@@ -55,7 +55,7 @@ PACKED_ARCHITECTURES = ("qwen3", "qwen2", "llama", "qwen3_vl")
 """``model_type`` of the models that the packed engine computes."""
 
 
-def why_not_packed(config: Mapping[str, Any]) -> str | None:
+def beyond_packed(config: Mapping[str, Any]) -> str | None:
     """Why the packed engine cannot rank with a model, as far as its ``config.json`` tells; None where it can."""
     kind, quantised = config.get("model_type"), config.get("quantization_config")
     if kind not in PACKED_ARCHITECTURES:
@@ -76,7 +76,7 @@ def ranking_engine(config: EngineConfig, model: ModelFolder) -> Literal["packed"
     file = location(model.base) / "config.json"
     known = read_json(file) if file.is_file() else {}
     needs_vllm = config.tensor_parallel_size > 1 or config.engine_kwargs
-    if config.name != "auto" or needs_vllm or (known and why_not_packed(known)):
+    if config.name != "auto" or needs_vllm or (known and beyond_packed(known)):
         return engine_name(config)
     return "packed"
 

@@ -12,9 +12,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from vlrank.prompting.modes import ModeSpec
 from vlrank.prompting.prior import log_prior
 from vlrank.reranking.fusion import best_weight, fused_table
 from vlrank.reranking.plan import Setup, Users, open_setup, users_to_rank
-from vlrank.reranking.ranker import Ranking, UserLists, open_prompts, open_ranker
+from vlrank.reranking.ranker import AGREEMENT, Ranking, UserLists, agreement, open_prompts, open_ranker
 from vlrank.reranking.windows import windows
 from vlrank.runtime import ray_session
 from vlrank.storage import writable
@@ -46,8 +46,9 @@ from vlrank.storage import writable
 if TYPE_CHECKING:
     import ray.data
 
-_COUNTS = ("prompts", "history_cut", "dropped", "requests", "request_tokens", "cached_tokens")
+_COUNTS = ("prompts", "history_cut", "dropped", "requests", "request_tokens", "cached_tokens", *AGREEMENT)
 _SHARD = pa.schema([*RANKINGS, ("input_hash", pa.string()), *((name, pa.int64()) for name in _COUNTS)])
+_COMPARED = 128  # users of each engine whose rankings are made without 8-bit products too
 
 
 def run(config: RerankConfig) -> Summary:
@@ -80,7 +81,7 @@ def run(config: RerankConfig) -> Summary:
         announce("Note:", _CONSTANT, "yellow")
     lines = {
         "model": f"{setup.folder.path} ({setup.spec.name})",
-        "engine": setup.config.engine.name,
+        "engine": setup.engine,
         "source": source,
         **_facts(setup, users, result, rows),
         **({"fusion weight": weight} if weight is not None else {}),
@@ -102,7 +103,7 @@ def dry_run(config: RerankConfig) -> Summary:
     prompts = sum(len(list(windows(n, ranking.window, ranking.stride))) * ranking.permutations for n in sizes)
     lines: dict[str, object] = {
         "model": f"{setup.folder.path} ({setup.spec.name})",
-        "engine": setup.config.engine.name,
+        "engine": setup.engine,
         "users": users.wanted.height,
         "to do": pending.height,
         "candidates per user": f"{np.mean(sizes):.1f}" if sizes else 0,
@@ -245,9 +246,21 @@ class _Worker:
         with self.counting:
             before, self.counted = self.counted, _engine_counts(self.ranker.engine)
             outcomes[0] |= {name: value - before[name] for name, value in self.counted.items()}
+            outcomes[0] |= self._agreement(rows, rankings)
         for outcome in outcomes:
             outcome[ENGINE_SECONDS] = time.monotonic() - started
         return pa.Table.from_pylist(outcomes, schema=_OUTCOME)
+
+    def _agreement(self, rows: Sequence[Mapping[str, Any]], rankings: Sequence[Ranking | Exception]) -> dict[str, int]:
+        """How the first users' rankings agree with those of the engine without 8-bit products, where it has them."""
+        exact = getattr(self.ranker.engine, "exact", None)
+        if exact is None:
+            return {}
+        sample = [_user_lists(self.job, row) for row in rows[:_COMPARED]]
+        expected = replace(self.ranker, engine=exact).rank(sample)
+        self.ranker.engine.exact = None  # type: ignore[attr-defined]
+        exact.close()
+        return agreement(zip(rankings, expected, strict=False))
 
     def _row(self, row: Mapping[str, Any], outcome: Ranking | Exception) -> dict[str, Any]:
         common = {"split": self.job.split, "user_id": row["user_id"], "input_hash": row["input_hash"]}
@@ -334,6 +347,12 @@ def _facts(setup: Setup, users: Users, result: BulkResult, rows: pl.DataFrame) -
         hit_rate = int(rows["cached_tokens"].sum()) / int(rows["request_tokens"].sum())
         prompts = f"{int(rows['prompts'].sum()):,} prompts in {requests:,} requests"
         lines["requests"] = f"{prompts}, {hit_rate:.1%} of their tokens from the cache"
+    if compared := int(rows["compared"].sum()):
+        first, common, ten, tau = (int(rows[name].sum()) for name in AGREEMENT[1:])
+        lines["rankings in 8 bits"] = (
+            f"{compared} users compared with bfloat16: {first / compared:.1%} the same first item, "
+            f"{common / ten:.1%} of the first ten, Kendall's tau {tau / compared / 1e6:.3f}"
+        )
     return lines
 
 
@@ -350,7 +369,10 @@ def _counts(users: Users, result: BulkResult, rows: pl.DataFrame) -> dict[str, i
         "candidates_dropped": int(rows["dropped"].sum()),
         "tokens_in": result.tokens_in,
         "working_ms": int(1000 * (result.working_seconds or result.seconds)),
-        **{name: int(rows[name].sum()) for name in ("prompts", "requests", "request_tokens", "cached_tokens")},
+        **{
+            name: int(rows[name].sum())
+            for name in ("prompts", "requests", "request_tokens", "cached_tokens", *AGREEMENT)
+        },
     }
 
 

@@ -34,7 +34,7 @@ class Setup:
     """A run's inputs, opened and checked.
 
     Attributes:
-        config: The settings, with the engine that ``auto`` means here.
+        config: The settings.
         dataset: The dataset.
         folder: The model; ``folder.ranking`` are the settings that prompts are made with.
         spec: The mode.
@@ -48,6 +48,11 @@ class Setup:
     spec: ModeSpec
     meta: Mapping[int, ItemMeta]
     usable: Collection[int]
+
+    @property
+    def engine(self) -> str:
+        """The engine that ``auto`` means here; one that finds at load that it cannot rank leaves it to another."""
+        return ranking_engine(self.config.engine, self.folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +78,11 @@ def open_setup(config: RerankConfig) -> Setup:
     """
     dataset = Dataset.open(config.dataset)
     folder, spec = _open_model(config)
-    engine = config.engine.model_copy(update={"name": ranking_engine(config.engine, folder)})
-    config = config.model_copy(update={"engine": engine})
-    if engine.name == "vllm":
+    if ranking_engine(config.engine, folder) == "vllm":
         from vlrank.engines.vllm_args import max_prompt_tokens
 
         # Histories are cut to what the engine takes; it would refuse longer prompts.
-        update = {"max_prompt_tokens": max_prompt_tokens(folder, engine)}
+        update = {"max_prompt_tokens": max_prompt_tokens(folder, config.engine)}
         folder = replace(folder, ranking=folder.ranking.model_copy(update=update))
     check_output(config.out, dataset)
     _check_fusion(config, dataset)
@@ -172,11 +175,13 @@ def users_to_rank(setup: Setup, split: Split, limit: int | None) -> Users:
     item_hashes = _item_hashes(setup.meta, setup.spec, ranking, setup.dataset.path.resolve())
     # Items that the mode cannot show make room for older ones: more than max_history are handed over.
     reach = ranking.max_history * (1 if ranking.missing == "text" else 4)
+    # Engines agree within the noise of bfloat16; products in 8 bits do not.
+    rounding = [config.engine.quantization] if config.engine.quantization else []
     rows = []
     for user, candidates in listed.items():
         history = histories[user][0][-reach:]
         shown = [item_hashes.get(item, "") for item in (*history, *candidates)]
-        text = json.dumps([model, config.seed, history, candidates, shown])
+        text = json.dumps([model, config.seed, history, candidates, shown, *rounding])
         rows.append((user, hashlib.sha256(text.encode()).hexdigest()[:32], history, candidates))
     ids = pl.List(pl.Int32)
     schema: dict[str, Any] = {"user_id": pl.Int32, "input_hash": pl.String, "history": ids, "candidates": ids}

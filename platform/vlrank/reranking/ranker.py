@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -64,6 +64,32 @@ class Ranking:
     tokens: int
     history_cut: int
     dropped: int
+
+
+AGREEMENT = ("compared", "same_first", "common_in_ten", "in_ten", "tau_millionths")
+"""Sums over users: see `agreement`."""
+
+
+def agreement(pairs: Iterable[tuple[Ranking | Exception, Ranking | Exception]]) -> dict[str, int]:
+    """How alike two rankings of each user are, as sums over the users that have both.
+
+    Returns:
+        `AGREEMENT`: users, those with the same first item, items that the first ten have in common and how many they
+        could have, and Kendall's tau times a million.
+    """
+    sums = dict.fromkeys(AGREEMENT, 0)
+    for a, b in pairs:
+        if isinstance(a, Exception) or isinstance(b, Exception):
+            continue
+        places = {item: place for place, item in enumerate(b.item_ids)}
+        order = np.asarray([places[item] for item in a.item_ids])
+        n = len(order)
+        rising = int(np.triu(order[:, None] < order[None], 1).sum())
+        tau = 4 * rising / (n * (n - 1)) - 1 if n > 1 else 1.0
+        common = len(set(a.item_ids[:10]) & set(b.item_ids[:10]))
+        values = (1, int(a.item_ids[0] == b.item_ids[0]), common, min(10, n), round(1e6 * tau))
+        sums = {name: sums[name] + value for name, value in zip(AGREEMENT, values, strict=True)}
+    return sums
 
 
 class NoCandidates(ValueError):
