@@ -18,6 +18,7 @@ from vlrank.engines import packed_attention, packed_load
 from vlrank.engines.models import open_model
 from vlrank.engines.packed import PackedScorer
 from vlrank.engines.packed_attention import Context, RowAttention
+from vlrank.engines.packed_live import score_rows
 from vlrank.engines.packed_load import disagreement, open_packed
 from vlrank.engines.packed_model import PackedModel, Unsuited
 from vlrank.engines.packed_rows import Prompt, Row
@@ -369,6 +370,38 @@ def test_float8_matrices_are_rounded_row_by_row(text: tuple[PackedScorer, Encode
             restored = matrix.weight.float() * matrix.scale.T
             small = exact.abs().amax(1, keepdim=True) / 448
             assert ((restored - exact).abs() <= exact.abs() / 16 + small).all()
+
+
+# ---- the model in training -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [None, documents])
+def test_a_model_in_training_is_read_as_it_stands(
+    tiny_text_model: Path, tmp_path: Path, kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation and ranking have to mean the same by a score, adapters merged or not."""
+    monkeypatch.setattr("vlrank.engines.packed_live.kernel_for", lambda *_: kernel)
+    encoder = Encoder.load(tiny_text_model, mode_spec("semantic_summary_small"), RANKING)
+    model = adapted(tiny_text_model, tmp_path)
+    batch = [encoder.encode(text_items(k, "old"), text_items(n)) for k, n in [(0, 12), (3, 1), (6, 25), (2, 5)]]
+    expected = [brute_force(model, encoder, prompt) for prompt in batch]
+    model.train()
+    attention = model.config._attn_implementation
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+        given = score_rows(model, encoder, batch)
+    assert model.training
+    assert model.config._attn_implementation == attention
+    for scores, exact in zip(given, expected, strict=True):
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, exact, atol=1e-5)
+
+
+def test_pictures_of_a_model_in_training(vision: tuple[PackedScorer, Encoder, Any], tmp_path: Path) -> None:
+    _, encoder, model = vision
+    pictures = picture_items(25, tmp_path)
+    batch = [encoder.encode(text_items(k, "old"), pictures[:n]) for k, n in [(0, 3), (7, 25), (2, 11)]]
+    for prompt, scores in zip(batch, score_rows(model, encoder, batch), strict=True):
+        np.testing.assert_allclose(scores, brute_force(model, encoder, prompt), atol=1e-5)
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from vlrank.config import TrainConfig
 from vlrank.data.tables import DiskFull, disk_errors
+from vlrank.engines.packed_live import score_rows
 from vlrank.engines.transformers_scorer import score_labels
 from vlrank.errors import UserError
 from vlrank.prompting.prior import log_prior
@@ -277,6 +278,8 @@ class RerankTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model) if self.config.parallel == "ddp" else self.model
 
         def score(prompts: list[Any]) -> list[Any]:
+            if self.steps.pack_tokens is not None:
+                return score_rows(model, self._encoder, prompts)
             # Unsloth's attention knows only causal rows; everything else reads the whole trie in one pass.
             return score_labels(model, self._encoder, prompts, tree=not self.base.unsloth)
 
