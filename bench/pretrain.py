@@ -47,7 +47,7 @@ from vlrank.demo.shop import BRANDS, COLOURS, KINDS, PATTERNS, STYLES, draw
 from vlrank.generation.prompts import load_prompt
 from vlrank.prompting.chat_template import render_messages
 from vlrank.prompting.modes import mode_spec
-from vlrank.prompting.prompts import Prompt, build_prompt, item_line, render
+from vlrank.prompting.prompts import RankingPrompt, build_prompt, item_line, render
 
 T = TypeVar("T")
 Family = Literal["text", "vision"]
@@ -260,7 +260,7 @@ class Lessons:
         row.slots = [thing.picture for thing in things] if form == "raw_image" else []
         return row
 
-    def _ask(self, prompt: Prompt, place: int, turns: Iterable[tuple[str, int]]) -> Row:
+    def _ask(self, prompt: RankingPrompt, place: int, turns: Iterable[tuple[str, int]]) -> Row:
         """The prompt, the number of the line in that place, and more questions: what is read, and the line's place."""
         text = render(self.tokenizer, prompt)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -24,7 +24,7 @@ from vlrank.errors import UserError
 from vlrank.prompting.chat_template import check_tokenizer, complete_tokenizer
 from vlrank.prompting.labels import LabelTrie
 from vlrank.prompting.modes import ModeSpec
-from vlrank.prompting.prompts import CANDIDATES, Prompt, build_prompt, render
+from vlrank.prompting.prompts import CANDIDATES, RankingPrompt, build_prompt, render
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -204,7 +204,7 @@ class Encoder:
         found = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(whole, n) == self._headline).all(axis=1))
         return int(found[0]) if len(found) else 0
 
-    def encode_prompt(self, prompt: Prompt, history_cut: int = 0) -> Encoded:
+    def encode_prompt(self, prompt: RankingPrompt, history_cut: int = 0) -> Encoded:
         """Token ids of a prompt as it stands, without a length limit."""
         trie = self.trie(prompt.n_candidates)
         ids = list(self.tokenizer(render(self.tokenizer, prompt), add_special_tokens=False)["input_ids"])

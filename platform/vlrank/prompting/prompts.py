@@ -23,7 +23,7 @@ INSTRUCTIONS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class RankingPrompt:
     """One question to a reranker: which of N numbered candidates comes next?
 
     Attributes:
@@ -59,7 +59,7 @@ def plain(text: str) -> str:
 
 def build_prompt(
     spec: ModeSpec, history: Sequence[ItemMeta], candidates: Sequence[ItemMeta], max_item_chars: int = 400
-) -> Prompt:
+) -> RankingPrompt:
     """The prompt for one user.
 
     Args:
@@ -74,7 +74,7 @@ def build_prompt(
     numbered = [f"{i}. {item_line(spec, item, max_item_chars)}" for i, item in enumerate(candidates, start=1)]
     if not spec.pixels:
         content: Any = head + "\n".join(numbered) + tail
-        return Prompt([{"role": "user", "content": content}], (), len(candidates))
+        return RankingPrompt([{"role": "user", "content": content}], (), len(candidates))
     # An item without a picture (`missing: text`) is shown by its line alone. Adjacent texts are joined into one part,
     # because templates may write something between parts.
     content, images, text = [], [], head
@@ -85,14 +85,14 @@ def build_prompt(
             text = ""
         text += line + "\n"
     content.append({"type": "text", "text": text.rstrip("\n") + tail})
-    return Prompt(
+    return RankingPrompt(
         [{"role": "user", "content": [part for part in content if part.get("text") != ""]}],
         tuple(images),
         len(candidates),
     )
 
 
-def render(tokenizer: Any, prompt: Prompt) -> str:
+def render(tokenizer: Any, prompt: RankingPrompt) -> str:
     """The prompt's text up to where the answer begins, through the model's own chat template.
 
     Args:

@@ -16,7 +16,7 @@ from vlrank.data.items import ItemMeta
 from vlrank.engines.models import open_model
 from vlrank.prompting.labels import LabelTrie
 from vlrank.prompting.modes import ModeSpec
-from vlrank.prompting.prompts import Prompt, item_line
+from vlrank.prompting.prompts import RankingPrompt, item_line
 from vlrank.reranking.ranker import open_ranker
 from vlrank.retrieval.baselines import Pair
 
@@ -74,7 +74,7 @@ def yes_log_probs(
     return scores
 
 
-def prompt(spec: ModeSpec, history: Sequence[ItemMeta], candidate: ItemMeta, max_item_chars: int) -> Prompt:
+def prompt(spec: ModeSpec, history: Sequence[ItemMeta], candidate: ItemMeta, max_item_chars: int) -> RankingPrompt:
     """The question about one candidate; in ``raw_image`` with its picture."""
     lines = "\n".join(f"- {item_line(spec, item, max_item_chars)}" for item in history)
     head = f"{_HEAD}{lines}\n\nCandidate item:\n"
@@ -83,7 +83,7 @@ def prompt(spec: ModeSpec, history: Sequence[ItemMeta], candidate: ItemMeta, max
     content: Any = head + tail
     if path:
         content = [{"type": "text", "text": head}, {"type": "image"}, {"type": "text", "text": tail}]
-    return Prompt([{"role": "user", "content": content}], (path,) if path else (), n_candidates=1)
+    return RankingPrompt([{"role": "user", "content": content}], (path,) if path else (), n_candidates=1)
 
 
 def _text(item: ItemMeta) -> ItemMeta:
