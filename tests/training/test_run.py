@@ -19,7 +19,7 @@ from vlrank.data.dataset import Dataset
 from vlrank.data.lists import rank_by_score
 from vlrank.errors import UserError
 from vlrank.training import pictures
-from vlrank.training.data import TrainingData, display_name, plan, selection_metric
+from vlrank.training.data import TrainingData, choose_samples, display_name, selection_metric
 from vlrank.training.model import resolve_base
 from vlrank.training.optim import MasterAdamW
 from vlrank.training.run import (
@@ -246,9 +246,9 @@ def test_lists_in_memory_become_splits(told_shop: Dataset) -> None:
 
 def test_captions_train_and_pictures_rank(settings: Make, told_shop: Dataset) -> None:
     config = settings("raw_image", train_inputs="caption")
-    run_plan = plan(config, TrainingData.of_dataset(told_shop, "ground_truth"))
-    assert (run_plan.train_spec.name, run_plan.spec.name) == ("caption", "raw_image")
-    assert len(run_plan.picture_paths) == len(set(run_plan.picture_paths)) > 50
+    run_samples = choose_samples(config, TrainingData.of_dataset(told_shop, "ground_truth"))
+    assert (run_samples.train_spec.name, run_samples.spec.name) == ("caption", "raw_image")
+    assert len(run_samples.picture_paths) == len(set(run_samples.picture_paths)) > 50
 
 
 # ---- when training goes wrong ---------------------------------------------------------------------------------------

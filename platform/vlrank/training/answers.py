@@ -1,8 +1,8 @@
-"""Only the places whose next token is learned: in the output head, and in the last decoder layer before it.
+"""Computes only the places whose next token is learned, in the output head and in the last decoder layer.
 
 An answer is two or three tokens of a prompt of a thousand. Logits of a whole batch are what fills memory (2048 tokens x
-152k words are 1.2 GB in float32 per sample), and nothing behind the last layer's keys and values mixes places any more:
-its queries, its output projection and its MLP are needed at the answers alone. That is a layer's work less, of 28 in
+152k words are 1.2 GB in float32 per sample), and no operation after the last layer's keys and values mixes places: its
+queries, its output projection and its MLP are needed at the answers alone. That saves almost one layer of the 28 in
 Qwen3-0.6B, with the same numbers.
 """
 
@@ -19,14 +19,14 @@ from transformers.models.qwen3.modeling_qwen3 import rotate_half
 from vlrank.engines.structure import core, decoder_layers
 
 _KNOWN = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("qwen3", "qwen3_vl", "llama"))
-"""Modules whose decoder layers compute what `LastLayer` computes. Unsloth puts functions of its own into them."""
+"""Modules whose decoder layers compute what `LastLayer` computes. Unsloth replaces functions in them."""
 
 _FEW = 8
-"""Up to one place in so many is few enough: attention of few queries needs a mask over all keys."""
+"""The last layer is narrowed if at most one place in this many is learned: `attend` builds a mask over all keys."""
 
 
 class AnswerHead:
-    """Lets the end of a model see only the places whose next token matters.
+    """Restricts the end of a model to the places whose next token is learned.
 
     ``logits_to_keep`` of transformers takes one set of places for all rows of a batch, so the places are picked inside
     the last layer, and where that is not possible right before the head: the same numbers, for padded and packed rows.
@@ -49,7 +49,7 @@ class AnswerHead:
         return (hidden.reshape(-1, hidden.shape[-1])[self.index].unsqueeze(0), *arguments[1:])
 
     def pick(self) -> torch.Tensor:
-        """The places, for a layer whose output will be theirs alone."""
+        """The places, for a layer that returns only them."""
         assert self.index is not None
         self._picked = True
         return self.index
@@ -58,7 +58,7 @@ class AnswerHead:
     def at(self, index: torch.Tensor) -> Iterator[None]:
         """Within the block logits are [1, n, vocabulary], of ``index`` (int64 [n]) into the flattened batch."""
         self.index, self._picked = index, False
-        if self._last is not None:  # there is little to recompute, and in the backward pass the places are gone
+        if self._last is not None:  # the places are unset in the backward pass, and little would be recomputed
             self._last.layer.gradient_checkpointing = False
         try:
             yield
@@ -67,10 +67,10 @@ class AnswerHead:
 
 
 class LastLayer:
-    """Takes over the forward pass of a model's last decoder layer: computed at the answers' places alone.
+    """Replaces the forward pass of a model's last decoder layer: it is computed at the answers' places alone.
 
-    Keys and values are those of all places. Without places, with many of them, or with a mask (as in validation) the
-    layer's own forward pass runs.
+    Keys and values are computed at all places. The layer's own forward pass runs if there are no places, if there are
+    many, or if there is a mask (as in validation).
 
     Args:
         layer: Of a class in `_KNOWN`. Its ``forward`` is replaced, and ``narrow`` names this object.
@@ -126,7 +126,7 @@ def attend(
     end: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention of few queries, each to the keys from ``begin`` to ``end`` inclusive.
+    """Attention of a few queries, each to the keys from ``begin`` to ``end`` inclusive.
 
     Args:
         query: [1, heads, n, head dim].
@@ -140,7 +140,7 @@ def attend(
     _, heads, n, head_dim = query.shape
     key, value = (part.transpose(0, 1).flatten(1, 2).unsqueeze(0) for part in (key, value))
     key_heads = key.shape[1]
-    # Queries of heads that share a key head lie one behind the other, so that keys need not be repeated.
+    # Queries of heads that share a key head are consecutive, so keys need not be repeated.
     groups = heads // key_heads
     at = torch.arange(key.shape[2], device=key.device)
     mask = ((at >= begin[:, None]) & (at <= end[:, None])).repeat(groups, 1)
@@ -169,7 +169,7 @@ def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
 
 
 def _narrowable(model: Any) -> bool:
-    """Whether the last layer is one that `LastLayer` knows, and nothing comes behind it but norm and head."""
+    """Whether `LastLayer` knows the last layer, and only the norm and the head follow it."""
     config = core(model).config
     layers = decoder_layers(model)
     last = layers[-1]

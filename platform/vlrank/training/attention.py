@@ -1,8 +1,8 @@
-"""Attention for packed rows: every document sees itself only.
+"""Attention for packed rows: each document attends to itself only.
 
 On GPUs PyTorch's variable-length flash attention does it without a mask, or FlashAttention 4 where it is installed
-(1.3 to 1.8 times as fast on an H100); on a CPU each document gets its own call of scaled dot-product attention. All are
-told where documents begin by ``packed_cu_seqlens``, an argument that transformers passes through to its attention
+(1.3 to 1.8 times as fast on an H100); on a CPU each document gets its own call of scaled dot-product attention. All
+take the bounds of the documents from ``packed_cu_seqlens``, an argument that transformers passes on to its attention
 functions. Without it the function is plain sdpa.
 """
 

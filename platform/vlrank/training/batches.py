@@ -1,7 +1,7 @@
 """Optimizer steps as data: which samples a step learns from, which rank reads them, and as which micro-batches.
 
-A step is fixed by (seed, epoch, step) and the global batch size alone. Ranks share it out, so the number of workers,
-the micro-batch and the packing change speed and memory and nothing else.
+A step depends only on (seed, epoch, step) and the global batch size. Ranks divide it among themselves, so the number of
+workers, the micro-batch and the packing change nothing but speed and memory.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Step:
 
     Attributes:
         micro: Micro-batches, at least one.
-        answers: Learned tokens in ``micro``; 0 where all samples of the share were bad, and then ``micro`` is a
-            stand-in that keeps this rank's part of collective operations.
+        answers: Learned tokens in ``micro``; 0 if all samples of the share were bad; then ``micro`` is a
+            stand-in, so that this rank still takes part in collective operations.
         samples: Samples in ``micro``.
         tokens: Tokens that were read, without padding.
         padding: Tokens that were not.
-        inserted: Samples whose target was put among a retriever's candidates by hand.
+        inserted: Samples whose target had to be added to a retriever's candidates.
         together: Samples of the largest micro-batch.
         halvings: Of the passes' length when it was made, see `Steps.halve`.
         bad: (user, error type, message) of samples that could not be read.
@@ -181,7 +181,7 @@ class Steps(Dataset[Step]):
         return groups, [end_to_end([rows[i] for i in chosen], length=budget, **form) for chosen in groups]
 
     def _weight(self, sample: Sample) -> float:
-        # Characters stand for tokens: every rank must come to the same shares without tokenising the others' prompts.
+        # Characters approximate tokens: all ranks must compute the same shares without tokenising each other's prompts.
         recent = sample.history[-self.encoder.ranking.max_history :]
         limit = self.encoder.ranking.max_item_chars
         return float(sum(min(limit, len(self.item_meta[item]["text"]) + 16) for item in (*recent, *sample.candidates)))
@@ -215,7 +215,7 @@ def fields_of(steps: list[Step]) -> dict[str, Any]:
 
 
 class StepLoader(DataLoader[Step]):
-    """Loads the steps of one epoch, ahead of time in ``workers`` processes."""
+    """Loads the steps of one epoch; ``workers`` processes prepare them ahead of time."""
 
     def __init__(self, steps: Steps, workers: int, pin_memory: bool) -> None:
         super().__init__(

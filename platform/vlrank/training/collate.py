@@ -77,7 +77,7 @@ def answer_row(encoder: Encoder, encoded: Encoded, label: int, loss: Literal["an
     places = np.arange(len(encoded.ids) - 1, len(row))
     if loss == "all":
         places = np.arange(len(row))
-        if encoded.grids:  # a picture's placeholders carry no text to learn
+        if encoded.grids:  # the placeholders of pictures are no text to learn
             places = places[after != encoder.image_token_id]
     return Row(row.ids, row.positions, places, after[places], row.image_paths, row.grids)
 
@@ -102,7 +102,7 @@ def side_by_side(rows: Sequence[Row], *, vision: bool, pad_id: int, pictures: Pi
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row.ids
         rotary[:, i, : len(row)] = row.positions
-    # Text positions run on through the padding: a restart would be read as a new packed document.
+    # Text positions continue through the padding: a restart would mark a new packed document.
     text = np.tile(np.arange(longest), (len(rows), 1))
     batch = _batch(ids, text, rotary, vision)
     batch["answer_index"] = torch.from_numpy(np.concatenate([i * longest + row.places for i, row in enumerate(rows)]))
@@ -120,15 +120,15 @@ def end_to_end(
     longest: int | None = None,
     pictures: Pictures | None = None,
 ) -> MicroBatch:
-    """Rows packed one behind the other into one row [1, T].
+    """Rows packed back to back into one row [1, T].
 
     Args:
         rows: What to pack.
         vision: Whether positions are Qwen3-VL's [4, 1, T].
-        pad_id: Fills up to ``length``; the filling is a document of its own.
+        pad_id: Fills the row up to ``length``; the padding is a document of its own.
         length: T; None packs without filling.
         documents: Rows that a packed row may hold: ``cu_seqlens`` is padded by empty documents to a static shape.
-        longest: Length that no row exceeds, for the attention's launch; the filling is cut to it. Default T.
+        longest: Length that no row exceeds, for the attention kernel; the padding is cut to it. Default T.
         pictures: Loads the rows' pictures.
     """
     import torch

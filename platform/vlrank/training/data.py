@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """Everything a run learns from and validates on; plain Python, so that it travels to any worker.
+    """Everything that a run learns from and validates on; plain Python, which Ray sends to any worker.
 
     Attributes:
         sequences: user id -> training items, oldest first.
@@ -93,7 +93,7 @@ class TrainingData:
         return cls(train, splits, with_popularity(item_meta, train))
 
     def with_pictures(self, places: Mapping[str, str | None]) -> TrainingData:
-        """The same with pictures in other places; None stands for those that cannot be used."""
+        """The same data with other picture paths; None marks a picture that cannot be used."""
         if not places:
             return self
         meta: dict[int, ItemMeta] = {
@@ -106,7 +106,7 @@ class TrainingData:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RunSamples:
     """A run's samples.
 
     Attributes:
@@ -138,7 +138,7 @@ class Plan:
         return list(dict.fromkeys(path for path in paths if path))
 
 
-def plan(config: TrainConfig, data: TrainingData) -> Plan:
+def choose_samples(config: TrainConfig, data: TrainingData) -> RunSamples:
     """Choose items, samples and the selection metric.
 
     Raises:
@@ -176,7 +176,7 @@ def plan(config: TrainConfig, data: TrainingData) -> Plan:
     )
     metric, warning = selection_metric(config)
     warnings += [warning] if warning else []
-    return Plan(train_spec, spec, samples, validation, data.item_meta, usable, metric, tuple(warnings))
+    return RunSamples(train_spec, spec, samples, validation, data.item_meta, usable, metric, tuple(warnings))
 
 
 def selection_metric(config: TrainConfig) -> tuple[str, str | None]:
@@ -198,7 +198,7 @@ def display_name(metric: str) -> str:
 
 
 def pictures_folder(config: TrainConfig) -> Path:
-    """Where cached vision features lie: with the dataset, so that runs and trials share them, else in the run.
+    """The folder of cached vision features: in the dataset, which runs and trials share, else in the run.
 
     They are memory-mapped: those of a dataset (or run) that is in a bucket or read-only lie in this node's cache.
     """

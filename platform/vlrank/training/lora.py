@@ -1,9 +1,9 @@
-"""LoRA without its memory traffic: projections that read the same input share one product with it.
+"""LoRA with less memory traffic: projections of the same input share one matrix product.
 
 An adapter of rank 8 adds nothing to the arithmetic of a projection and doubles its memory traffic: PEFT's layers read
 the input once more for each A, and write and read each output once more to add B to it. Here the input of a group
-(query, key and value; gate and up) meets one matrix of all A; that product is put behind the input, B behind the frozen
-weight, and one matrix product gives everything: ``[x | x A^T] [W | s B]^T``. The backward pass has the same form.
+(query, key and value; gate and up) meets one matrix of all A; that product is appended to the input, B to the frozen
+weight, and one matrix product gives all outputs: ``[x | x A^T] [W | s B]^T``. The backward pass has the same form.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Projections with one input, in the order in which Qwen3, Qwen3-VL and Llama call them."""
+"""Projections that share an input, in the order in which Qwen3, Qwen3-VL and Llama call them."""
 
 GROUPS_OF_LAST = (("q_proj",), ("k_proj", "v_proj"), *GROUPS[1:])
-"""The same in a last layer whose queries are those of few places (`vlrank.training.answers.LastLayer`)."""
+"""The same for a last layer with queries at a few places only (`vlrank.training.answers.LastLayer`)."""
 
 
 class _Projections(torch.autograd.Function):
@@ -47,7 +47,7 @@ def project(x: torch.Tensor, layers: list[Linear], weight: torch.Tensor) -> list
     Args:
         x: [..., K].
         layers: With one adapter each, r_i of it.
-        weight: Their base weights, one behind the other, [sum of N_i, K].
+        weight: Their base weights, concatenated, [sum of N_i, K].
 
     Returns:
         [..., N_i] for each layer.
@@ -61,13 +61,13 @@ def project(x: torch.Tensor, layers: list[Linear], weight: torch.Tensor) -> list
 
 
 class _First(Linear):
-    """The layer of a group that is called first; it computes the others' outputs with its own."""
+    """The first layer of a group to be called; it also computes the outputs of the others."""
 
     others: list[_Other]
     weights: list[torch.Tensor]  # in a list, so that it is no part of the model's state
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As PEFT's, and leaves the others' outputs with them."""
+        """PEFT's forward pass for all layers of the group; the others keep their outputs until they are called."""
         layers = [self, *self.others]
         if args or kwargs or not all(map(_active, layers)):
             return super().forward(x, *args, **kwargs)
@@ -83,7 +83,7 @@ class _Other(Linear):
     ready: tuple[torch.Tensor, torch.Tensor] | None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As PEFT's."""
+        """PEFT's forward pass, or the output that `_First` computed."""
         ready, self.ready = self.ready, None
         if ready is not None and ready[0] is x:
             return ready[1]
@@ -95,10 +95,10 @@ def _active(layer: Linear) -> bool:
 
 
 def fuse_lora(model: Any) -> int:
-    """Let LoRA layers of one input compute together, in place; call it once the model is where it will be trained.
+    """Let LoRA layers that share an input compute together, in place; call it when the model is on its device.
 
-    Adapters keep their names and their places, so checkpoints are those of PEFT. Layers that are not plain (quantised,
-    with a bias, dropout, DoRA or several adapters) stay as they are.
+    Adapters keep their names, so checkpoints are PEFT's. Layers that are quantised or have a bias, dropout, DoRA or
+    several adapters stay as they are.
 
     Args:
         model: A `PeftModel`, or anything with `peft.tuners.lora.Linear` inside.

@@ -1,4 +1,4 @@
-"""Models to train: loaded, frozen where they should be, adapted, with logits only where they are needed."""
+"""Models to train: loaded, partly frozen, adapted, with logits only at the places that are learned."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from vlrank.training.answers import AnswerHead
 
 FOLDERS: dict[Family, str] = {"text": "qwen3vl_rerank", "vision": "qwen3vl_rerank_vl"}
-"""Where a run keeps its checkpoints, by family."""
+"""Folder of a run's checkpoints, by family."""
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The base model of a run, as far as it is known without loading it.
+    """What is known of the base model of a run without loading it.
 
     Attributes:
         name: Hugging Face name, the absolute path of a local folder, or a URL.
-        family: What reads the prompts.
+        family: Text or vision.
         method: ``lora`` or ``full``.
         unsloth: Whether Unsloth loads and patches it.
         in_4bit: Whether its linear layers are quantised to NF4.
@@ -65,7 +65,7 @@ class Trainable:
         model: A `PreTrainedModel` or `PeftModel`.
         processor: Saved beside every checkpoint: the processor of vision models, the tokenizer of text models.
         encoder: Prompts -> token ids and pixels, of this model.
-        head: Keeps the model's end to the places where it is needed.
+        head: Restricts the model's end to the learned places.
     """
 
     model: Any

@@ -15,7 +15,7 @@ class MasterAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019) on float32 copies of lower-precision weights.
 
     bfloat16 keeps eight bits of a number: an update of 1e-4 on a weight of 0.05 is rounded away. The copies and the
-    moments are float32, the model's weights are their rounded image. Costs 12 bytes per weight besides weight and
+    moments are float32; the model's weights are the rounded copies. Costs 12 bytes per weight besides weight and
     gradient.
 
     Args:
@@ -69,7 +69,7 @@ class MasterAdamW(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of any optimizer, but float32 state stays float32 (the base class would cast it to the weights' type)."""
+        """Load a state and keep it float32; the base class would cast it to the type of the weights."""
         super().load_state_dict(state_dict)
         places = [parameter for group in self.param_groups for parameter in group["params"]]
         for i, saved in state_dict["state"].items():

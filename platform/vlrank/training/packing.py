@@ -1,6 +1,6 @@
 """Which rows share a forward pass: packed to a fixed token budget, or in padded batches of similar length.
 
-Packing to a fixed budget keeps every shape static, so compiled layers are compiled once, and no token is padding.
+Packing to a fixed budget keeps all shapes static, so layers are compiled once, and wastes few tokens on padding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def launch_tokens(hidden: int) -> int:
-    """Tokens that a GPU computes while a pass over them is launched: shorter rows take as long as this many.
+    """Tokens that a GPU computes in the time that launching a pass takes: shorter rows take as long as this many.
 
     Launching takes about 2 ms a layer, forward and backward (measured beside an H100: 60 passes through layers of
     SmolLM2-135M in 120 ms, of which the GPU was busy for 86); a layer's weights, 12 times ``hidden`` squared, cost 6
@@ -100,9 +100,9 @@ def batches(lengths: Sequence[int], size: int, tokens: float = math.inf) -> list
 
 
 def share(weights: Sequence[float], rank: int, world: int) -> list[int]:
-    """The indices of one rank: as many as the others have (within one), and similar total weight.
+    """The indices of one rank: all ranks get the same number of samples (within one) and a similar total weight.
 
-    Heaviest first to the rank that has least, as long as it has not its full number of samples.
+    The heaviest sample goes first, to the rank with the least weight that still has room.
 
     >>> [share([9, 5, 4, 3], rank, 2) for rank in (0, 1)]
     [[0, 3], [1, 2]]

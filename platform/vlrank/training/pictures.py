@@ -29,7 +29,7 @@ class Pixels:
         self._encoder = encoder
 
     def __call__(self, paths: Sequence[str]) -> torch.Tensor:
-        """``pixel_values`` of the pictures, one behind the other."""
+        """``pixel_values`` of the pictures, concatenated."""
         import torch
 
         return torch.from_numpy(np.concatenate([self._encoder.pixels(path) for path in paths]))
@@ -60,7 +60,7 @@ class Features:
         return {**self.__dict__, "_table": None}
 
     def __call__(self, paths: Sequence[str]) -> torch.Tensor:
-        """``pixel_values`` of the pictures, one behind the other."""
+        """``pixel_values`` of the pictures, concatenated."""
         import torch
 
         if self._table is None:
@@ -85,7 +85,7 @@ class FeatureEncoder(Encoder):
 
 
 def compute_features(model: Any, encoder: Encoder, paths: Sequence[str], folder: Path) -> tuple[Features, list[str]]:
-    """The features of ``paths``, from ``folder`` where they are, else computed and committed there by one rename.
+    """The features of ``paths``: read from ``folder``, or computed and committed there by one rename.
 
     Args:
         model: A Qwen3-VL whose vision tower does not change.

@@ -29,7 +29,7 @@ from vlrank.prompting.chat_template import check_chat_template
 from vlrank.runtime import cluster_gpus, cluster_resources, ray_session
 from vlrank.storage import BucketPath, Location, fetch_model, listing, location, remove_tree, writable
 from vlrank.training.checkpoints import set_torn_aside, torn_file
-from vlrank.training.data import TrainingData, display_name, plan, selection_metric
+from vlrank.training.data import TrainingData, choose_samples, display_name, selection_metric
 from vlrank.training.failures import with_failure_policy, worker_error
 from vlrank.training.memory import GIB, TooLarge, free_gpu_memory
 from vlrank.training.model import FOLDERS, Base, resolve_base
@@ -202,12 +202,12 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
     config = config.model_copy(update={"out": config.out.resolve(), "dataset": config.dataset.resolve()})
     base = resolve_base(config)
     _check_reporters(config)
-    run_plan = plan(config, data)
+    run_samples = choose_samples(config, data)
     if _finished(with_defaults(config, base), dataset):
         console.print(f"{config.out} is finished already; delete it or set resume=never to train again")
         return _summary(config, base, json.loads((config.out / "result.json").read_text(encoding="utf-8")))
-    template_note = check_chat_template(base.name, pictures=run_plan.spec.pixels)
-    for warning in (*run_plan.warnings, *([template_note] if template_note else [])):
+    template_note = check_chat_template(base.name, pictures=run_samples.spec.pixels)
+    for warning in (*run_samples.warnings, *([template_note] if template_note else [])):
         announce("Note:", warning, "yellow")
     begun = time.perf_counter()
     with ray_session(config.ray):
@@ -215,7 +215,7 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
         trainer = build_trainer(config, name=config.out.name, storage_path=config.out.parent, data=data)
         if dataset is not None:
             atomic_write_json(config.out / _DATA_FILE, dataset.manifest["files"])
-        with _watch(config, config.epochs * -(-len(run_plan.samples) // config.batch_size)):
+        with _watch(config, config.epochs * -(-len(run_samples.samples) // config.batch_size)):
             outcome: dict[str, Any] | None = fit_trainer(trainer).return_value
     if outcome is None:
         raise RuntimeError("training ended without a result")
@@ -234,8 +234,8 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
     result = outcome | {
         "seconds": round(time.perf_counter() - begun, 2),
         "quarantined": len(bad),
-        "samples": len(run_plan.samples),
-        "validation_users": len(run_plan.validation),
+        "samples": len(run_samples.samples),
+        "validation_users": len(run_samples.validation),
     }
     atomic_write_json(config.out / "result.json", result)
     (config.out / PROGRESS_FILE).unlink(missing_ok=True)
@@ -433,19 +433,19 @@ def _check_weights(folder: Location) -> None:
 
 
 def _facts(config: TrainConfig, base: Base, data: TrainingData) -> Summary:
-    run_plan = plan(config, data)
-    steps = -(-len(run_plan.samples) // config.batch_size)
+    run_samples = choose_samples(config, data)
+    steps = -(-len(run_samples.samples) // config.batch_size)
     lines: dict[str, object] = {
         "model": f"{base.name} ({base.method}{', 4-bit' if base.in_4bit else ''}{', Unsloth' if base.unsloth else ''})",
-        "samples per epoch": len(run_plan.samples),
+        "samples per epoch": len(run_samples.samples),
         "steps": f"{steps} per epoch, {steps * config.epochs} at most",
-        "validation users": len(run_plan.validation),
-        "selected by": display_name(run_plan.metric),
+        "validation users": len(run_samples.validation),
+        "selected by": display_name(run_samples.metric),
         "GPU memory": _memory_line(config, base),
-        **({"notes": "; ".join(run_plan.warnings)} if run_plan.warnings else {}),
+        **({"notes": "; ".join(run_samples.warnings)} if run_samples.warnings else {}),
     }
     return Summary(
-        f"train {config.mode} (dry run)", lines, config.out, {"samples": len(run_plan.samples), "steps": steps}
+        f"train {config.mode} (dry run)", lines, config.out, {"samples": len(run_samples.samples), "steps": steps}
     )
 
 

@@ -27,7 +27,7 @@ from vlrank.prompting.prior import log_prior
 from vlrank.training.answers import token_losses
 from vlrank.training.batches import StepLoader, Steps, fields_of, to_device
 from vlrank.training.collate import ANSWER_ROOM
-from vlrank.training.data import Plan
+from vlrank.training.data import RunSamples
 from vlrank.training.memory import GIB, MemoryPlan
 from vlrank.training.model import Base, Trainable, recompute_layers
 from vlrank.training.optim import MasterAdamW
@@ -40,7 +40,7 @@ CHECKPOINT_FILE = "vlrank.json"
 
 @dataclass(slots=True)
 class Outcome:
-    """What a finished training loop says.
+    """Result of a finished training loop.
 
     Attributes:
         steps: Optimizer steps done.
@@ -52,7 +52,7 @@ class Outcome:
         padding: Share of padding among the tokens computed.
         peak_memory_gib: Largest GPU memory of this rank; 0 on a CPU.
         planned_memory_gib: What was predicted.
-        inserted: Share of samples whose target was put among a retriever's candidates by hand.
+        inserted: Share of samples whose target had to be added to a retriever's candidates.
         bad: (user, error type, message) of rows that could not be used.
     """
 
@@ -79,7 +79,7 @@ class RerankTrainer(Trainer):
     Args:
         trainable: From `load_trainable`.
         args: `TrainingArguments`; accumulation, sampling and collation settings there are not used.
-        config, base, plan: The run.
+        config, base, run_samples: The run.
         steps: The training data.
         validation_encoder: Encodes validation prompts (in raw_image with ``train_inputs: caption`` they differ).
         memory_plan: How the run fits the device.
@@ -96,13 +96,13 @@ class RerankTrainer(Trainer):
         *,
         config: TrainConfig,
         base: Base,
-        plan: Plan,
+        run_samples: RunSamples,
         steps: Steps,
         validation_encoder: Any,
         memory_plan: MemoryPlan,
         say: Callable[[str], None],
     ) -> None:
-        self.config, self.base, self.plan = config, base, plan
+        self.config, self.base, self.run_samples = config, base, run_samples
         self.head, self.steps = trainable.head, steps
         self._encoder, self._memory_plan, self._say = validation_encoder, memory_plan, say
         self._read_tokens, self._recompute = memory_plan.read_tokens, memory_plan.recompute
@@ -116,7 +116,7 @@ class RerankTrainer(Trainer):
             model=trainable.model,
             args=args,
             train_dataset=steps,
-            eval_dataset=plan.validation,
+            eval_dataset=run_samples.validation,
             processing_class=trainable.processor,
             callbacks=[StopEarly(config.patience)],
         )
@@ -129,7 +129,7 @@ class RerankTrainer(Trainer):
         return StepLoader(self.steps, self.config.loader_workers or 0, pin_memory=self.args.device.type == "cuda")
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """Fetch the next step, and time how long the device waits for it."""
+        """Fetch the next step and measure how long the device waits for it."""
         begun = time.perf_counter()
         result = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._meter.waited(time.perf_counter() - begun)
@@ -169,7 +169,7 @@ class RerankTrainer(Trainer):
 
     def _learn(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         micro, world = inputs["micro"], self.args.world_size
-        # Nothing here may wait for the GPU: it would run dry while the next kernels are launched.
+        # Nothing here may wait for the GPU, which would be idle while the next kernels are launched.
         scale: Any = world / max(1, inputs["answers"])
         repeats = 0
         if world > 1:
@@ -218,8 +218,8 @@ class RerankTrainer(Trainer):
         return fields_of([self.steps[self.state.global_step]])
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        # Called once per step, after all gradients are there. Waiting for their norm would leave the GPU without work
-        # until the next step is launched, so the norm of the step before is looked at.
+        # Called once per step, when all gradients are computed. Waiting for their norm would leave the GPU idle until
+        # the next step is launched, so the norm of the previous step is checked.
         norm = super()._clip_grad_norm(model)
         whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients have a sharded norm
         self._check_gradients()
@@ -227,7 +227,7 @@ class RerankTrainer(Trainer):
         return whole
 
     def _check_gradients(self) -> None:
-        """Look at the last norm that has not been looked at; nothing may be kept of a step before this."""
+        """Check the last unchecked norm; a step's weights must not be saved before this."""
         if self._norm is not None:
             (step, read), self._norm = self._norm, None
             self._stability.check_gradients(read(), step)
@@ -259,7 +259,7 @@ class RerankTrainer(Trainer):
     @property
     def metric_names(self) -> list[str]:
         """Metrics of every evaluation; the selecting one is among them."""
-        return list(dict.fromkeys(["recall@1", "recall@5", "recall@10", "ndcg@10", "mrr@10", self.plan.metric]))
+        return list(dict.fromkeys(["recall@1", "recall@5", "recall@10", "ndcg@10", "mrr@10", self.run_samples.metric]))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -271,9 +271,9 @@ class RerankTrainer(Trainer):
         if self.config.parallel == "fsdp2":
             # Sharded weights are gathered by all ranks together: all must make the same passes, so all rank everybody.
             rank, world = 0, 1
-        own = self.plan.validation[rank::world]
+        own = self.run_samples.validation[rank::world]
         if self._validation_prompts is None:
-            self._validation_prompts, bad = encode_samples(own, self.plan.item_meta, self._encoder)
+            self._validation_prompts, bad = encode_samples(own, self.run_samples.item_meta, self._encoder)
             self.bad |= {f"{user} (validation)": (error, message) for user, error, message in bad}
         model = self.accelerator.unwrap_model(self.model) if self.config.parallel == "ddp" else self.model
 
@@ -285,7 +285,7 @@ class RerankTrainer(Trainer):
 
         priors = None
         if self.config.resolved_ranking.popularity_prior:
-            priors = [log_prior(self.plan.item_meta[item] for item in sample.candidates) for sample in own]
+            priors = [log_prior(self.run_samples.item_meta[item] for item in sample.candidates) for sample in own]
         with self.compute_loss_context_manager():
             scores = self._validation_scores(score)
         ranks = np.stack([target_ranks(own, scores, priors), target_ranks(own, scores)])
@@ -296,7 +296,7 @@ class RerankTrainer(Trainer):
         metrics = rank_metrics(ranks[0], self.metric_names)
         # Without the prior, by which even a model that guesses would put many targets first.
         metrics["answered"] = float((ranks[1] == 1).mean())
-        metrics["selection"] = selection_value(metrics[self.plan.metric], self.state.global_step)
+        metrics["selection"] = selection_value(metrics[self.run_samples.metric], self.state.global_step)
         self._meter.paused(time.perf_counter() - begun)
         metrics["seconds"] = time.perf_counter() - begun
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -317,10 +317,10 @@ class RerankTrainer(Trainer):
             torch.cuda.empty_cache()
 
     def guesses(self, loss: float, answered: float) -> bool:
-        """Whether neither loss nor validation tells this model from one that guesses a number.
+        """Whether neither loss nor validation distinguishes this model from one that guesses a number.
 
-        Knowing how answers look and nothing else costs ln(candidates) per answer (2.996 with 20). Hard negatives alone
-        can hold a model there for good, and the loss per token does not show it to people.
+        A model that knows only the form of answers has a loss of ln(candidates) per answer (2.996 with 20). Hard
+        negatives alone can keep a model there, and the loss per token does not make it obvious.
 
         Args:
             loss: Recent mean loss per learned token.
@@ -330,7 +330,7 @@ class RerankTrainer(Trainer):
             return False
         n = self.config.negatives + 1
         chance = math.log(n) / float(np.mean([len(label) for label in self._encoder.trie(n).labels]))
-        noise = 2 * math.sqrt((n - 1) / n**2 / len(self.plan.validation))
+        noise = 2 * math.sqrt((n - 1) / n**2 / len(self.run_samples.validation))
         return loss >= 0.98 * chance and answered <= 1 / n + noise
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ class RerankTrainer(Trainer):
         self._check_gradients()
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing needs
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
         write_checkpoint_facts(folder, self.config, self.base)
 
     def has_stopped(self, checkpoint: Path) -> bool:
@@ -466,7 +466,7 @@ def device_full(config: TrainConfig, base: Base, when: str, row: int | None = No
 
 
 class Stability:
-    """Stops a run that has gone wrong, instead of letting it spend hours on numbers that mean nothing.
+    """Stops a run whose loss has diverged, instead of letting it run on for hours.
 
     Args:
         uniform: Loss per token of a model that knows nothing, ln(vocabulary).
@@ -498,7 +498,7 @@ class Stability:
 
 
 class _Meter:
-    """Counts what a rank does; the first step is left out, because it compiles and allocates."""
+    """Counts the work of a rank without its first step, which compiles and allocates."""
 
     def __init__(self) -> None:
         self.samples = self.tokens = self.padding = self.inserted = 0

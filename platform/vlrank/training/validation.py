@@ -39,7 +39,7 @@ def rank_metrics(ranks: npt.ArrayLike, metrics: Sequence[str]) -> dict[str, floa
 def encode_samples(
     samples: Sequence[Sample], item_meta: Mapping[int, ItemMeta], encoder: Encoder
 ) -> tuple[list[Encoded | None], list[tuple[int, str, str]]]:
-    """The samples' prompts, made once for all evaluations.
+    """The prompts of the samples, encoded once for all evaluations.
 
     Returns:
         One prompt per sample, None where there is none to score (the retriever missed the target, or the prompt cannot

@@ -32,7 +32,7 @@ from vlrank.storage import (
     upload_tree,
 )
 from vlrank.training.collate import ANSWER_ROOM
-from vlrank.training.data import Plan, TrainingData, pictures_folder, plan
+from vlrank.training.data import RunSamples, TrainingData, choose_samples, pictures_folder
 from vlrank.training.memory import MemoryPlan
 from vlrank.training.model import FOLDERS, Base, load_trainable, recompute_layers
 from vlrank.training.packing import launch_tokens, row_length
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 PROGRESS_FILE = "progress.json"
 PROGRESS_S = 5.0
-"""How often it is written, and looked for, in a bucket; on a disk it follows every step."""
+"""Seconds between writes, and between reads, in a bucket; on a disk the file follows every step."""
 _OPTIMIZERS = {
     "adamw": "adamw_torch",
     "adamw_bf16": "adamw_torch",
@@ -136,7 +136,7 @@ def make_trainer(
     # The model, and what it reads.
     show(note="loading the model")
     trainable = load_trainable(config, local, device)
-    encoder, training_encoder, pictures, run_plan, unreadable = _prepare_pictures(
+    encoder, training_encoder, pictures, run_samples, unreadable = _prepare_pictures(
         config, trainable, data, rank, world, show
     )
     if config.packing and not _pack(config, base, trainable.model, on_gpu, show):
@@ -146,7 +146,7 @@ def make_trainer(
             recompute_layers(trainable.model)
 
     # Steps, in passes that fit.
-    steps = _steps(config, base, run_plan, training_encoder, pictures, memory_plan, rank, world, on_gpu)
+    steps = _steps(config, base, run_samples, training_encoder, pictures, memory_plan, rank, world, on_gpu)
     used = {"micro_batch_size": steps.micro_batch_size, "pack_tokens": steps.pack_tokens}
     config = config.model_copy(update=used)
     if on_gpu:
@@ -161,7 +161,7 @@ def make_trainer(
         _training_arguments(config, base, trainable.model, steps, staging, on_gpu),
         config=config,
         base=base,
-        plan=run_plan,
+        run_samples=run_samples,
         steps=steps,
         validation_encoder=encoder,
         memory_plan=memory_plan,
@@ -218,7 +218,7 @@ def _pack(config: TrainConfig, base: Base, model: Any, on_gpu: bool, show: Progr
 def _steps(
     config: TrainConfig,
     base: Base,
-    run_plan: Plan,
+    run_samples: RunSamples,
     encoder: Any,
     pictures: Any,
     memory_plan: MemoryPlan,
@@ -232,8 +232,8 @@ def _steps(
     own_share = -(-config.batch_size // world)
     longest = config.ranking.max_prompt_tokens + ANSWER_ROOM
     steps = Steps(
-        run_plan.samples,
-        run_plan.item_meta,
+        run_samples.samples,
+        run_samples.item_meta,
         encoder,
         batch_size=config.batch_size,
         micro_batch_size=min(config.micro_batch_size or own_share, own_share),
@@ -317,14 +317,14 @@ def _report_to_ray(trainer: Any, home: Location, show: Progress) -> None:
         samples_per_s, loader_wait = trainer.speed()
         show(step=step, loss=loss, samples_per_s=round(samples_per_s, 1), loader_wait=round(loader_wait, 3))
 
-    metric = trainer.plan.metric
+    metric = trainer.run_samples.metric
     trainer.add_callback(ReportCallback(_reporter(home), progress, metric, trainer.metric_names, trainer.guesses))
 
 
 def _prepare_pictures(
     config: TrainConfig, trainable: Any, data: TrainingData, rank: int, world: int, show: Progress
-) -> tuple[Any, Any, Any, Plan, dict[str, tuple[str, str]]]:
-    """Encoders for validation and training, the picture loader, and the plan without unreadable pictures.
+) -> tuple[Any, Any, Any, RunSamples, dict[str, tuple[str, str]]]:
+    """Encoders for validation and training, the picture loader, and the samples without unreadable pictures.
 
     An item whose picture cannot be read is treated like one without a picture; the last value is "item ID" ->
     (error type, message) of these.
@@ -336,17 +336,17 @@ def _prepare_pictures(
     from vlrank.training.pictures import FeatureEncoder, Features, Pixels, compute_features
 
     encoder = trainable.encoder
-    run_plan = plan(config, data)
+    run_samples = choose_samples(config, data)
     unreadable: dict[str, tuple[str, str]] = {}
-    if remote := [path for path in run_plan.picture_paths if is_url(path)]:
+    if remote := [path for path in run_samples.picture_paths if is_url(path)]:
         show(note=f"fetching {len(remote):,} pictures")
         copies = _fetch_pictures(remote, world)
         missing = {url: PictureMissing(url, "no such file") for url, copy in copies.items() if copy is None}
         unreadable = _of_items(data.item_meta, missing)
         data = data.with_pictures(copies)
-        run_plan = _plan_without(config, data, unreadable)
+        run_samples = _samples_without(config, data, unreadable)
     pictures: Any = Pixels(encoder)
-    paths = run_plan.picture_paths
+    paths = run_samples.picture_paths
     if paths and config.cache_vision and not config.train_vision:
         accept_features(trainable.model)
         folder = pictures_folder(config) / tower_key(trainable.model, encoder, paths)
@@ -361,13 +361,13 @@ def _prepare_pictures(
     errors = zip(suspects, several(encoder.unreadable, suspects, at_once=True), strict=True)
     if broken := {path: error for path, error in errors if error is not None}:
         unreadable |= _of_items(data.item_meta, broken)
-        run_plan = _plan_without(config, data.with_pictures(dict.fromkeys(broken)), unreadable)
+        run_samples = _samples_without(config, data.with_pictures(dict.fromkeys(broken)), unreadable)
     if isinstance(pictures, Features):
         encoder = FeatureEncoder(encoder, pictures)
     training_encoder = encoder
-    if run_plan.train_spec is not run_plan.spec:
-        training_encoder = Encoder(encoder.tokenizer, run_plan.train_spec, config.ranking)
-    return encoder, training_encoder, pictures, run_plan, unreadable
+    if run_samples.train_spec is not run_samples.spec:
+        training_encoder = Encoder(encoder.tokenizer, run_samples.train_spec, config.ranking)
+    return encoder, training_encoder, pictures, run_samples, unreadable
 
 
 def _of_items(item_meta: Mapping[int, ItemMeta], errors: Mapping[str, UnreadablePicture]) -> dict[str, tuple[str, str]]:
@@ -376,9 +376,9 @@ def _of_items(item_meta: Mapping[int, ItemMeta], errors: Mapping[str, Unreadable
     return {f"item {item}": (type(error).__name__, str(error)) for item, error in items if error is not None}
 
 
-def _plan_without(config: TrainConfig, data: TrainingData, unreadable: Mapping[str, tuple[str, str]]) -> Plan:
+def _samples_without(config: TrainConfig, data: TrainingData, unreadable: Mapping[str, tuple[str, str]]) -> RunSamples:
     try:
-        return plan(config, data)
+        return choose_samples(config, data)
     except UserError as error:
         item, (_, reason) = next(iter(unreadable.items()), ("none", ("", "")))
         problem = f"{len(unreadable):,} pictures cannot be read ({item}: {reason}); {error.problem}"
@@ -400,7 +400,7 @@ def _fetch_pictures(urls: Sequence[str], world: int) -> dict[str, str | None]:
             return None
 
     if world > 1 and ray.train.get_context().get_local_rank() > 0:
-        dist.barrier()  # the first worker of this node fetches them for all
+        dist.barrier()  # the first worker of this node fetches for all
     copies = dict(zip(urls, several(local, urls, at_once=True), strict=True))
     if world > 1 and ray.train.get_context().get_local_rank() == 0:
         dist.barrier()
@@ -431,7 +431,7 @@ def _reporter(home: Location) -> Callable[[dict[str, Any], Path], None]:
 
 
 def _move(source: Path, target: Location) -> Any:
-    """Files of this rank into the checkpoint folder; renames where both lie on one disk, copies elsewhere."""
+    """Move files of this rank into the checkpoint folder: by renaming on one disk, else by copying."""
     import ray.train
 
     if isinstance(target, BucketPath):
@@ -446,7 +446,7 @@ def _move(source: Path, target: Location) -> Any:
 
 
 def remove_orphans(home: Location) -> list[str]:
-    """Delete checkpoint folders that Ray Train does not know: a crash cut their report off.
+    """Delete checkpoint folders that Ray Train does not know because a crash interrupted their report.
 
     Returns:
         Names of the deleted folders.
@@ -463,7 +463,7 @@ def remove_orphans(home: Location) -> list[str]:
 
 
 class Progress:
-    """Tells the driver what this worker is doing, through a small file in the run folder; silence is no error."""
+    """Shows the driver what this worker does, through a small file in the run folder; a failed write is no error."""
 
     def __init__(self, folder: Location | None) -> None:
         self._path = None if folder is None else folder / PROGRESS_FILE

@@ -76,7 +76,9 @@ def validation_users(base: TrainConfig) -> int:
     from vlrank.training.model import resolve_base
 
     resolve_base(base)
-    return len(data.plan(base, data.TrainingData.of_dataset(Dataset.open(base.dataset), base.candidates)).validation)
+    return len(
+        data.choose_samples(base, data.TrainingData.of_dataset(Dataset.open(base.dataset), base.candidates)).validation
+    )
 
 
 def open_sweep(config: TuneConfig, modes: Sequence[ModeSearch], users: Mapping[str, int]) -> Sweep:
