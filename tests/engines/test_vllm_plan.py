@@ -1,5 +1,7 @@
 """The plan of requests must show every node of the trie exactly once."""
 
+import glob
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from vlrank.config import EngineConfig, Mode, RankingConfig
 from vlrank.engines.models import ModelFolder
-from vlrank.engines.vllm_args import scoring_args
+from vlrank.engines.vllm_args import scoring_args, without_pattern
 from vlrank.engines.vllm_scorer import Read, plan_reads
 from vlrank.prompting.labels import LabelTrie
 
@@ -59,3 +61,14 @@ def test_rerankers_side_by_side_do_not_measure_what_is_free(tmp_path: Path) -> N
     assert cache(0.5, "raw_image") == pytest.approx(80 * 2**30 * 0.45 * 0.9 - taken, abs=1)
     assert cache(None) is cache(1) is None
     assert cache(0.5, kv_cache_memory_bytes=7) == 7
+
+
+def test_weights_are_found_in_a_folder_whose_name_is_a_pattern(tmp_path: Path) -> None:
+    """vLLM globs below the model's folder, and found no weights in ``runs/[v2]``."""
+    folder = tmp_path / "runs [v2]" / "checkpoint?*"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    seen = without_pattern(str(folder))
+    assert glob.glob(os.path.join(seen, "*.safetensors")) == [f"{seen}/model.safetensors"]
+    assert without_pattern("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert without_pattern(str(tmp_path)) == str(tmp_path)

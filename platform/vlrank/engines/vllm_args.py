@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import glob
 import math
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -107,6 +111,25 @@ def _args(
     if model.is_adapter:
         args |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(Path(model.path))}
     return {**args, **own, **config.engine_kwargs}
+
+
+def without_pattern(folder: str) -> str:
+    """A model's folder under a name that is no pattern: vLLM globs for weights, and takes ``[v2]`` in the path for one.
+
+    Args:
+        folder: A local folder or a name of the hub.
+
+    Returns:
+        ``folder``, or a link to it that lasts as long as this process.
+    """
+    path = Path(folder)
+    if glob.escape(folder) == folder or not path.is_dir():
+        return folder
+    home = tempfile.mkdtemp(prefix="vlrank-model-")
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    link = Path(home) / "model"
+    link.symlink_to(path.absolute(), target_is_directory=True)
+    return str(link)
 
 
 def cache_plan(model: ModelFolder, args: Mapping[str, Any], memory: int | None) -> str:

@@ -32,7 +32,7 @@ from vlrank.engines.adapters import check_adapter
 from vlrank.engines.failures import root_cause
 from vlrank.engines.models import ModelFolder
 from vlrank.engines.resources import EngineDied, gpu_memory, gpu_share, has_gpu, vllm_env
-from vlrank.engines.vllm_args import PICTURE_SHARE, scoring_args
+from vlrank.engines.vllm_args import PICTURE_SHARE, scoring_args, without_pattern
 from vlrank.prompting.encoding import Encoded, Encoder, Grid
 from vlrank.prompting.labels import LabelTrie
 
@@ -144,6 +144,7 @@ class VllmScorer:
         check_adapter(model, "vllm")
         self.folder, self.config, self.in_flight = model, config, in_flight
         kwargs = scoring_args(model, config, gpu_memory() if on_gpu else None)
+        kwargs["model"] = without_pattern(kwargs["model"])
         with root_cause():
             # The context of an `LLM`: large steps, for throughput.
             vllm_config = EngineArgs(**kwargs).create_engine_config(UsageContext.LLM_CLASS)

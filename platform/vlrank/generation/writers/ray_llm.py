@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vlrank.config import EngineConfig
 from vlrank.engines.failures import root_cause
 from vlrank.engines.resources import engine_actor, vllm_env
-from vlrank.engines.vllm_args import concurrent_batches
+from vlrank.engines.vllm_args import concurrent_batches, without_pattern
 from vlrank.generation.job import PREPARE_CPUS, Job, prepare
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def _saying_why(engine: Any) -> Any:
     class Engine(engine):
         """`ray.data.llm`'s actor; an engine that does not start ends with the reason."""
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, *args: Any, model: str, **kwargs: Any) -> None:
             with root_cause():
-                super().__init__(*args, **kwargs)
+                super().__init__(*args, model=without_pattern(model), **kwargs)
 
     return Engine

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from vlrank.config import EngineConfig
 from vlrank.engines.failures import root_cause
 from vlrank.engines.resources import engine_actor, vllm_env
-from vlrank.engines.vllm_args import concurrent_batches
+from vlrank.engines.vllm_args import concurrent_batches, without_pattern
 from vlrank.generation.job import DATA, FAILED, PREPARE_CPUS, Job, failure, prepare
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ class RenderedVllm:
 
         self.job = job
         with root_cause():
+            args = args | {"model": without_pattern(args["model"])}
             self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         # More requests than the engine can run only cost memory.
         self.room = asyncio.Semaphore(math.ceil(1.1 * self.engine.vllm_config.scheduler_config.max_num_seqs))
