@@ -20,10 +20,11 @@ from vlrank.engines import resources, vllm_args
 from vlrank.engines.resources import RESTARTS, engine_name, weights_bytes
 from vlrank.engines.vllm_args import cache_plan
 from vlrank.errors import UserError
+from vlrank.generation import writing
 from vlrank.generation.job import DATA, FAILED, Job, judge, load_picture, load_processor, longest_row, prepare
 from vlrank.generation.prompts import load_prompt
 from vlrank.generation.writers.transformers import _gpu_is_lost
-from vlrank.generation.writing import build, engine_args
+from vlrank.generation.writing import build, engine_args, engine_lines
 
 CAPTION = Job(prompt=load_prompt("caption/v1", "caption"), model="m", model_name="m")
 SUMMARY = dataclasses.replace(CAPTION, prompt=load_prompt("semantic_summary/v1", "semantic_summary"))
@@ -278,6 +279,7 @@ def test_the_plan_says_what_an_engines_cache_holds(shared_models: Path, monkeypa
     assert card == "14.6 GiB, 136,689 tokens: 266 of the longest rows at once (at most 512 rows)"
     share = EngineConfig(gpus=0.25, engine_kwargs={"kv_cache_memory_bytes": 7 * GIB})
     assert plan(share, 80 * GIB).startswith("7.0 GiB, 65,536 tokens: 128 of the longest rows")
+    assert plan(EngineConfig(tensor_parallel_size=2), 24 * GIB).startswith("16.6 GiB, 310,827 tokens")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
     assert plan(EngineConfig(), None) == "2.0 GiB, 9,362 tokens: 18 of the longest rows at once"
 
@@ -325,6 +327,18 @@ def test_no_engine_is_restarted_for_ever(
     holder = steps.actors[-1]
     assert len(steps.actors) == 1 + bool(workers)
     assert (holder["num_cpus"], holder["num_gpus"], holder["max_restarts"]) == (3, 0, RESTARTS)
+
+
+def test_a_gpu_that_the_cluster_lacks_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tiny_vision_model: Path
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    monkeypatch.setattr(writing, "engine_name", lambda engine: "vllm")
+    monkeypatch.setattr(writing, "cluster_gpu_memory", lambda gpus: pytest.fail("its task would wait forever"))
+    with pytest.raises(UserError, match="needs 1 GPU, 1 CPU on one node"):
+        engine_lines(dataclasses.replace(SIZED, model=str(tiny_vision_model)), EngineConfig(gpus=1))
 
 
 def test_asking_for_vllm_where_it_is_absent_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,11 +145,12 @@ def cache_plan(model: ModelFolder, args: Mapping[str, Any], memory: int | None) 
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     element = 4 if args["dtype"] == "float32" else 1 if "fp8" in str(args.get("kv_cache_dtype")) else 2
-    per_token = 2 * config["num_hidden_layers"] * heads * width * element
+    ranks = args["tensor_parallel_size"]
+    per_token = 2 * config["num_hidden_layers"] * heads * width * element // ranks
     if memory is None:
         cache = int(float(vllm_env(0)["VLLM_CPU_KVCACHE_SPACE"]) * GIB)
     else:
-        room = memory * args["gpu_memory_utilization"] - weights_bytes(model.base) - WORKSPACE
+        room = memory * args["gpu_memory_utilization"] - weights_bytes(model.base) // ranks - WORKSPACE
         cache = int(args.get("kv_cache_memory_bytes") or max(0, room))
     tokens = cache // per_token
     return (

@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from vlrank.config import EngineConfig
-from vlrank.engines.resources import cluster_gpu_memory, engine_gpus, engine_name
+from vlrank.engines.resources import cluster_gpu_memory, engine_actor, engine_gpus, engine_name
 from vlrank.engines.vllm_args import cache_plan, generation_args
 from vlrank.generation.job import Job, judge
 from vlrank.generation.writers.ray_llm import ray_llm
@@ -66,5 +66,5 @@ def engine_lines(job: Job, engine: EngineConfig) -> dict[str, object]:
 
 
 def _gpu_memory(engine: EngineConfig) -> int | None:
-    gpus = engine_gpus(engine)
+    gpus = engine_actor(engine)["num_gpus"]  # refuses an engine that fits no node; a task would wait for one
     return cluster_gpu_memory(gpus) if gpus else None
