@@ -81,7 +81,8 @@ class EngineConfig(Config):
         description="Tokens of a row of the packed engine on a GPU. Default: 65536, halved where the memory is full.",
     )
     quantization: Literal["fp8"] | None = Field(
-        None, description="Let the packed engine compute products in 8 bits; the summary says how rankings change."
+        None,
+        description="Compute products in 8 bits (packed, vLLM). The packed engine says how rankings change.",
     )
 
 

@@ -244,7 +244,7 @@ SIZED = dataclasses.replace(CAPTION, max_model_len=512)
 
 
 def test_engines_get_what_the_config_says_and_own_arguments_win() -> None:
-    engine = EngineConfig(engine_kwargs={"quantization": "fp8", "seed": 7})
+    engine = EngineConfig(quantization="fp8", engine_kwargs={"seed": 7})
     args = engine_args(dataclasses.replace(SIZED, revision="abc"), engine, memory=80 * GIB)
     expected = {"max_model_len": 512, "quantization": "fp8", "seed": 7, "revision": "abc", "enforce_eager": False}
     assert expected.items() <= args.items()
@@ -346,6 +346,11 @@ def test_asking_for_vllm_where_it_is_absent_names_the_command(monkeypatch: pytes
     assert engine_name(EngineConfig()) == "transformers"
     with pytest.raises(UserError, match=r"Install it \(.+\)"):
         engine_name(EngineConfig(name="vllm"))
+
+
+def test_eight_bit_products_are_not_ignored_by_an_engine_without_them() -> None:
+    with pytest.raises(UserError, match=r"does not compute engine\.quantization=fp8"):
+        engine_name(EngineConfig(name="transformers", quantization="fp8"))
 
 
 def test_engines_share_a_gpu_with_a_model_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def engine_name(config: EngineConfig) -> Literal["vllm", "transformers"]:
     """Which engine ``auto`` means where texts are written; see `ranking_engine`.
 
     Raises:
-        UserError: vLLM was asked for and is not installed, or an engine that only ranks.
+        UserError: vLLM is wanted and not installed, an engine that only ranks, or 8-bit products with transformers.
     """
     if config.name == "packed":
         raise UserError(
@@ -46,9 +46,14 @@ def engine_name(config: EngineConfig) -> Literal["vllm", "transformers"]:
         raise UserError(
             "vLLM is not installed", f"Install it ({install_command('vllm')}), or set engine.name=transformers."
         )
-    if config.name == "auto":
-        return "vllm" if installed else "transformers"
-    return config.name
+    name: Literal["vllm", "transformers"] = "vllm" if installed else "transformers"
+    name = name if config.name == "auto" else config.name
+    if name == "transformers" and config.quantization is not None:
+        raise UserError(
+            f"the transformers engine does not compute engine.quantization={config.quantization}",
+            "Leave the key out, or use vLLM.",
+        )
+    return name
 
 
 PACKED_ARCHITECTURES = ("qwen3", "qwen2", "llama", "qwen3_vl")

@@ -104,6 +104,8 @@ def _args(
         args["distributed_executor_backend"] = "mp"  # one engine, one node; Ray's workers would outlive a killed engine
     if model.revision is not None:
         args["revision"] = model.revision
+    if config.quantization is not None:
+        args["quantization"] = config.quantization
     if model.family == "vision":
         args["limit_mm_per_prompt"] = {"image": pictures, "video": 0}
     if memory and share < 1 and "kv_cache_memory_bytes" not in config.engine_kwargs:
