@@ -6,13 +6,19 @@ dropped or carried into the next prompt trains without a word on something else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tests.training.test_memory import trainer_of
+from vlrank.config import TrainConfig
+from vlrank.data.dataset import Dataset
+from vlrank.demo.base_models import save_model
 from vlrank.engines import packable
 from vlrank.training.answers import AnswerHead, token_losses
 from vlrank.training.attention import NotPackable, use_packed_attention
@@ -159,6 +165,29 @@ def test_layers_that_no_configuration_names_are_found_by_their_numbers(
     kind, changes, _ = OTHER[name]
     with pytest.raises(NotPackable, match=rf"{kind} has \w+ layers"):
         use_packed_attention(make(kind, changes), LONGEST)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("gpt_neox", {}), ("granite", {"attention_multiplier": 0.2, "logits_scaling": 4.0, "embedding_multiplier": 2.0})],
+)
+def test_validation_of_packed_training_scores_as_the_model_does(
+    kind: str,
+    changes: dict[str, Any],
+    settings: Callable[..., TrainConfig],
+    told_shop: Dataset,
+    tiny_text_model: Path,
+    tmp_path: Path,
+) -> None:
+    """Some families scale attention or logits in their own way, which our own packed scorer does not know."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_text_model)
+    tokens = {"vocab_size": len(tokenizer), "max_position_embeddings": 4096, "pad_token_id": tokenizer.pad_token_id}
+    folder = save_model(tmp_path / kind, make(kind, {**changes, **tokens}), tokenizer)
+    metrics = []
+    for packing in (True, False):
+        config = settings("semantic_summary_small", method="full", model=str(folder), packing=packing)
+        metrics.append(trainer_of(config, told_shop, []).evaluate())
+    assert {**metrics[0], "eval_seconds": 0} == {**metrics[1], "eval_seconds": 0}
 
 
 def test_a_window_longer_than_every_prompt_limits_nothing() -> None:

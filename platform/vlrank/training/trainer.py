@@ -21,6 +21,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from vlrank.config import TrainConfig
 from vlrank.data.tables import DiskFull, disk_errors
 from vlrank.engines.packed_live import score_rows
+from vlrank.engines.resources import PACKED_ARCHITECTURES
+from vlrank.engines.structure import core
 from vlrank.engines.transformers_scorer import score_labels
 from vlrank.errors import UserError
 from vlrank.prompting.prior import log_prior
@@ -277,8 +279,10 @@ class RerankTrainer(Trainer):
             self.bad |= {f"{user} (validation)": (error, message) for user, error, message in bad}
         model = self.accelerator.unwrap_model(self.model) if self.config.parallel == "ddp" else self.model
 
+        kind = core(model).config.model_type
+
         def score(prompts: list[Any]) -> list[Any]:
-            if self.steps.pack_tokens is not None:
+            if self.steps.pack_tokens is not None and kind in PACKED_ARCHITECTURES:
                 return score_rows(model, self._encoder, prompts)
             # Unsloth's attention knows only causal rows; everything else reads the whole trie in one pass.
             return score_labels(model, self._encoder, prompts, tree=not self.base.unsloth)
