@@ -22,7 +22,7 @@ PYTHON ?= $(shell for version in $(VERSIONS); do for python in python$$version p
 
 help:
 	@printf "make venv   make .venv without a GPU: 3.7 GB to download, 8 GB of disk; where a CPU build of torch is offered\n            (pip settings, or TORCH_INDEX=URL), 1.3 and 5 GB\n"
-	@echo "make gpu    make .venv for an NVIDIA GPU: driver 580 or newer, 3.8 GB to download, 12 GB of disk"
+	@echo "make gpu    make .venv for an NVIDIA GPU: driver 580 or newer, 3.8 GB to download, 9 GB of disk"
 	@echo "make demo   the whole platform on an embedded shop, without a GPU"
 	@echo "make check  lint and all tests without Ray, vLLM, Unsloth or a GPU (two minutes)"
 	@echo "make test   lint and the whole test suite"

