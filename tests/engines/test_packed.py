@@ -21,7 +21,7 @@ from vlrank.engines.packed_attention import Context, RowAttention
 from vlrank.engines.packed_live import score_rows
 from vlrank.engines.packed_load import disagreement, open_packed
 from vlrank.engines.packed_model import PackedModel, Unsuited
-from vlrank.engines.packed_rows import Prompt, Row
+from vlrank.engines.packed_rows import PackedRow, PromptTokens
 from vlrank.engines.resources import EngineDied
 from vlrank.engines.scoring import open_scorer
 from vlrank.engines.transformers_scorer import TransformersScorer, load_model
@@ -183,8 +183,8 @@ TRIES = [LabelTrie(tuple((*map(int, str(i)), 99) for i in range(1, n + 1))) for 
 def test_two_ways_of_attention_agree(shapes: list[tuple[int, LabelTrie, int]], filling: int, prefixed: bool) -> None:
     """Any prompts, tries, prefixes and filling: joined calls of kernels give what one softmax over a mask gives."""
     shapes = sorted(shapes, key=lambda shape: shape[2])
-    prompts = [Prompt(np.zeros(n, dtype=np.int64), np.tile(np.arange(n), (3, 1)), trie) for n, trie, _ in shapes]
-    row = Row(prompts, sum(p.size for p in prompts) + filling, sum(p.reads for p in prompts) + 3)
+    prompts = [PromptTokens(np.zeros(n, dtype=np.int64), np.tile(np.arange(n), (3, 1)), trie) for n, trie, _ in shapes]
+    row = PackedRow(prompts, sum(p.size for p in prompts) + filling, sum(p.reads for p in prompts) + 3)
     assert len(row.ids) == row.size == row.positions.shape[1] == row.segments[-1]
     used = sorted({prefix for *_, prefix in shapes})
     context = Context(

@@ -14,7 +14,7 @@ from vlrank.errors import UserError
 from vlrank.tuning.asha import Asha, expected_epochs, rungs
 from vlrank.tuning.results import selection, verdict
 from vlrank.tuning.run import open_sweep
-from vlrank.tuning.search import record_evaluation
+from vlrank.tuning.search import add_evaluation
 from vlrank.tuning.space import optuna_point, parse_space
 from vlrank.tuning.trials import Sweep, Trial, interval
 
@@ -240,7 +240,7 @@ def test_a_rung_is_reached_at_the_end_of_an_epoch() -> None:
     known = trial("000", status="running")
     known.epochs = []
     for step, done in ((25, 0.25), (100, 1.0)):
-        record_evaluation(known, {"epoch": 1, "epochs_done": done, "step": step, known.metric: 0.1})
+        add_evaluation(known, {"epoch": 1, "epochs_done": done, "step": step, known.metric: 0.1})
     assert [entry["epoch"] for entry in known.epochs] == [0.25, 1.0]
 
 

@@ -23,7 +23,7 @@ import torch
 from vlrank.engines.packed_attention import Context, RowAttention, kernel_for
 from vlrank.engines.packed_model import PackedModel
 from vlrank.engines.packed_pictures import PictureFeatures
-from vlrank.engines.packed_rows import Prompt, Row
+from vlrank.engines.packed_rows import PackedRow, PromptTokens
 from vlrank.engines.resources import EngineDied
 from vlrank.prompting.encoding import Encoded, Encoder
 from vlrank.prompting.labels import LabelTrie
@@ -48,8 +48,8 @@ class _Job:
     """
 
     encoder: Encoder
-    body: Prompt
-    prefix: Prompt | None
+    body: PromptTokens
+    prefix: PromptTokens | None
     key: bytes
     hidden: Future[Float32] = field(default_factory=Future)
 
@@ -143,10 +143,10 @@ class PackedScorer:
         visual = np.flatnonzero(ids == encoder.image_token_id) if request.image_paths else np.zeros(0, dtype=np.int64)
         if len(visual) and visual[0] < cut:
             cut = 0  # a prefix is text
-        body = Prompt(ids[cut:], positions[:, cut:], request.trie, visual - cut, request.image_paths)
+        body = PromptTokens(ids[cut:], positions[:, cut:], request.trie, visual - cut, request.image_paths)
         if self.features is not None:
             self.features.check(request.image_paths)
-        prefix = Prompt(ids[:cut], positions[:, :cut], None) if cut else None
+        prefix = PromptTokens(ids[:cut], positions[:, :cut], None) if cut else None
         return _Job(encoder, body, prefix, ids[:cut].astype(np.int32).tobytes())
 
     def _answer(self, request: Encoded, job: _Job | Exception | None) -> Float32 | Exception:
@@ -282,7 +282,7 @@ class PackedScorer:
     def _hidden(self, jobs: list[_Job]) -> torch.Tensor:
         """Launch a row: [reads, hidden]."""
         length = self._length(max(job.body.size for job in jobs))
-        row = Row([job.body for job in jobs], length, None if length is None else length // _TOKENS_PER_READ)
+        row = PackedRow([job.body for job in jobs], length, None if length is None else length // _TOKENS_PER_READ)
         features = None
         if paths := [path for job in jobs for path in job.body.pictures]:
             assert self.features is not None
@@ -301,10 +301,10 @@ class PackedScorer:
 
         return self.model.forward(self._attention(row, context), features, of_layer)
 
-    def _attention(self, row: Row, context: Context | None = None) -> RowAttention:
+    def _attention(self, row: PackedRow, context: Context | None = None) -> RowAttention:
         return RowAttention(row, self.model.device, self.model.scaling, self._kernel, context)
 
-    def _held(self, wanted: dict[bytes, Prompt]) -> list[_Prefix]:
+    def _held(self, wanted: dict[bytes, PromptTokens]) -> list[_Prefix]:
         """Keys and values of prefixes, those that are missing computed."""
         for key in wanted:
             if key in self._prefixes:
@@ -320,9 +320,9 @@ class PackedScorer:
             self._prefixes.popitem(last=False)
         return held
 
-    def _soon(self, known: set[bytes], room: int) -> list[tuple[bytes, Prompt]]:
+    def _soon(self, known: set[bytes], room: int) -> list[tuple[bytes, PromptTokens]]:
         """Missing prefixes of waiting prompts, as many as fit ``room`` tokens."""
-        found: list[tuple[bytes, Prompt]] = []
+        found: list[tuple[bytes, PromptTokens]] = []
         with self._wake:
             waiting = list(islice(self._waiting, _LOOKED_AT))
         for job in waiting:
@@ -336,8 +336,8 @@ class PackedScorer:
     def _kept_bytes(self) -> int:
         return sum(prefix.bytes for prefix in self._prefixes.values())
 
-    def _prefix_rows(self, missing: list[tuple[bytes, Prompt]]) -> Iterator[list[tuple[bytes, Prompt]]]:
-        group: list[tuple[bytes, Prompt]] = []
+    def _prefix_rows(self, missing: list[tuple[bytes, PromptTokens]]) -> Iterator[list[tuple[bytes, PromptTokens]]]:
+        group: list[tuple[bytes, PromptTokens]] = []
         for pair in missing:
             tokens = sum(prompt.size for _, prompt in [*group, pair])
             if group and (self.row_tokens is None or tokens > self.row_tokens):
@@ -347,9 +347,9 @@ class PackedScorer:
         if group:
             yield group
 
-    def _compute_prefixes(self, group: list[tuple[bytes, Prompt]]) -> None:
+    def _compute_prefixes(self, group: list[tuple[bytes, PromptTokens]]) -> None:
         prompts = [prompt for _, prompt in group]
-        row = Row(prompts, self._length(sum(prompt.size for prompt in prompts)))
+        row = PackedRow(prompts, self._length(sum(prompt.size for prompt in prompts)))
         sizes = self.model.sizes
         shape = len(self.model.layers), 2, row.filled, sizes.key_heads, sizes.head_dim
         kept = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)

@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlrank.engines import varlen
-from vlrank.engines.packed_rows import Prompt, Row
+from vlrank.engines.packed_rows import PackedRow, PromptTokens
 from vlrank.prompting.labels import LabelTrie
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,12 @@ class RowAttention:
     """
 
     def __init__(
-        self, row: Row, device: torch.device, scaling: float, kernel: Kernel | None, context: Context | None = None
+        self,
+        row: PackedRow,
+        device: torch.device,
+        scaling: float,
+        kernel: Kernel | None,
+        context: Context | None = None,
     ) -> None:
         self.row, self.device, self.scaling, self.kernel, self.context = row, device, scaling, kernel, context
         # The filled row is one shape; compiled, the join is one pass over memory instead of ten.
@@ -196,8 +201,8 @@ def kernel_for(heads: int, key_heads: int, head_dim: int, device: torch.device, 
 
     trie = LabelTrie(((1, 9), (1, 1, 9), (1, 2, 9), (1, 2, 3, 9), (1, 2, 4, 9), (2, 9), (2, 2, 9)))
     lengths = (1, 129, 570, 321, 2)
-    prompts = [Prompt(np.zeros(n, dtype=np.int64), np.tile(np.arange(n), (3, 1)), trie) for n in lengths]
-    row, context = Row(prompts, length=2048, max_reads=64), Context([0, 70, 90, 490], [0, 0, 1, 2, 2])
+    prompts = [PromptTokens(np.zeros(n, dtype=np.int64), np.tile(np.arange(n), (3, 1)), trie) for n in lengths]
+    row, context = PackedRow(prompts, length=2048, max_reads=64), Context([0, 70, 90, 490], [0, 0, 1, 2, 2])
     q, k, v = drawn(row.size, heads), drawn(row.size, key_heads), drawn(row.size, key_heads)
     prefix = drawn(490, key_heads), drawn(490, key_heads)
     used, reads = slice(row.filled), slice(sum(p.reads for p in prompts))

@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlrank.engines.packed_attention import RowAttention, kernel_for
-from vlrank.engines.packed_rows import Prompt, Row
+from vlrank.engines.packed_rows import PackedRow, PromptTokens
 from vlrank.engines.structure import core
 from vlrank.prompting.encoding import Encoded, Encoder
 
@@ -51,7 +51,7 @@ def _hidden(model: Any, encoder: Encoder, batch: Sequence[Encoded]) -> list[torc
     """Per prompt the head's input at its reads, [reads, hidden]."""
     plain, device = core(model), next(model.parameters()).device
     config = plain.config.get_text_config()
-    row = Row([Prompt(np.asarray(p.ids, dtype=np.int64), encoder.positions(p), p.trie) for p in batch])
+    row = PackedRow([PromptTokens(np.asarray(p.ids, dtype=np.int64), encoder.positions(p), p.trie) for p in batch])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else plain.dtype
     kernel = kernel_for(config.num_attention_heads, config.num_key_value_heads, head_dim, device, dtype)

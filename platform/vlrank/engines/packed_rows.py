@@ -27,7 +27,7 @@ _FILLING = 256  # attention is quadratic in the length of a segment: short ones 
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class PromptTokens:
     """A prompt, or the part of one behind its prefix.
 
     Attributes:
@@ -87,7 +87,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """Prompts packed into one row.
 
     Args:
@@ -96,7 +96,7 @@ class Row:
         max_reads: Places to read, filled up with place 0; None reads what the prompts need.
     """
 
-    prompts: Sequence[Prompt]
+    prompts: Sequence[PromptTokens]
     length: int | None = None
     max_reads: int | None = None
 

@@ -18,7 +18,7 @@ from vlrank.bulk import ENGINE_SECONDS, ERROR, ERROR_TYPE, RETRY, TOKENS_IN, TOK
 from vlrank.config import RankingConfig
 from vlrank.data.picture import UnreadablePicture, read_rgb
 from vlrank.engines.models import ModelFolder
-from vlrank.generation.prompts import Prompt
+from vlrank.generation.prompts import PromptTemplate
 from vlrank.generation.quality import problem
 from vlrank.prompting.chat_template import complete_tokenizer, render_messages
 
@@ -49,7 +49,7 @@ class Job:
         last: Rejected texts go to the quarantine instead of into another pass.
     """
 
-    prompt: Prompt
+    prompt: PromptTemplate
     model: str
     model_name: str
     revision: str | None = None
@@ -109,7 +109,7 @@ def load_tokenizer(model: str, revision: str | None) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _rendered(model: str, revision: str | None, prompt: Prompt, text: str, with_image: bool) -> str:
+def _rendered(model: str, revision: str | None, prompt: PromptTemplate, text: str, with_image: bool) -> str:
     """The prompt after the chat template; cached, because captions have the same prompt for every picture."""
     return render_messages(load_tokenizer(model, revision), prompt.messages(text, with_image=with_image))
 

@@ -28,7 +28,7 @@ from vlrank.engines.resources import engine_gpus, engine_name
 from vlrank.engines.vllm_args import context_length
 from vlrank.errors import UserError
 from vlrank.generation.job import Job, RowLength, longest_row
-from vlrank.generation.prompts import Prompt, load_prompt
+from vlrank.generation.prompts import PromptTemplate, load_prompt
 from vlrank.generation.writing import build, engine_lines
 from vlrank.installation import install_command
 from vlrank.prompting.chat_template import check_chat_template
@@ -294,7 +294,7 @@ def _wanted(items: pl.DataFrame, job: Job, root: Location) -> pl.DataFrame:
 
 
 def _identity(job: Job) -> dict[str, object]:
-    prompt: Prompt = job.prompt
+    prompt: PromptTemplate = job.prompt
     return {
         "model": _model_hash(job.model, job.revision),
         "adapter": None if job.adapter is None else _model_hash(job.adapter, None),

@@ -20,7 +20,7 @@ Image = Literal["required", "optional", "none"]
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class PromptTemplate:
     """The question about one item.
 
     Attributes:
@@ -58,7 +58,7 @@ def prompt_ids(kind: str | None = None) -> list[str]:
     return [f"{name}/{path.stem}" for name in kinds for path in sorted((FOLDER / name).glob("v*.yaml"), key=_version)]
 
 
-def load_prompt(prompt: str | None, kind: str) -> Prompt:
+def load_prompt(prompt: str | None, kind: str) -> PromptTemplate:
     """A prompt by id, by file, or (None) the newest of its kind.
 
     Args:
@@ -84,7 +84,7 @@ def _version(path: Path) -> tuple[int, str]:
     return (int(digits.group()) if digits else 0, path.stem)
 
 
-def _read(path: Path, prompt_id: str, kind: str) -> Prompt:
+def _read(path: Path, prompt_id: str, kind: str) -> PromptTemplate:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -120,7 +120,7 @@ def _read(path: Path, prompt_id: str, kind: str) -> Prompt:
         raise UserError(
             f"prompt file {path}: json_schema and json_field go together, and the field must be one of its properties"
         )
-    return Prompt(prompt_id, kind, raw["image"], template, schema, name)
+    return PromptTemplate(prompt_id, kind, raw["image"], template, schema, name)
 
 
 def _braces(template: str) -> bool:

@@ -298,7 +298,7 @@ class PauseAtRungs(_Stateless, FIFOScheduler):
         known = self._search.sweep.trials[trial.config["trial_id"]]
         assert self._search.asha is not None
         # Recorded here too: Ray Tune asks its scheduler before it calls its callbacks.
-        if not record_evaluation(known, result) or self._search.asha.trains_on(known):
+        if not add_evaluation(known, result) or self._search.asha.trains_on(known):
             return TrialScheduler.CONTINUE
         known.stop_reason = f"ASHA at epoch {known.epochs_run:g}"
         return TrialScheduler.STOP
@@ -322,7 +322,7 @@ class Recorder(_Stateless, Callback):
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         """See `Callback`."""
         known = self._timed(trial)
-        if record_evaluation(known, result):
+        if add_evaluation(known, result):
             self._save(known)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -362,7 +362,7 @@ class Recorder(_Stateless, Callback):
         self._gauges.show(self._search.sweep, known)
 
 
-def record_evaluation(known: Trial, result: Mapping[str, Any]) -> bool:
+def add_evaluation(known: Trial, result: Mapping[str, Any]) -> bool:
     """Add an evaluation to a trial's curve; False for a report that is no evaluation."""
     if "epoch" not in result or known.metric not in result:
         return False
