@@ -258,7 +258,7 @@ class TransformersScorer:
     callers = 1
 
     def __init__(self, model: ModelFolder, config: EngineConfig, batch_tokens: int = 16384) -> None:
-        self.folder, self.config, self.batch_tokens = model, config, batch_tokens
+        self.config, self.batch_tokens = config, batch_tokens
         self.model = load_model(model, config.dtype)
 
     def score_labels(self, encoder: Encoder, requests: Sequence[Encoded]) -> list[Float32 | Exception]:

@@ -118,7 +118,7 @@ class VllmScorer:
 
     Args:
         model: What to load.
-        config: How.
+        config: Memory, precision and further arguments of vLLM.
         in_flight: Prompts handed to vLLM at a time: enough to fill its batches, few enough that a prompt is still in
             the prefix cache when the requests for its other nodes come.
 
@@ -142,7 +142,7 @@ class VllmScorer:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         check_adapter(model, "vllm")
-        self.folder, self.config, self.in_flight = model, config, in_flight
+        self.in_flight = in_flight
         kwargs = scoring_args(model, config, gpu_memory() if on_gpu else None)
         kwargs["model"] = without_pattern(kwargs["model"])
         with root_cause():
@@ -207,7 +207,7 @@ class VllmScorer:
         return cache is not None and cache.is_cached_item(name)
 
     def _input(self, job: _Score, read: Read) -> dict[str, Any]:
-        """What `LLMEngine.add_request` takes for a prompt that goes on with the read's path; the core gets it next.
+        """What `LLMEngine.add_request` takes for a prompt followed by the read's path. The caller must send it next.
 
         Raises:
             ValueError: the prompt, or a picture, is larger than the engine was started for.
@@ -225,12 +225,12 @@ class VllmScorer:
         largest, room = max(p.length for p in job.pictures), engine.input_processor.mm_encoder_cache_size
         if largest > room:
             raise ValueError(f"a picture takes {largest} tokens, the engine {room}; lower max_image_pixels")
-        for picture in job.pictures:  # first of all, because a file may be gone by now
+        for picture in job.pictures:  # before the cache changes: the file may be gone
             if picture.item is None and not self._in_core(picture.name):
                 picture.item = picture.load()
         items = [picture.item for picture in job.pictures]
         if (cache := engine.renderer.mm_processor_cache) is not None:
-            # Touched first, as the core does: both evict the same ones, and none that this prompt shows.
+            # Touched first, as in the core: both caches evict the same pictures, and none of this prompt's.
             for picture in job.pictures:
                 cache.touch_sender_cache_item(picture.name)
             for i, picture in enumerate(job.pictures):
@@ -358,13 +358,13 @@ def _keep_pictures(vllm_config: VllmConfig, config: EngineConfig) -> None:
 
 
 class _Preparer:
-    """From a picture's file to what this version of vLLM's core takes.
+    """Makes what this version of vLLM's core takes from a picture's file.
 
-    vLLM's own renderer shows, once for each size of pictures, what that is; the pixels are then put in its place. Where
-    its pixels are not those that `Encoder` makes, the renderer prepares every picture.
+    vLLM's own renderer makes one sample per picture size, whose pixels are then replaced. Where the renderer's pixels
+    differ from those of `Encoder`, it prepares every picture.
 
     Args:
-        vllm_config: The engine's.
+        vllm_config: The configuration of the engine.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
@@ -374,7 +374,7 @@ class _Preparer:
         config, model = copy(vllm_config), copy(vllm_config.model_config)
         model.multimodal_config = copy(model.multimodal_config)
         model.multimodal_config.mm_processor_cache_gb = 0
-        model.multimodal_config.mm_processor_kwargs = {"do_resize": False}  # pictures come as large as their grids
+        model.multimodal_config.mm_processor_kwargs = {"do_resize": False}  # they have the size of their grids
         config.model_config = model
         self.model_config, self.renderer, self.lock = model, renderer_from_config(config), threading.Lock()
         self.ids = self.renderer.get_tokenizer().convert_tokens_to_ids(

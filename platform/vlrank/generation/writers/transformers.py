@@ -36,7 +36,7 @@ def _with_inputs(row: dict[str, Any], job: Job) -> dict[str, Any]:
 
 
 def _gpu_is_lost(error: Exception) -> bool:
-    """Whether an error leaves nothing that this process could compute on its GPU, as a failed assertion there does."""
+    """Whether this process cannot compute anything on its GPU any more, as after a failed assertion there."""
     import torch
 
     return isinstance(error, torch.AcceleratorError) or (
