@@ -101,7 +101,7 @@ def check(program: Program, family: list[psutil.Process], code: int, message: st
     """One message and nothing else of Ray or Python; no process is left."""
     said = program.finish(code)
     assert said.count(message) == 1, said
-    for noise in ("Traceback", "SIGTERM", "core_worker", "Failed to connect to GCS", "*** "):
+    for noise in ("Traceback", "SIGTERM", "SIGABRT", "Failed to connect to GCS", "*** "):
         assert noise not in said, said
     assert not [process for process in family if process.is_running()], said
 
