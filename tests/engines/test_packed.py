@@ -1,5 +1,6 @@
 """One pass over a packed row must say exactly what asking for every answer in full would say."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.prompting.tokenizers_zoo import ZOO
-from vlrank.config import EngineConfig
+from vlrank.config import EngineConfig, RankingConfig
 from vlrank.engines import packed_attention, packed_load
 from vlrank.engines.models import open_model
 from vlrank.engines.packed import PackedScorer
@@ -22,13 +23,14 @@ from vlrank.engines.packed_live import score_rows
 from vlrank.engines.packed_load import disagreement, open_packed
 from vlrank.engines.packed_model import PackedModel, Unsuited
 from vlrank.engines.packed_rows import PackedRow, PromptTokens
-from vlrank.engines.resources import EngineDied
+from vlrank.engines.resources import EngineDied, engine_name, ranking_engine
 from vlrank.engines.scoring import open_scorer
 from vlrank.engines.transformers_scorer import TransformersScorer, load_model
 from vlrank.errors import UserError
 from vlrank.prompting.encoding import Encoded, Encoder
 from vlrank.prompting.labels import LabelTrie
 from vlrank.prompting.modes import mode_spec
+from vlrank.reranking.ranker import PromptMaker, Ranker, Ranking, UserLists
 
 from .brute_force import RANKING, brute_force, picture_items, text_items
 
@@ -251,6 +253,32 @@ def test_prefixes_that_do_not_fit_are_computed_again(text: tuple[PackedScorer, E
         np.testing.assert_array_equal(a, b)
     assert len(scorer._prefixes) == 1
     scorer.close()
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(2, 6), st.integers(1, 3), st.lists(st.integers(1, 14), min_size=1, max_size=3), st.integers(0, 99))
+def test_windows_and_permutations_rank_as_transformers_does(
+    text: tuple[PackedScorer, Encoder, Any], window: int, permutations: int, sizes: list[int], seed: int
+) -> None:
+    """Whatever is shared between a user's prompts, and in whatever order they come."""
+    scorer, encoder, model = text
+    ranking = RankingConfig(
+        window=window, stride=max(1, window // 2), permutations=permutations, max_prompt_tokens=65536
+    )
+    meta = dict(enumerate(text_items(40, "item"), start=1))
+    prompts = PromptMaker(encoder, encoder.spec, ranking, meta)
+    rng = np.random.default_rng(seed)
+    users = [UserLists(rng.permutation(9)[:5] + 1, (rng.permutation(30)[:n] + 10).tolist(), seed) for n in sizes]
+    users = [replace(user, prompts=prompts.first(user)) if i % 2 else user for i, user in enumerate(users)]
+    reference = TransformersScorer.__new__(TransformersScorer)
+    reference.config, reference.batch_tokens, reference.model = EngineConfig(), 16384, model
+    given_, expected = (Ranker(engine, prompts).rank(users) for engine in (scorer, reference))
+    for a, b in zip(given_, expected, strict=True):
+        assert isinstance(a, Ranking)
+        assert isinstance(b, Ranking)
+        assert a.item_ids == b.item_ids
+        np.testing.assert_allclose(a.scores, b.scores, atol=1e-4)
+        assert (a.prompts, a.tokens) == (b.prompts, b.tokens)
 
 
 # ---- the same bits ---------------------------------------------------------------------------------------------------
@@ -487,6 +515,35 @@ def test_a_model_that_computes_something_else_goes_to_transformers(
     assert isinstance(scorer, TransformersScorer)
     assert "is ranked by transformers, not by packed: its scores differ" in capsys.readouterr().err
     scorer.close()
+
+
+def test_auto_leaves_to_others_what_packed_cannot_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(config: dict[str, Any], **engine: Any) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return ranking_engine(EngineConfig(**engine), open_model(tmp_path))
+
+    qwen = {"model_type": "qwen3"}
+    monkeypatch.setattr("vlrank.engines.resources.importlib.util.find_spec", lambda name: True)
+    assert chosen(qwen) == "packed"
+    assert chosen(qwen | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}) == "packed"
+    assert chosen(qwen | {"quantization_config": {"quant_method": "gptq"}}) == "vllm"
+    assert chosen({"model_type": "gemma3_text"}) == "vllm"
+    assert chosen(qwen, tensor_parallel_size=2) == "vllm"
+    assert chosen(qwen, engine_kwargs={"max_num_seqs": 8}) == "vllm"
+    assert chosen(qwen, name="transformers") == "transformers"
+    monkeypatch.setattr("vlrank.engines.resources.importlib.util.find_spec", lambda name: None)
+    assert chosen({"model_type": "gemma3_text"}) == "transformers"
+    with pytest.raises(UserError, match="ranks and writes no texts"):
+        engine_name(PACKED)
+
+
+def test_four_bit_weights_need_room_for_what_they_become(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
+    assert packed_load._bytes_needed(str(tmp_path)) == 1000 + 2**31
+    (tmp_path / "config.json").write_text('{"quantization_config": {}}')
+    assert packed_load._bytes_needed(str(tmp_path)) == 4000 + 2**31
+    assert packed_load._bytes_needed("Qwen/Qwen3-0.6B") == 0
 
 
 def test_the_kernels_are_compared_before_they_are_used() -> None:

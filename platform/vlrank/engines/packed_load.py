@@ -16,6 +16,7 @@ import torch
 
 from vlrank.config import EngineConfig
 from vlrank.data.items import ItemMeta
+from vlrank.data.tables import read_json
 from vlrank.engines.models import ModelFolder
 from vlrank.engines.packed import PackedScorer
 from vlrank.engines.packed_model import PackedModel, Unsuited, check
@@ -24,7 +25,7 @@ from vlrank.engines.structure import core
 from vlrank.engines.transformers_scorer import load_model, score_labels
 from vlrank.prompting.encoding import Encoded, Encoder
 from vlrank.prompting.prompts import build_prompt
-from vlrank.storage import cache_folder
+from vlrank.storage import cache_folder, location
 
 ROW_TOKENS = 65536
 """Length of a GPU's rows. Long rows waste little at their ends; 64 thousand tokens of a 2B model take 4 GiB."""
@@ -38,7 +39,7 @@ def open_packed(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
 
     Args:
         model: What to load.
-        config: ``dtype``, ``row_tokens``, ``quantization``, ``gpus`` and ``gpu_memory_utilization`` are used.
+        config: ``dtype``, ``row_tokens``, ``quantization`` and ``gpus`` are used.
         encoder: Of the model: two prompts are scored by transformers too, and compared. None leaves that out.
 
     Raises:
@@ -49,7 +50,7 @@ def open_packed(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
     if cuda:
         _keep_compiled()
     total = torch.cuda.get_device_properties(0).total_memory * min(1.0, config.gpus or 1.0) if cuda else 0.0
-    if cuda and 1.2 * weights_bytes(model.base) > total:
+    if cuda and _bytes_needed(model.base) > total:
         raise Unsuited("its weights do not fit one GPU")
     if config.quantization == "fp8" and (not cuda or torch.cuda.get_device_capability() < (8, 9)):
         raise Unsuited("engine.quantization=fp8 needs a GPU with float8 products (compute capability 8.9)")
@@ -76,6 +77,14 @@ def open_packed(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
     else:
         scorer = PackedScorer(packed, **settings)
     return scorer
+
+
+def _bytes_needed(base: str) -> float:
+    """GPU memory for the weights of a local model folder and one row; 0 for a name on the hub."""
+    if not Path(base).is_dir():
+        return 0.0
+    quantised = "quantization_config" in read_json(location(base) / "config.json")
+    return weights_bytes(base) * (4 if quantised else 1) + 2**31  # 4-bit weights become bfloat16
 
 
 def _keep_compiled() -> None:
