@@ -23,8 +23,9 @@ SESSION = "VLRANK_TEST_SESSION"
 """Environment variable that marks every process which the tests start, directly or through Ray."""
 
 
-def pytest_configure() -> None:
-    os.environ.setdefault(SESSION, uuid.uuid4().hex)  # xdist's workers inherit the controller's
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # xdist's workers inherit the controller's mark
+        os.environ[SESSION] = uuid.uuid4().hex
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
