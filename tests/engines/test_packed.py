@@ -101,6 +101,34 @@ def test_pictures_agree_with_brute_force(vision: tuple[PackedScorer, Encoder, An
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
+def test_a_picture_is_read_and_computed_once(
+    vision: tuple[PackedScorer, Encoder, Any], tiny_vision_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, _, _ = vision
+    encoder = Encoder.load(tiny_vision_model, mode_spec("raw_image"), RANKING)
+    pictures = picture_items(8, tmp_path)
+    prompts = [encoder.encode([], pictures[i : i + 4]) for i in range(4)]
+    read: list[str] = []
+    patches = encoder.patches
+    monkeypatch.setattr(encoder, "patches", lambda path: (read.append(path), patches(path))[1])
+    first = scored(scorer, encoder, prompts)
+    again = scored(scorer, encoder, prompts)
+    assert sorted(read) == sorted({path for prompt in prompts for path in prompt.image_paths})
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_features_that_do_not_fit_are_computed_again(vision: tuple[PackedScorer, Encoder, Any], tmp_path: Path) -> None:
+    alone, encoder, model = vision
+    prompts = [encoder.encode([], picture_items(4, tmp_path)[i:]) for i in range(2)]
+    scorer = PackedScorer(PackedModel.of(model, keep=True), feature_bytes=(0, 1))
+    for a, b in zip(scored(scorer, encoder, prompts * 2), scored(alone, encoder, prompts * 2), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert scorer.features is not None
+    assert len(scorer.features._kept) == 1
+    scorer.close()
+
+
 def test_captions_on_a_vision_model_agree_with_brute_force(
     vision: tuple[PackedScorer, Encoder, Any], tiny_vision_model: Path
 ) -> None:

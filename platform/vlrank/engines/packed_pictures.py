@@ -53,8 +53,7 @@ class PictureFeatures:
     def prepare(self, encoder: Encoder, paths: Iterable[str]) -> None:
         """Read the pictures whose features are missing, in threads; may be called from any thread."""
         with self._preparing:  # two callers would read the same pictures
-            ready = self._kept.keys() | {path for path, made in self._prepared.items() if isinstance(made, np.ndarray)}
-            missing = [path for path in dict.fromkeys(paths) if path not in ready]
+            missing = [path for path in dict.fromkeys(paths) if not self._ready(path)]
             for path, patches in zip(missing, self._threads.map(lambda p: _read(encoder, p), missing), strict=True):
                 self._prepared[path] = patches
 
@@ -75,8 +74,10 @@ class PictureFeatures:
             OSError, ValueError: a picture cannot be read.
         """
         missing = [path for path in dict.fromkeys(paths) if path not in self._kept]
-        self.prepare(encoder, missing)
-        self.check(missing)
+        # Usually the callers have read them all; a caller that is reading others must not hold up the GPU.
+        if unread := [path for path in missing if not self._ready(path)]:
+            self.prepare(encoder, unread)
+            self.check(unread)
         fresh: dict[str, torch.Tensor] = {}
         for group in self._passes(encoder, missing):
             prepared: list[Any] = [self._prepared.pop(path) for path in group]
@@ -89,6 +90,9 @@ class PictureFeatures:
         for path, features in fresh.items():
             self._keep(path, features)
         return torch.cat([features.to(self._device, non_blocking=True) for features in held])
+
+    def _ready(self, path: str) -> bool:
+        return path in self._kept or isinstance(self._prepared.get(path), np.ndarray)
 
     def _passes(self, encoder: Encoder, paths: Iterable[str]) -> Iterator[list[str]]:
         group: list[str] = []
