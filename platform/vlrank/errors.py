@@ -29,8 +29,7 @@ class UserError(Exception):
 def causes(error: BaseException) -> Iterator[BaseException]:
     """The error and what stands behind it, nearest first: causes, contexts, and what Ray wraps and groups collect.
 
-    Ray Core keeps the exception of a task as ``cause``, Ray Train those of its workers as ``worker_failures`` and each
-    of them as ``_base_exc``.
+    Ray Core keeps the exception of a task as ``cause``, Ray Train those of its workers as ``worker_failures``.
     """
     waiting, seen = [error], set[int]()
     while waiting:
@@ -44,7 +43,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         waiting += [
             inner
             for inner in (
-                *(getattr(error, name, None) for name in ("cause", "_base_exc")),
+                getattr(error, "cause", None),
                 *(failures.values() if isinstance(failures, Mapping) else ()),
                 *(error.exceptions if isinstance(error, BaseExceptionGroup) else ()),
                 error.__cause__,

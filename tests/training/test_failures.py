@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from ray.train import FailureConfig, WorkerGroupError
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
 from vlrank.config import RayConfig
@@ -32,11 +31,7 @@ class Trainer:
 
 
 def failed(*errors: Exception) -> WorkerGroupError:
-    return WorkerGroupError("cut", {rank: wrapped(error) for rank, error in enumerate(errors)})
-
-
-def wrapped(error: Exception) -> UserExceptionWithTraceback:
-    return UserExceptionWithTraceback(error, f"Traceback\n  the middle\n{type(error).__name__}: {error}")
+    return WorkerGroupError("cut", dict(enumerate(errors)))
 
 
 @pytest.fixture
@@ -96,14 +91,18 @@ def test_the_same_failure_twice_in_one_place_ends_the_run_and_after_progress_doe
 
 def test_a_lost_process_is_replaced_whatever_the_others_say(policy: Any) -> None:
     from ray.exceptions import ActorDiedError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-    error = WorkerGroupError("cut", {0: ActorDiedError(), 1: wrapped(ValueError("a broken message"))})
+    lost = WorkerHealthCheckFailedError("a worker failed its health check", ActorDiedError())
+    error = failed(lost, ValueError("a broken message"))
     assert policy.make_decision(error) == FailureDecision.RETRY
     assert policy.make_decision(error) == FailureDecision.RETRY
 
 
 def test_the_message_of_a_failed_worker_is_whole() -> None:
-    error = worker_error(failed(RuntimeError("connection closed"), TypeError("no such keyword")).worker_failures)
+    cause = TypeError("no such keyword")
+    cause.add_note("Traceback\n  the middle\nTypeError: no such keyword")
+    error = worker_error(failed(RuntimeError("connection closed"), cause).worker_failures)
     assert str(error) == "training worker 1 failed: TypeError: no such keyword"
     assert error.__notes__ == ["Traceback\n  the middle\nTypeError: no such keyword"]
     user_error = worker_error(

@@ -21,9 +21,8 @@ _ALWAYS_MET_ERRNO = {
 }
 
 
-def always_met(failure: BaseException) -> bool:
-    """Whether every attempt would meet this failure: faults in code, files and rights, not in machines and networks."""
-    error = getattr(failure, "_base_exc", failure)
+def always_met(error: BaseException) -> bool:
+    """Whether every attempt would meet this error: faults in code, files and rights, not in machines and networks."""
     if isinstance(error, OSError):
         return error.errno in _ALWAYS_MET_ERRNO
     return isinstance(error, _ALWAYS_MET) or type(error).__name__ == "SafetensorError" or bool(user_error_in(error))
@@ -36,7 +35,9 @@ def with_failure_policy(kind: type[DataParallelTrainer], evaluations: Callable[[
         kind: Ray Train's class.
         evaluations: How many the run has by now.
     """
+    from ray.exceptions import RayError
     from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import RayTrainError
     from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
     class Policy(DefaultFailurePolicy):
@@ -51,7 +52,7 @@ def with_failure_policy(kind: type[DataParallelTrainer], evaluations: Callable[[
             if not isinstance(training_failed_error, WorkerGroupError):
                 return decision
             failures = training_failed_error.worker_failures
-            if not all(hasattr(failure, "_base_exc") for failure in failures.values()):
+            if any(isinstance(failure, RayError | RayTrainError) for failure in failures.values()):
                 return decision  # a process was lost, and the errors of the others may come from that
             last, self._last = self._last, (evaluations(), *sorted(map(_line, failures.values())))
             hopeless = any(map(always_met, failures.values())) or last == self._last
@@ -66,14 +67,14 @@ def with_failure_policy(kind: type[DataParallelTrainer], evaluations: Callable[[
 
 
 def _line(failure: BaseException) -> str:
-    error = getattr(failure, "_base_exc", failure)
-    return f"{type(error).__name__}: {error}"
+    return f"{type(failure).__name__}: {failure}"
 
 
 def worker_error(failures: Mapping[int, BaseException]) -> Exception:
     """What to raise for the failures of workers (rank -> failure): a `UserError`, or an error that shows one traceback.
 
-    Ray Train's own message joins the tracebacks of all ranks and cuts each in its middle.
+    Ray Train's own message joins the tracebacks of all ranks and cuts each in its middle; `worker.train_loop` adds the
+    whole one to the exception, as a note.
     """
     for failure in failures.values():
         if found := user_error_in(failure):
@@ -81,5 +82,6 @@ def worker_error(failures: Mapping[int, BaseException]) -> Exception:
     # Of several, the others often only lost their connection to the one that failed first.
     rank, failure = min(failures.items(), key=lambda item: (not always_met(item[1]), item[0]))
     error = RuntimeError(f"training worker {rank} failed: {_line(failure)}")
-    error.add_note(str(failure))
+    for note in getattr(failure, "__notes__", ()):
+        error.add_note(note)
     return error

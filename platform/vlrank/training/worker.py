@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -72,7 +73,11 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     base = Base(**settings["base"])
     data: TrainingData = ray.get(settings["data"])
     context = ray.train.get_context()
-    return asdict(_train(config, base, data, rank=context.get_world_rank(), world=context.get_world_size()))
+    try:
+        return asdict(_train(config, base, data, rank=context.get_world_rank(), world=context.get_world_size()))
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # for `failures.worker_error`: exceptions travel without a traceback
+        raise
 
 
 def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, world: int) -> Any:
