@@ -261,6 +261,18 @@ def test_a_prompt_longer_than_a_row_gets_a_longer_one(text: tuple[PackedScorer, 
     scorer.close()
 
 
+def test_a_trie_with_more_nodes_than_a_row_has_places_is_read_too(
+    text: tuple[PackedScorer, Encoder, Any], gpu_rows: None
+) -> None:
+    alone, encoder, model = text
+    trie = LabelTrie(tuple((a, b, 2) for a in range(10, 40) for b in (5, 6)))
+    encoded = replace(encoder.encode([], text_items(3)), trie=trie)
+    scorer = PackedScorer(PackedModel.of(model, keep=True), row_tokens=1024)
+    [scores] = scored(scorer, encoder, [encoded])
+    np.testing.assert_allclose(scores, scored(alone, encoder, [encoded])[0], atol=1e-5)
+    scorer.close()
+
+
 def test_a_prefix_is_computed_once(text: tuple[PackedScorer, Encoder, Any]) -> None:
     scorer, encoder, _ = text
     prompts = [encoder.encode(text_items(8, "seen"), text_items(12)[i:]) for i in range(3)]

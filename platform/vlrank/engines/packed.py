@@ -219,6 +219,7 @@ class PackedScorer:
             if fits and (not jobs or sum(prefixes.values()) <= length):
                 jobs.append(job)
                 tokens, reads, known = tokens + job.body.size, reads + job.body.reads, prefixes
+        jobs = jobs or [first]  # it alone has more to read than a row has places for
         if self._running and tokens < 0.9 * length and len(jobs) == len(self._waiting):
             return []
         taken = set(map(id, jobs))
