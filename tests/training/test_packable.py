@@ -20,6 +20,7 @@ from vlrank.config import TrainConfig
 from vlrank.data.dataset import Dataset
 from vlrank.demo.base_models import save_model
 from vlrank.engines import packable
+from vlrank.errors import UserError
 from vlrank.training.answers import AnswerHead, token_losses
 from vlrank.training.attention import NotPackable, use_packed_attention
 from vlrank.training.collate import Row, end_to_end, side_by_side
@@ -188,6 +189,17 @@ def test_validation_of_packed_training_scores_as_the_model_does(
         config = settings("semantic_summary_small", method="full", model=str(folder), packing=packing)
         metrics.append(trainer_of(config, told_shop, []).evaluate())
     assert {**metrics[0], "eval_seconds": 0} == {**metrics[1], "eval_seconds": 0}
+
+
+def test_layers_for_adapters_that_a_model_does_not_have_are_named(
+    settings: Callable[..., TrainConfig], tiny_text_model: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_text_model)
+    folder = save_model(tmp_path / "gpt2", make("gpt2", {**PLAIN["gpt2"], "vocab_size": len(tokenizer)}), tokenizer)
+    changes = {"backend": "transformers", "load_in_4bit": False, "method": "lora"}
+    config = settings("semantic_summary_small", model=str(folder), **changes)
+    with pytest.raises(UserError, match=r"no layer of .*gpt2 is named q_proj"):
+        trainer_of(config, Dataset.open(config.dataset), [])
 
 
 def test_a_window_longer_than_every_prompt_limits_nothing() -> None:
