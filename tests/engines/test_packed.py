@@ -462,6 +462,10 @@ def test_a_model_in_training_is_read_as_it_stands(
     for scores, exact in zip(given, expected, strict=True):
         assert scores.dtype == np.float32
         np.testing.assert_allclose(scores, exact, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = score_rows(model, encoder, batch)
+    for scores, exact in zip(rounded, expected, strict=True):
+        np.testing.assert_allclose(scores, exact, atol=0.15)
 
 
 def test_pictures_of_a_model_in_training(vision: tuple[PackedScorer, Encoder, Any], tmp_path: Path) -> None:

@@ -41,10 +41,10 @@ class _Job:
     """A prompt in the queue.
 
     Attributes:
-        body: What a row holds of it.
-        prefix: Its beginning, computed in a row of its own and shared; None where the body is the whole prompt.
-        key: Of the prefix.
-        hidden: float32 [reads, hidden], or what went wrong.
+        body: The part that a row holds.
+        prefix: The beginning, computed in another row and shared; None where the body is the whole prompt.
+        key: Names the prefix.
+        hidden: float32 [reads, hidden], or the error.
     """
 
     encoder: Encoder
@@ -105,7 +105,7 @@ class PackedScorer:
         self._thread.start()
 
     def score_labels(self, encoder: Encoder, requests: Sequence[Encoded]) -> list[Float32 | Exception]:
-        """See `scoring.LabelScorer`. A prompt with a `Encoded.prefix` shares it with others that begin alike."""
+        """See `scoring.LabelScorer`. Prompts with the same `Encoded.prefix` share the work on it."""
         if self.features is not None:
             self.features.prepare(encoder, [path for request in requests for path in request.image_paths])
         jobs: list[_Job | Exception | None] = []
@@ -267,7 +267,7 @@ class PackedScorer:
             start += job.body.reads
 
     def _shorten(self, jobs: list[_Job], error: torch.OutOfMemoryError) -> None:
-        """Go on with rows of half the length."""
+        """Put the prompts back, for rows of half the length; where rows are short already, the prompts fail."""
         self._prefixes.clear()
         torch.cuda.empty_cache()
         longest = max(max(job.body.size, len(job.prefix.ids) if job.prefix else 0) for job in jobs)
@@ -306,7 +306,7 @@ class PackedScorer:
         return RowAttention(row, self.model.device, self.model.scaling, self._kernel, context)
 
     def _held(self, wanted: dict[bytes, PromptTokens]) -> list[_Prefix]:
-        """Keys and values of prefixes, those that are missing computed."""
+        """Keys and values of prefixes; missing ones are computed."""
         for key in wanted:
             if key in self._prefixes:
                 self._prefixes.move_to_end(key)

@@ -31,11 +31,11 @@ Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Keys and values of the prefixes that the prompts of a row continue.
+    """Where the prefixes that a row's prompts continue lie among the prefixes' keys and values.
 
     Attributes:
-        bounds: From 0; prefixes lie one behind the other.
-        of: For each prompt of the row, which prefix; rising, so that prompts of one prefix are neighbours.
+        bounds: Where each prefix begins, and the end of the last one.
+        of: The prefix of each prompt, by number; rising, so that prompts of one prefix are neighbours.
     """
 
     bounds: Sequence[int]
@@ -123,7 +123,7 @@ class RowAttention:
         self._documents[name] = q, k, longest_q, longest_k
 
     def _behind_context(self, ends: Sequence[int], size: int) -> list[int]:
-        """Bounds of the queries of each prefix; the filling goes with the last one: it has to see something."""
+        """Bounds of the queries of each prefix. The filling joins the last one: kernels want keys for every query."""
         assert self.context is not None
         of = self.context.of
         bounds = [0, *(end for end, own, after in zip(ends, of, [*of[1:], -1], strict=True) if own != after)]

@@ -104,7 +104,9 @@ def _row_attention(
     packed_row: RowAttention,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # Under autocast norms with float32 weights give float32 queries and keys; kernels want one type.
+    dtype = value.dtype if packed_row.kernel is not None else query.dtype
+    q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
     return packed_row(q, k, v).unsqueeze(0), None
 
 
