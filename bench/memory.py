@@ -5,7 +5,7 @@
 ``MODELS`` as for bench/train.py. Every cell runs in a process of its own, which may take as much memory as a card has
 (``torch.cuda.set_per_process_memory_fraction``): settings at their defaults, a few steps at the mode's batch size, one
 validation, and steps again, on prompts of about 1,100 tokens with some of the longest length. ``--seconds`` bounds a
-cell, ``--deadline`` the whole run; what is done is written after each cell. ``--cells caption`` selects by prefix.
+cell, ``--deadline`` the whole run; what is done is written after each cell. ``--cells caption-full`` selects by name.
 A cell says "refused" where no plan fits, with the message.
 """
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--config-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cards", type=int, nargs="*", default=list(CARDS), help="GiB")
-    parser.add_argument("--cells", nargs="*", default=[""], help="prefixes of mode-method")
+    parser.add_argument("--cells", nargs="*", default=[""], help="names of mode-method")
     parser.add_argument("--seconds", type=float, default=150, help="for one cell")
     parser.add_argument("--deadline", type=float, default=3000, help="for the whole run")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script on a CPU")
@@ -66,7 +66,7 @@ def table(args: argparse.Namespace) -> None:
     begun = time.monotonic()
     results: dict[str, dict[str, Any]] = {}
     models = Path(tempfile.mkdtemp())  # random weights, made once by the first cell of a family
-    for name in (name for name in WORK if any(name.startswith(prefix) for prefix in args.cells)):
+    for name in (name for name in WORK if any(name == cell or not cell for cell in args.cells)):
         for card in args.cards:
             left = args.deadline - (time.monotonic() - begun)
             if left < 20:
@@ -100,7 +100,7 @@ def cell(name: str, card: int, args: argparse.Namespace) -> dict[str, Any]:
     from vlrank.training.worker import Progress, make_trainer, start_process
 
     mode, method, changes = WORK[name]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, USABLE * card * 2**30 / total), device)
