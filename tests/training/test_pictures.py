@@ -12,6 +12,7 @@ from vlrank.data.items import ItemMeta
 from vlrank.errors import UserError
 from vlrank.training.data import TrainingData
 from vlrank.training.model import load_trainable, resolve_base
+from vlrank.training.settle import settle
 from vlrank.training.worker import _prepare_pictures
 
 
@@ -38,7 +39,9 @@ def test_items_with_unreadable_pictures_are_left_out_and_named(
     settings = {"mode": "raw_image", "model": str(tiny_vision_model), "dataset": tmp_path, "out": tmp_path / "run"}
     settings |= {"cache_vision": cache_vision, "method": "lora", "negatives": 3, "max_missing": 0.2}
     config = load_config(TrainConfig, **settings)
-    trainable = load_trainable(config, resolve_base(config), torch.device("cpu"))
+    base, device = resolve_base(config), torch.device("cpu")
+    config, _ = settle(config, base, device)
+    trainable = load_trainable(config, base, device)
     *_, plan, unreadable = _prepare_pictures(config, trainable, data, 0, 1, lambda **facts: None)
     assert plan.usable.item_ids.tolist() == list(range(1, 9))
     shown = {item for index in range(len(plan.samples)) for item in plan.samples.sample(0, index).history}
