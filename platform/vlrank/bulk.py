@@ -18,7 +18,7 @@ repetition of the bad rows, and nothing is lost. Two runs on one folder at a tim
 run whose claim another has taken over ends.
 
 **Why not Ray Data's CheckpointConfig**, which does part of this: it knows ids but no input hashes, so a changed prompt
-would be skipped as done; failed rows count as done for ever; its ids live beside the output, so the two can disagree;
+would be skipped as done; failed rows count as done forever; its ids live beside the output, so the two can disagree;
 and it appends every row again when its folder is cleaned. The price of our way is the anti-join on the driver: beside
 the wanted rows, the keys of those that are done (docs/scaling.md has the figures).
 

@@ -120,7 +120,7 @@ def check_out(config: Config) -> None:
     """Refuse a stage whose output could not be written.
 
     Raises:
-        UserError: ``out`` lies on a read-only file system, or permission is missing.
+        UserError: ``out`` is on a read-only file system, or permission is missing.
     """
     out = getattr(config, "out", None) or getattr(config, "folder", None)
     if isinstance(out, Path):

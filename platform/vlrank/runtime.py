@@ -74,7 +74,7 @@ def _join(address: str, **options: Any) -> None:
 def _start_here(cpus: int, **options: Any) -> None:
     import ray
 
-    # One process fewer for every run and every trial of a sweep: this machine will not be taken away from itself.
+    # One process fewer for every run and every trial of a sweep: preemption cannot happen on this machine.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Reports of a worker, and its end, are noticed every so many seconds; 2 by default, which short trials feel.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")

@@ -58,10 +58,16 @@ R = TypeVar("R")
 
 SCHEMES = ("s3", "gs")
 LEASE_S = 30.0
-"""A claim that was not renewed for so long belonged to a process that is dead."""
+"""Seconds without renewal after which a claim counts as abandoned."""
 
-_AT_ONCE = 16  # requests; a bucket answers in tens of milliseconds, and as many at a time as one likes
-_MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")  # the rest of a checkpoint is for its continuation
+_AT_ONCE = 16  # concurrent requests; a bucket answers each in tens of milliseconds
+_MODEL_FILES = (
+    ".safetensors",
+    ".json",
+    ".jinja",
+    ".txt",
+    ".model",
+)  # the other files of a checkpoint serve to resume training
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}")
 
 
@@ -197,7 +203,7 @@ class BucketPath:
             return bool(self.file_system.get_file_info(self._path).type == pyarrow.fs.FileType.File)
 
     def is_dir(self) -> bool:
-        """Whether any object lies below; a folder that was emptied is gone."""
+        """Whether an object exists below; an emptied folder does not exist."""
         entries = self._listed(recursive=False)
         # S3 clients mark emptied folders by objects of no size, which PyArrow shows as folders.
         return any(info.is_file for info in entries) or (bool(entries) and any(True for _ in self.files()))
@@ -207,11 +213,11 @@ class BucketPath:
         return (self._child(info.path) for info in self._listed(recursive=True) if info.is_file)
 
     def iterdir(self) -> Iterator[BucketPath]:
-        """What lies directly in the folder."""
+        """The folder's direct entries."""
         return (self._child(info.path) for info in self._listed(recursive=False))
 
     def glob(self, pattern: str) -> Iterator[BucketPath]:
-        """What lies below and matches, part by part; ``**`` is not known."""
+        """Entries below that match, part by part; ``**`` is not supported."""
         parts = pattern.split("/")
         for info in self._listed(recursive=len(parts) > 1):
             place = self._child(info.path)
@@ -220,10 +226,10 @@ class BucketPath:
                 yield place
 
     def _listed(self, *, recursive: bool) -> list[Any]:
-        """PyArrow's ``FileInfo`` of what lies below."""
+        """PyArrow's ``FileInfo`` of everything below."""
         from pyarrow.fs import FileInfo, FileSelector, FileType
 
-        # In gs:// PyArrow sees no folders but those that it made itself: they are told from the objects in them.
+        # In gs:// PyArrow lists only folders that it created itself: folders are derived from the objects in them.
         derived = self.scheme == "gs" and not recursive
         selector = FileSelector(self._path, allow_not_found=True, recursive=recursive or derived)
         with _explained(self):
@@ -259,7 +265,9 @@ class BucketPath:
     def write_bytes(self, data: Any) -> None:
         """Put the object: whole or not at all. ``data`` is anything with the buffer protocol."""
         with _explained(self), self.file_system.open_output_stream(self._path) as stream:
-            stream.write(data)  # at once: closing a stream commits what it has, even after an error between two writes
+            stream.write(
+                data
+            )  # in one write: closing a stream commits its content, even after an error between two writes
 
     def upload(self, source: Path) -> None:
         """Put a local file, of any size."""
@@ -297,7 +305,7 @@ class BucketPath:
                 raise
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
-        """Nothing: folders come with their objects."""
+        """Does nothing: a folder exists as soon as it holds an object."""
 
     def size(self) -> int:
         """Bytes of the object."""
@@ -305,7 +313,7 @@ class BucketPath:
             return int(stream.size())
 
     def version(self) -> str:
-        """Changes with the content: the entity tag, else time and size."""
+        """A value that changes with the content: the entity tag, else time and size."""
         with self.open() as stream:
             tags = {key.lower(): value for key, value in dict(stream.metadata() or {}).items()}
             tag = tags.get(b"etag") or tags.get("etag")
@@ -313,7 +321,7 @@ class BucketPath:
 
     @property
     def file_system(self) -> pyarrow.fs.FileSystem:
-        """The connected file system; the first use of a bucket asks whether it is there.
+        """The connected file system; the first use of a bucket checks that it exists.
 
         Raises:
             UserError: it is not, or the credentials are refused, or nothing answers.
@@ -331,7 +339,7 @@ class BucketPath:
 
 
 Location: TypeAlias = Union[Path, BucketPath]  # noqa: UP007 (evaluated before BucketPath can be joined by |)
-"""A file or folder, wherever it lies."""
+"""A file or folder, on a disk or in a bucket."""
 
 
 def _location_key(value: Any) -> Any:
@@ -365,7 +373,7 @@ def _connected(scheme: str, bucket: str, process: int) -> pyarrow.fs.FileSystem:
 
     place = BucketPath(scheme, bucket)
     with _explained(place):
-        # A wrong address or key is to be told at once; work that has begun sits out a server's bad minute.
+        # A wrong address or key is reported at once; running work waits out an unavailable server.
         if _client(scheme, bucket, patient=False).get_file_info(bucket).type == pyarrow.fs.FileType.NotFound:
             raise UserError(f"bucket {place} does not exist", "Check its name, or make it: vlrank makes no buckets.")
         return _client(scheme, bucket, patient=True)
@@ -492,15 +500,15 @@ def fetch_model(model: str | Location) -> str:
 
 
 def each(work: Callable[[T], R], places: Sequence[T]) -> Iterator[R]:
-    """What ``work`` gives for every place, in order: one after the other on a disk, several at a time in a bucket.
+    """Results of ``work`` for every place, in order: one at a time on a disk, concurrently in a bucket.
 
-    Lazy: no more than a few results wait in memory, and nothing is done that nobody asks for.
+    Lazy: only a few results wait in memory, and only requested results are computed.
     """
     return several(work, places, at_once=bool(places) and isinstance(places[0], BucketPath))
 
 
 def several(work: Callable[[T], R], places: Sequence[T], *, at_once: bool) -> Iterator[R]:
-    """`each`, where the arguments do not say themselves what they work on."""
+    """`each`, for arguments that are no places: the caller says whether to run concurrently."""
     if not at_once:
         yield from map(work, places)
         return
@@ -515,13 +523,13 @@ def several(work: Callable[[T], R], places: Sequence[T], *, at_once: bool) -> It
 
 
 def listing(folder: Location, pattern: str) -> list[Location]:
-    """What matches in a folder, in the order of the names; nothing where there is no folder."""
+    """Matching entries of a folder, sorted by name; empty where the folder does not exist."""
     found: list[Any] = list(folder.glob(pattern))
     return sorted(found)
 
 
 def remove_tree(place: Location, *, keep: Sequence[Location] = ()) -> None:
-    """Delete a folder and all in it, where it exists; in a bucket some files may be kept."""
+    """Delete a folder and its content, if it exists; in a bucket some files can be kept."""
     if isinstance(place, Path):
         assert not keep
         if place.exists():
@@ -535,7 +543,7 @@ def remove_tree(place: Location, *, keep: Sequence[Location] = ()) -> None:
 
 
 def writable(place: Location) -> bool:
-    """Whether a file or folder can be made or changed there, as the system says; of a bucket only a try can tell."""
+    """Whether the system allows writing there; always true for a bucket, where only an attempt can tell."""
     if isinstance(place, BucketPath):
         return True
     there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
@@ -543,7 +551,7 @@ def writable(place: Location) -> bool:
 
 
 def require_writable(place: Location, remedy: str) -> None:
-    """Refuse at once what could not be written at the end.
+    """Refuse a place that cannot be written to, before any work is done.
 
     Raises:
         UserError: on a read-only file system, or no permission.
@@ -553,7 +561,7 @@ def require_writable(place: Location, remedy: str) -> None:
 
 
 def upload_tree(source: Path, target: BucketPath, *, last: str | None = None) -> None:
-    """Put every file of a local folder; the one called ``last`` when all others are there."""
+    """Upload every file of a local folder; the file called ``last`` comes after all others."""
     files = {str(path.relative_to(source)): path for path in sorted(source.rglob("*")) if path.is_file()}
     early = [name for name in files if name != last]
     list(several(lambda name: (target / name).upload(files[name]), early, at_once=True))
@@ -585,13 +593,13 @@ Held = Callable[[], None]
 
 @contextmanager
 def claim(folder: BucketPath) -> Iterator[Held]:
-    """Hold a folder of a bucket against other runs while the block runs; gives a check that it is still held.
+    """Claim a folder of a bucket while the block runs; yields a check that the claim is still held.
 
-    Everybody who wants the folder puts an object of his own into ``.NAME.lock/`` beside it, keeps renewing it, and
-    *then* looks for others: of two who come at the same time at least one sees the other. One that is not renewed
-    during a whole lease belongs to a dead process and is removed, so a run after a crash waits for half a minute. A
-    process that was only cut off from the storage for so long has lost its claim: call the check before what must not
-    be done by two.
+    Each claimant puts an object of its own into ``.NAME.lock/`` beside the folder, keeps renewing it, and *then* looks
+    for others: of two simultaneous claimants at least one sees the other. An object that is not renewed during a whole
+    lease belongs to a dead process and is removed, so a run after a crash waits for half a minute. A process that was
+    cut off from the storage for that long has lost its claim: call the check before any step that two processes must
+    not both take.
 
     Raises:
         UserError: another run is at work there, or the folder cannot be written to.
@@ -612,7 +620,7 @@ def claim(folder: BucketPath) -> Iterator[Held]:
         while before and time.monotonic() < end:
             time.sleep(LEASE_S / 10)
             now = _claims(own)
-            # Who came later than us sees us: he is not waited for.
+            # A later claimant sees this claim and waits: no need to wait for it.
             alive = [token for token in before if token in now and now[token] != before[token]]
             if alive:
                 raise UserError(
@@ -636,9 +644,9 @@ def _claims(own: BucketPath) -> dict[BucketPath, str]:
 
 @contextmanager
 def _renewed(token: BucketPath) -> Iterator[threading.Event]:
-    """The object, written anew four times per lease as long as the block runs, then deleted.
+    """The object, rewritten four times per lease while the block runs, then deleted.
 
-    Gives an event: the object is gone, or was not renewed for a lease, so others may take it for a dead process's.
+    Yields an event that is set once the object is gone, or was not renewed for a lease and counts as abandoned.
     """
     who = f"on {socket.gethostname()}, process {os.getpid()}"
     done, lost = threading.Event(), threading.Event()
@@ -647,9 +655,9 @@ def _renewed(token: BucketPath) -> Iterator[threading.Event]:
         number, renewed = 1, time.monotonic()
         while not done.wait(LEASE_S / 4):
             number, now = number + 1, time.monotonic()
-            with suppress(UserError, OSError):  # what the storage does not take now it may take next time
+            with suppress(UserError, OSError):  # the next renewal may succeed
                 if not token.is_file():
-                    break  # written anew it would stand beside that of the run which removed it
+                    break  # rewriting it would put it beside the claim of the run that removed it
                 token.write_bytes(f"{who} {number}".encode())
                 if time.monotonic() - renewed < LEASE_S:
                     renewed = now

@@ -186,7 +186,7 @@ def connect(address: str) -> Any:
     with explained(address):
         from ray.job_submission import JobSubmissionClient
 
-        # Ray prefers its own variable to the address it is given; here it has been asked already, after --address.
+        # Ray prefers its own variable to the given address; --address and the variable were resolved above.
         os.environ.pop("RAY_API_SERVER_ADDRESS", None)
         return JobSubmissionClient(address)
 

@@ -158,7 +158,7 @@ def test_a_run_does_not_go_on_with_a_dataset_that_was_prepared_anew(settings: Ma
     (begun.out / "data.json").write_text(json.dumps(told_shop.manifest["files"]))
     assert not _finished(begun, told_shop)
     (begun.out / "data.json").write_text(json.dumps({"items.parquet": "another"}))
-    with pytest.raises(UserError, match="prepared anew"):
+    with pytest.raises(UserError, match="prepared again"):
         _finished(begun, told_shop)
 
 

@@ -1,4 +1,4 @@
-"""Amazon data sets by code: which files they are, where they lie, and how to get them.
+"""Amazon data sets by code: their files, addresses and download.
 
 Releases: 2014 (McAuley et al. 2015), 2018 (Ni et al. 2019), 2023 (Hou et al. 2024). The 5-core review files are used
 where a release has them, because the benchmarks of the field start from those.
@@ -112,7 +112,7 @@ def locate(code: str, release: str, raw_dir: Path, *, allow_download: bool) -> t
     """The (reviews, metadata) files of a data set, downloaded first where they are missing.
 
     Raises:
-        UserError: missing and not to be had; says which files to put where.
+        UserError: missing and not downloadable; the message says which files to put where.
     """
     remote = files_of(code, release)
     found = [_find(raw_dir, file.name) for file in remote]
@@ -154,7 +154,7 @@ def _instructions(files: tuple[RemoteFile, ...], raw_dir: Path) -> str:
 def download(url: str, path: Path, *, timeout_s: float = 60) -> None:
     """Download to ``path``, going on where an earlier try stopped; the file appears when it is whole.
 
-    What has arrived lies in ``NAME.part``. A later call asks for the rest, on the condition that the server's file is
+    Received bytes are kept in ``NAME.part``. A later call asks for the rest, on the condition that the server's file is
     still the same (ETag or date, RFC 9110 If-Range); the size is checked against what the server announced.
 
     Raises:
@@ -173,7 +173,7 @@ def download(url: str, path: Path, *, timeout_s: float = 60) -> None:
         try:
             response = urllib.request.urlopen(request, timeout=timeout_s)
         except urllib.error.HTTPError as error:
-            if error.code != 416:  # the part is longer than the file: start anew
+            if error.code != 416:  # the part is longer than the file: start over
                 raise
             part.unlink()
             return download(url, path, timeout_s=timeout_s)
@@ -195,7 +195,7 @@ def download(url: str, path: Path, *, timeout_s: float = 60) -> None:
 
 
 def _note_version(path: Path, version: str | None) -> None:
-    if version is None or version.startswith("W/"):  # nothing that If-Range accepts: a later try starts anew
+    if version is None or version.startswith("W/"):  # not accepted by If-Range: a later attempt starts over
         path.unlink(missing_ok=True)
     else:
         path.write_text(version, encoding="utf-8")

@@ -57,7 +57,7 @@ from vlrank.storage import (
     upload_tree,
 )
 
-if TYPE_CHECKING:  # only the type: data does not need the rooms that are built on it
+if TYPE_CHECKING:  # only the type
     from vlrank.data.items import ItemMeta
 
 GENERATED_FOLDERS: dict[str, str] = {"caption": "captions", "semantic_summary": "semantic_summaries"}
@@ -66,7 +66,7 @@ _NAME = re.compile(r"[^\W_][\w.-]*")
 
 
 def check_candidates_name(name: str) -> None:
-    """Whether candidates can be called so.
+    """Check a name for candidate lists.
 
     Raises:
         UserError: a name that is not a plain file name.
@@ -79,7 +79,7 @@ class Dataset:
     """A prepared dataset, read lazily: every method reads its table when it is called.
 
     Attributes:
-        path: The dataset folder; a `BucketPath` where it lies in a bucket.
+        path: The dataset folder; a `BucketPath` in a bucket.
         manifest: Content of ``manifest.json``.
     """
 
@@ -326,7 +326,7 @@ class DatasetWriter:
             self.folder = self.path.with_name(f".{self.path.name}.building")
 
     def __enter__(self) -> DatasetWriter:
-        with self._held:  # undone if something goes wrong here
+        with self._held:  # released if a step below fails
             if isinstance(self.path, BucketPath):
                 self._take_bucket(self.path)
             else:
@@ -353,7 +353,7 @@ class DatasetWriter:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if _replaced(path).exists() and not path.exists():
-                os.rename(_replaced(path), path)  # killed between the two renames of an overwrite
+                os.rename(_replaced(path), path)  # an earlier writer was killed between the two renames
             self._refuse_existing()
             self.folder.mkdir(exist_ok=True)
             lock = os.open(self.folder, os.O_RDONLY)
@@ -373,7 +373,7 @@ class DatasetWriter:
     def _take_bucket(self, path: BucketPath) -> None:
         held = self._held.enter_context(claim(path))
         mark = path.with_name(f".{path.name}.building")
-        # Without a manifest, what lies there under this mark is a killed writer's, and nobody has read it.
+        # A marked folder without a manifest is the unread leftover of a killed writer.
         if (path / "manifest.json").is_file() or not mark.is_file():
             self._refuse_existing()
         mark.write_bytes(b"")
@@ -383,15 +383,15 @@ class DatasetWriter:
 
     def _leave_bucket(self, path: BucketPath, mark: BucketPath, held: Held) -> None:
         """After a commit, or after an error before it."""
-        with suppress(UserError):  # it would hide what went wrong; the mark stays, and the next writer cleans up
-            held()  # what lies there may be another writer's by now
+        with suppress(UserError):  # a second error would hide the first; the next writer cleans up
+            held()  # another writer may have taken the folder over
             if not (path / "manifest.json").is_file():
                 remove_tree(path)
             mark.unlink(missing_ok=True)
 
     @property
     def pictures_home(self) -> Location:
-        """Where pictures that were fetched before belong: they do not make a detour over this machine."""
+        """Where fetched pictures are copied to directly, without passing through this machine."""
         return self.path if isinstance(self.path, BucketPath) else self.folder
 
     def add_image(self, data: bytes, suffix: str = "jpg") -> str:

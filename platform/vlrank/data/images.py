@@ -41,7 +41,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class PictureError(Exception):
-    """A picture that cannot be had.
+    """A picture that cannot be fetched or read.
 
     Attributes:
         error_type: Kind, for counting.
@@ -116,7 +116,7 @@ def normalise(data: bytes, max_pixels: int) -> tuple[bytes, str]:
         if plain and orientation(picture) == 1 and source_format in ("JPEG", "PNG"):
             return data, "jpg" if source_format == "JPEG" else "png"
         rgb = to_rgb(picture)
-    except Exception as error:  # decoders raise all sorts of things on hostile data
+    except Exception as error:  # decoders raise many kinds of errors on hostile data
         raise PictureError("Undecodable", f"{source_format}: {type(error).__name__}: {error}") from None
     buffer = io.BytesIO()
     if source_format in ("JPEG", "WEBP") and not transparent:
@@ -130,7 +130,7 @@ def normalise(data: bytes, max_pixels: int) -> tuple[bytes, str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is reachable by everybody: not private, local, shared, multicast or reserved."""
+    """Whether an IP address is public: not private, local, shared, multicast or reserved."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour
@@ -166,7 +166,7 @@ def check_url(url: str, *, allow_private: bool) -> str:
 
 
 def _public_resolver() -> Any:
-    """Name look-up that hands only public addresses to the connection itself."""
+    """A resolver that returns public addresses only, so that the connection uses the checked address."""
     from aiohttp.abc import AbstractResolver
     from aiohttp.resolver import ThreadedResolver
 
@@ -244,7 +244,7 @@ class Fetcher:
             raise PictureError("Unreadable", f"{path}: {error.strerror}") from None
 
     async def _download(self, session: aiohttp.ClientSession, url: str) -> bytes:
-        """One picture, with retries of what may pass."""
+        """One picture; temporary failures are retried."""
         from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
         def pause(state: RetryCallState) -> float:
@@ -263,7 +263,7 @@ class Fetcher:
         return data
 
     async def _follow(self, session: aiohttp.ClientSession, url: str) -> bytes:
-        """One try: the address and its redirects, each checked anew."""
+        """One try: the address and its redirects, each checked."""
         for _ in range(self.config.max_redirects + 1):
             host = check_url(url, allow_private=self.config.allow_private)
             async with self._slot(host):
@@ -277,7 +277,7 @@ class Fetcher:
 
     @asynccontextmanager
     async def _slot(self, host: str) -> AsyncIterator[None]:
-        """A turn at a host: at most so many at once, and not faster than the rate."""
+        """A slot at a host: bounds concurrent requests and their rate."""
         async with self._hosts.setdefault(host, asyncio.Semaphore(self.config.concurrency_per_host)):
             now = time.monotonic()
             start = max(now, self._next_start.get(host, now))

@@ -1,7 +1,7 @@
 """Item metadata from raw files: one pass, only the rows that interactions need, every field cleaned or the row put
 aside.
 
-Which fields the public data sets use is told in `vlrank.data.sources`.
+`vlrank.data.sources` lists the fields of the public data sets.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _clean_item(
         clean_title(" ".join(_strings(raw["title"], "title")), max_chars),
         clean_brand(" ".join(_strings(raw["brand"], "brand"))) or None,
         tuple(clean_categories(_category_names(raw["categories"]))),
-        # Longer than the composed text, for whoever reads the table; cut all the same.
+        # Longer than in the composed text, for readers of the table; still cut.
         clean_description(" ".join(_strings(raw["description"], "description")), 4 * max_chars) or None,
         _image(raw["image"], image_root),
     )

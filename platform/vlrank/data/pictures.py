@@ -43,12 +43,12 @@ class Known:
 
 
 def work_folder(target: Location) -> Location:
-    """Where pictures lie until the dataset takes them."""
+    """Where fetched pictures are kept until the dataset links or copies them."""
     return target.with_name(f".{target.name}.pictures")
 
 
 def fetch(target: Location, sources: Sequence[str], config: PrepareConfig) -> dict[str, Known]:
-    """Every source's fate, after fetching those that were never tried (and, with ``retry_failed``, those that failed).
+    """The outcome of every source, after fetching untried ones (and, with ``retry_failed``, failed ones).
 
     Args:
         target: The dataset folder, existing or not.
@@ -85,7 +85,7 @@ def _known(root: Location, table: Location, schema: Any) -> dict[str, Known]:
 
 
 def _present(root: Location) -> Callable[[str], bool]:
-    """Whether a picture lies below ``root``; a bucket is asked once for all of them."""
+    """Whether each picture exists below ``root``; a bucket is listed once."""
     if isinstance(root, BucketPath):
         there = {str(file.relative_to(root)) for file in (root / "images").files()}
         return there.__contains__
@@ -127,7 +127,7 @@ def adopt(found: Iterable[Known], folder: Location) -> None:
 
         def copy(name: str) -> None:
             source = missing[name] / name
-            assert isinstance(source, BucketPath)  # what is fetched for a bucket lies in the bucket
+            assert isinstance(source, BucketPath)  # pictures fetched for a bucket are stored in the bucket
             source.copy_to(folder / name)
 
         list(several(copy, list(missing), at_once=True))

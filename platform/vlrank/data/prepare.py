@@ -139,7 +139,7 @@ def _options(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _inputs(config: PrepareConfig) -> dict[str, list[dict[str, Any]]]:
-    """Names, sizes and hashes of the input files: what a dataset is made from, wherever it lies."""
+    """Names, sizes and hashes of the input files: what a dataset is made from, independent of its place."""
     described: dict[str, list[dict[str, Any]]] = {"reviews": [], "meta": []}
     for role, paths in (("reviews", config.reviews), ("meta", config.meta)):
         for path in paths:

@@ -102,7 +102,7 @@ class _CutOff(io.RawIOBase):
 
 @contextmanager
 def open_raw(path: Path, rejects: Rejects, *, allow_truncated: bool = False) -> Iterator[IO[bytes]]:
-    """The decompressed bytes of a file; the compression is told by its first bytes.
+    """The decompressed bytes of a file; the first bytes tell the compression.
 
     Args:
         path: The file.

@@ -40,7 +40,7 @@ FETCHED = pa.schema(
         ("message", pa.string()),
     ]
 )
-"""What became of each picture that was asked for."""
+"""The outcome of each requested picture."""
 
 PICTURES = pa.schema([("item_id", pa.int32()), *FETCHED])
 """``pictures.parquet`` of a dataset: one row per item that has a picture's source, tried or not."""

@@ -376,7 +376,7 @@ def read_header(
 ) -> tuple[Dialect, dict[str, str], Iterator[tuple[int, list[bytes | int]]]]:
     """(how a delimited file is written, role -> column, its lines without the header).
 
-    The columns are told by the header or, for interactions, by ``columns.names``.
+    The columns come from the header or, for interactions, from ``columns.names``.
 
     Raises:
         UserError: the file is empty, required columns are missing, or a name stands twice.

@@ -103,7 +103,8 @@ def best_checkpoint(path: Location) -> Location:
     if not best.is_file():
         if (path / "config.yaml").is_file():
             raise UserError(
-                f"run {path} has no best.json: its training has not got to a first evaluation", "Train it on."
+                f"run {path} has no best.json: its training has not reached a first evaluation",
+                "Continue it: run the same `vlrank train` again.",
             )
         return path
     checkpoint = path / str(read_json(best).get("checkpoint"))

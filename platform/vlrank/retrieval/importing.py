@@ -77,7 +77,7 @@ def _map_ids(
     raw = raw.with_columns(
         scores=pl.when(pl.col("scores").list.len() == pl.col("items").list.len())
         .then("scores")
-        # Without scores the order alone counts: falling numbers keep it for whoever sorts by score.
+        # Without scores the order alone counts: falling scores keep it when sorted by score.
         .otherwise(pl.int_ranges(0, -pl.col("items").list.len().cast(pl.Int64), -1).cast(pl.List(pl.Float32)))
     )
     integer_items = isinstance(inner := raw.schema["items"], pl.List) and inner.inner.is_integer()

@@ -289,7 +289,7 @@ def _finished(config: TrainConfig, dataset: Dataset | None) -> bool:
         before = json.loads((out / _DATA_FILE).read_text(encoding="utf-8"))
         if before != dataset.manifest["files"]:
             raise UserError(
-                f"{out} holds a run on another state of {dataset.path}, which has been prepared anew since",
+                f"{out} holds a run on another state of {dataset.path}, which has been prepared again since",
                 "Choose another --out, or set resume=never to replace it.",
             )
     return (out / "result.json").is_file()
