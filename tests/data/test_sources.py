@@ -439,3 +439,63 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "r.parquet").write_bytes(content)
     with pytest.raises(UserError, match=r"r\.parquet is damaged"):
         read(tmp_path / "r.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("semicolons.csv", "user;item;timestamp;rating\nu1;i1;{0};5,0\nu2;i1;{1};2,0\n"),
+        ("tabs.csv", "user\titem\ttimestamp\trating\nu1\ti1\t{0}\t5\nu2\ti1\t{1}\t2\n"),
+        ("commas.tsv", "user,item,timestamp,rating\nu1,i1,{0},5\nu2,i1,{1},2\n"),
+        ("unnamed.csv", "user,item,timestamp,rating,,\nu1,i1,{0},5,,\nu2,i1,{1},2,,\n"),
+        ("blanks.csv", "user, item, timestamp, rating\nu1, i1, {0}, 5\nu2 , i1, {1}, 2\n"),
+    ],
+)
+def test_spreadsheets_that_delimit_in_their_own_way(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text.format(SECONDS, SECONDS + 1))
+    assert read(tmp_path / name) == (EXPECTED, [])
+
+
+def test_missing_ids_are_no_user_and_whole_floats_are_integers(tmp_path: Path) -> None:
+    lines = [f"{user},45.0,{SECONDS}" for user in ("123.0", "nan", "None", "NULL", "<NA>", "NA", "\\N", "007")]
+    rows, bad = read(write_lines(tmp_path / "r.csv", ["user,item,timestamp", *lines]))
+    assert [row[:2] for row in rows] == [("123", "45"), ("007", "45")]
+    assert len(bad) == 6
+    assert all("no user id" in row["message"] for row in bad)
+    fast = read(write_lines(tmp_path / "fast.csv", ["user,item,timestamp", lines[0], lines[-1]]))
+    assert ([row[:3] for row in fast[0]], fast[1]) == ([row[:3] for row in rows], [])
+    for file in ("m.csv", "m.jsonl"):
+        (tmp_path / file).write_text(
+            "item,title\n45.0,Tea\n" if file == "m.csv" else '{"item": "45.0", "title": "Tea"}\n'
+        )
+        assert [item.title for item in read_items(tmp_path / file, {"45"})[0]] == ["Tea"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_days_before_months_are_refused_because_nobody_can_tell_them(tmp_path: Path, ending: str) -> None:
+    table = pl.DataFrame({"user": ["u", "v"], "item": ["i", "i"], "timestamp": ["03/02/2016", "04/02/2016"]})
+    getattr(table, f"write_{ending}")(tmp_path / f"r.{ending}")
+    rows, bad = read(tmp_path / f"r.{ending}")
+    assert rows == []
+    assert ["neither a number nor an ISO date" in row["message"] for row in bad] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"PK\x03\x04", "a ZIP archive"),
+        (b"\x28\xb5\x2f\xfd", "Zstandard"),
+        ("user,item".encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8 '/.*my file.csv' > NEW"),
+    ],
+)
+def test_what_is_no_text_is_called_by_its_name(tmp_path: Path, start: bytes, message: str) -> None:
+    (tmp_path / "my file.csv").write_bytes(start)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "my file.csv")
+
+
+def test_bytes_that_are_no_text_name_their_column(tmp_path: Path) -> None:
+    table = pa.table({"user": ["u"], "item": [b"\xff"], "timestamp": [SECONDS]})
+    pq.write_table(table, tmp_path / "r.parquet")
+    with pytest.raises(UserError, match=r"column item of .* holds binary"):
+        read(tmp_path / "r.parquet")

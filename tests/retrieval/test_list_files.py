@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import random
 import re
 import shutil
@@ -113,6 +114,65 @@ def test_a_reading_that_leaves_most_lists_unused_is_refused_with_what_was_unders
     with pytest.raises(UserError, match="not told by names") as told:
         read_candidates(tmp_path / "what.csv", world)
     assert "header line" in str(told.value)
+
+
+def _lists(form: str) -> str:
+    return "".join(f"U{user:03d}{form.format(*items)}\n" for user, items in TRUTH.items())
+
+
+VARIANTS = {
+    "blanks.txt": text("uis", " "),
+    "blanks_named.txt": text("uis", " ", "user item score"),
+    "decimal_commas.csv": text("uis", ";").replace(".", ","),
+    "decimal_commas_named.csv": text("uis", ";", "user;item;score").replace(".", ","),
+    "trailing.csv": text("uis", ",").replace("\n", ",\n"),
+    "trailing_named.csv": text("uis", ",", "user,item,score").replace("\n", ",\n"),
+    "trailing.tsv": text("uis").replace("\n", "\t\n"),
+    "trailing_lists.tsv": _lists("\t{} {} {} {} {} {}\t"),
+    "blank_lists.txt": _lists(" {} {} {} {} {} {}"),
+    "mymedialite.txt": _lists("\t[{5}:0.5,{4}:1,{0}:5,{1}:4.5,{2}:4,{3}:3]"),
+    "pairs.csv": text("ui", ",", lines=LINES),
+    "spark.jsonl": "".join(
+        json.dumps({"user": f"U{user:03d}", "recommendations": [{"item": item} for item in items]}) + "\n"
+        for user, items in TRUTH.items()
+    ),
+    "distances.csv": "user,item,distance\n"
+    + "".join(f"U{user:03d},{item},{place}.5\n" for user, items in TRUTH.items() for place, item in enumerate(items)),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_separators_and_layouts_give_the_same_lists(world: Dataset, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(VARIANTS[name])
+    got = read_candidates(tmp_path / name, world)
+    assert dict(zip(got.table["user_id"], got.table["item_ids"].to_list(), strict=True)) == EXPECTED
+    assert not got.rejected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("user,item,score,score\nU001,B001,1,1\n", "column name twice: user, item, score, score"),
+        ("user,item,score\nU001,B001,high\n", "column score of .* holds 'high', expected numbers"),
+        ("user,item,score\nU001,[B001],1\n", "none of its items is known .*B001"),
+        ("user,item,split\nU001,B001,train\n", "split 'train' is neither val nor test"),
+        ("user,item,score,rank\n" + "".join(f"U00{n % 2 + 1},B00{n},{n},{n}\n" for n in range(1, 7)), "in all 2 lists"),
+    ],
+)
+def test_lists_that_cannot_be_meant_are_refused_with_their_cause(
+    world: Dataset, tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "lists.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_candidates(tmp_path / "lists.csv", world)
+
+
+def test_whole_numbers_written_as_floats_and_other_names_of_splits_are_understood(
+    world: Dataset, tmp_path: Path
+) -> None:
+    (tmp_path / "lists.csv").write_text("split,user_id,item_id,score\nValidation,1.0,5.0,2\ntest,1.0,7.0,1\n")
+    got = read_candidates(tmp_path / "lists.csv", world, ids="vlrank").table
+    assert got.select("split", "user_id", "item_ids").rows() == [("test", 1, [7]), ("val", 1, [5])]
 
 
 # ---- TREC runs -----------------------------------------------------------------------------------------------------

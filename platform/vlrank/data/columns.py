@@ -59,8 +59,8 @@ def parquet_column(path: Path, role: str, name: str, column: pa.Array) -> pa.Arr
     Raises:
         UserError: a type that cannot be meant.
     """
-    plain = _plain(column)
     try:
+        plain = _plain(column)
         if role in ("user", "item"):
             return _ids(plain)
         if role == "rating":

@@ -27,6 +27,8 @@ from vlrank.data.sources import (
     first_value,
     identifier,
     kind_of,
+    plain_id,
+    plain_ids,
     plain_name,
     read_header,
 )
@@ -92,7 +94,7 @@ def _json_items(
         # Parsing is what costs. A line is passed over when it shows ids and none is wanted; ids with escapes, or none
         # that the pattern finds, leave the decision to the parser.
         shown = shown_ids.findall(line)
-        if shown and not any(b"\\" in value or decode(value) in wanted for value in shown):
+        if shown and not any(b"\\" in value or plain_id(decode(value)) in wanted for value in shown):
             continue
         try:
             yield number, parse_record(line)
@@ -111,7 +113,7 @@ def _delimited_items(
 
         def is_row(line: bytes) -> bool:
             try:
-                return dialect.split(line)[id_place] in wanted
+                return identifier(dialect.split(line)[id_place], "item") in wanted
             except ValueError:
                 return False
 
@@ -134,7 +136,7 @@ def _parquet_items(path: Path, wanted: Set[str], options: RawOptions) -> Iterato
     names = {name: plain_name(name) for name in schema.names if plain_name(name) in known}
     number = 1
     for batch in read_batches(path, file, 65_536, list(names)):
-        ids = parquet_column(path, "item", id_column, batch.column(id_column)).to_pylist()
+        ids = plain_ids(parquet_column(path, "item", id_column, batch.column(id_column))).to_pylist()
         mine = [row for row, source_id in enumerate(ids) if source_id in wanted]
         rows = batch.take(pa.array(mine, pa.int64())).to_pylist(maps_as_pydicts="lossy")
         for row, record in zip(mine, rows, strict=True):

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,11 @@ from vlrank.errors import UserError
 
 _COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
 _MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ": ".xz"}
+_FOREIGN = {
+    b"PK\x03\x04": "a ZIP archive or a workbook",
+    b"\x28\xb5\x2f\xfd": "compressed with Zstandard",
+    b"PAR1": "a Parquet file",
+}
 _BLOCK_BYTES = 8 << 20
 _EXCERPT_CHARS = 160
 MAX_LITERAL_BYTES = 16 << 20
@@ -119,9 +125,15 @@ def open_raw(path: Path, rejects: Rejects, *, allow_truncated: bool = False) -> 
         raise UserError(f"input file {path} does not exist", "Check the path.") from None
     except OSError as error:
         raise UserError(f"input file {path} cannot be read: {error.strerror}") from None
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or 0 in (start[:1] + start[1:2]):
+        kind = "UTF-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "UTF-16LE" if start[0] else "UTF-16BE"
+        name = shlex.quote(str(path))
         raise UserError(
-            f"input file {path} is UTF-16, expected UTF-8", f"Convert it: `iconv -f UTF-16 -t UTF-8 {path}`."
+            f"input file {path} is UTF-16, expected UTF-8", f"Convert it: `iconv -f {kind} -t UTF-8 {name} > NEW`."
+        )
+    if foreign := next((kind for magic, kind in _FOREIGN.items() if start.startswith(magic)), None):
+        raise UserError(
+            f"input file {path} is {foreign}, whatever its name says", "Rename, unpack or export it as text."
         )
     compression = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
     if compression is None and path.suffix in _COMPRESSIONS:

@@ -15,12 +15,13 @@ it refuses is read again row by row, so that exactly the bad lines are put aside
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -36,7 +37,7 @@ import pyarrow.json
 from vlrank.config import ColumnsConfig
 from vlrank.data.columns import is_dated, open_parquet, parquet_column, read_batches
 from vlrank.data.delimited import BYTE_ORDER_MARK, Dialect, Records, read_dialect, record_blocks
-from vlrank.data.rawfiles import Rejects, excerpt, line_blocks, open_raw, parse_record, printable
+from vlrank.data.rawfiles import Rejects, decode, excerpt, line_blocks, open_raw, parse_record, printable
 from vlrank.errors import UserError
 
 Kind = Literal["json", "delimited", "parquet"]
@@ -70,6 +71,7 @@ _MILLISECONDS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 _SCALES = ((1e17, 1e-6), (1e14, 1e-3), (1e11, 1.0))  # least size -> milliseconds; smaller numbers are seconds
 _MAX_TIME_MS = 253_402_300_800_000  # the year 10000
 _NO_RATING = {"", "na", "n/a", "nan", "null", "none"}
+_NO_ID = ("", "nan", "NaN", "None", "null", "NULL", "NA", "<NA>", "\\N")  # what programs write where an id is missing
 _PARQUET_ROWS = 1 << 20
 
 
@@ -199,12 +201,28 @@ def _fast_batch(
     expected = len(numbers)
     if len(user) != expected or any(column.null_count for column in (user, item, timestamp)):
         return None
-    if not expected or pc.min(pc.utf8_length(user)).as_py() == 0 or pc.min(pc.utf8_length(item)).as_py() == 0:
+    if not expected:
+        return None
+    user, item = plain_ids(user), plain_ids(item)
+    if any(pc.any(pc.is_in(column, value_set=pa.array(_NO_ID))).as_py() for column in (user, item)):
         return None
     time_ms = _times(timestamp.to_numpy(zero_copy_only=False), unit)
     if time_ms is None:
         return None
     return Batch(user, item, time_ms, _ratings(columns.get("rating"), expected), _row_keys(path, numbers))
+
+
+def plain_id(text: str) -> str:
+    """An id without blanks around it; ``123.0`` is ``123``: pandas makes integers floats where one is missing."""
+    return re.sub(r"^(-?[0-9]+)\.0$", r"\1", text.strip())
+
+
+def plain_ids(column: pa.Array) -> pa.Array:
+    """`plain_id` of Arrow strings."""
+    column = pc.utf8_trim_whitespace(column)
+    if pc.any(pc.ends_with(column, ".0")).as_py():
+        column = pc.replace_substring_regex(column, r"^(-?\d+)\.0$", r"\1")
+    return column
 
 
 def _times(values: np.ndarray, unit: TimestampUnit) -> np.ndarray | None:
@@ -277,8 +295,11 @@ def identifier(value: Any, role: str) -> str:
     Raises:
         ValueError: missing, or not a string or number.
     """
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or value in ("", None):
-        raise ValueError(f"no {role} id" if value in ("", None) else f"the {role} id is a {type(value).__name__}")
+    if isinstance(value, str):
+        value = plain_id(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value in _NO_ID:
+        missing = value is None or value in _NO_ID
+        raise ValueError(f"no {role} id" if missing else f"the {role} id is a {type(value).__name__}")
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"no {role} id")
@@ -321,6 +342,8 @@ def _date(text: str) -> int:
 def _rating(value: Any) -> float:
     if value is None or (isinstance(value, str) and value.strip().lower() in _NO_RATING):
         return math.nan
+    if isinstance(value, str) and re.fullmatch(r"-?\d+,\d{1,2}", value.strip()):
+        value = value.replace(",", ".")  # a decimal comma
     try:
         return float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError):
@@ -367,6 +390,15 @@ def find_roles(
     return roles
 
 
+def _telling(header: str, delimiter: str, options: RawOptions, required: Set[str]) -> str:
+    """The delimiter by which the header names what is required: a .csv may have semicolons, for decimal commas."""
+    for mark in (delimiter, *"\t;,|"):
+        names = {plain_name(name) for name in next(csv.reader([header], delimiter=mark), [])}
+        if all(names.intersection(options.names(role)) for role in required):
+            return mark
+    return delimiter
+
+
 def read_header(
     path: Path,
     blocks: Iterator[tuple[int, list[bytes | int]]],
@@ -387,7 +419,12 @@ def read_header(
         if b"\r" in lines[0].rstrip(b"\r"):
             raise UserError(f"the lines of {path} end in carriage returns alone", "Convert it: `tr '\\r' '\\n'`.")
     names = options.columns.names if "user" in required else ()
-    dialect = read_dialect(lines, _delimiter(path, options), quoting=not _is_recbole(path), names=names)
+    delimiter = _delimiter(path, options)
+    if lines and isinstance(lines[0], bytes) and not names and not options.columns.delimiter:
+        delimiter = _telling(decode(lines[0]), delimiter, options, required)
+    dialect = read_dialect(lines, delimiter, quoting=not _is_recbole(path), names=names)
+    header = tuple(name if name.strip() else f"column {place}" for place, name in enumerate(dialect.header, start=1))
+    dialect = replace(dialect, header=header)
     if not dialect.header:
         raise UserError(f"{path} is empty", "Expected a header line and rows.")
     if len(set(dialect.header)) != len(dialect.header):
@@ -477,6 +514,8 @@ def _fast_delimited(
 
 
 def _iso_dates(column: pa.Array) -> pa.Array:
+    if not pc.all(pc.match_substring_regex(column, r"^\s*\d{4}[-/T]?\d")).as_py():
+        raise pa.ArrowInvalid("not ISO dates")  # 1/2/2015 is another day in another country
     times = pl.Series(column).str.to_datetime(time_unit="ms", time_zone="UTC", strict=True)
     return times.cast(pl.Int64).to_arrow()
 
@@ -505,7 +544,7 @@ def _fast_parquet(
     if pa.types.is_string(columns["timestamp"].type):
         try:
             columns, unit = {**columns, "timestamp": _iso_dates(columns["timestamp"])}, "ms"
-        except pl.exceptions.PolarsError:
+        except (pa.ArrowInvalid, pl.exceptions.PolarsError):
             return None
     return _fast_batch(path, numbers, columns, unit)
 

@@ -10,8 +10,9 @@ import polars as pl
 
 from vlrank.config import Split
 from vlrank.data.dataset import Dataset
+from vlrank.data.rawfiles import excerpt
 from vlrank.errors import UserError
-from vlrank.retrieval.list_files import FORMATS, read_lists
+from vlrank.retrieval.list_files import FORMATS, read_lists, without_fraction
 
 Ids = Literal["auto", "source", "vlrank"]
 
@@ -67,7 +68,9 @@ def read_candidates(path: Path, dataset: Dataset, *, split: Split = "test", ids:
 def _map_ids(
     raw: pl.DataFrame, dataset: Dataset, ours: bool | None, path: Path
 ) -> tuple[pl.DataFrame, list[dict[str, str]]]:
-    raw = raw.with_row_index("row")
+    raw = raw.with_row_index("row").with_columns(
+        pl.col("split").str.to_lowercase().replace({"valid": "val", "validation": "val", "dev": "val"})
+    )
     split_ok = pl.col("split").is_in(["val", "test"])
     rejected = [
         _reject(user, "UnknownSplit", f"split {split!r} is neither val nor test")
@@ -117,21 +120,26 @@ def _map_ids(
     )
     table = matched.drop("scores").join(lists, on="row", how="inner").sort("split", "user_id")
     if table.is_empty():
-        shown = ", ".join(repr(value) for value in raw["user"].head(3).cast(pl.String).to_list())
+        side = "items" if len(matched) else "users"
+        first_ones = (matched["items"].explode() if len(matched) else raw["user"]).head(3).to_list()
+        shown = excerpt(", ".join(repr(value) for value in first_ones))
+        if raw.is_empty():
+            raise UserError(f"{path}: {rejected[0]['message']}", "Call the splits val and test.")
         raise UserError(
-            f"{path}: no list could be matched to {dataset.path} (its first users are {shown})",
+            f"{path}: no list could be matched to {dataset.path}, none of its {side} is known (the first are {shown})",
             "Say whose ids they are: ids=source (those of the raw data) or ids=vlrank (user_id, item_id).",
         )
     return table.select("split", "user_id", "item_ids", "scores"), rejected
 
 
 def _ids(table: pl.DataFrame, ours: str, source: str, by_ours: bool) -> pl.DataFrame:
-    key = pl.col(ours).cast(pl.String) if by_ours else pl.col(source)
-    return table.select(key=key, **{ours: pl.col(ours)})
+    key = pl.col(ours).cast(pl.String) if by_ours else without_fraction(pl.col(source))
+    return table.select(key=key, **{ours: pl.col(ours)}).unique("key", keep="first")
 
 
 def _known(users: pl.Series, source: pl.Series) -> bool:
-    return bool(users.cast(pl.String).is_in(source.implode()).any())
+    known = source.to_frame().select(without_fraction(pl.first())).to_series()
+    return bool(users.cast(pl.String).is_in(known.implode()).any())
 
 
 def _numbers(users: pl.Series, largest: int) -> bool:

@@ -7,11 +7,15 @@
 | `.jsonl`, `.json` | the same, one object a line |
 | `.tsv`, `.csv`, other text | a line per item, with or without a header: `user item score [rank]`, in any order |
 | | a line per user: `user<TAB>item item ...`, or a header that names a user and a list of items |
+| | MyMediaLite: `user<TAB>[item:score,item:score]` |
 | TREC run | `user Q0 item rank score tag` |
 | `.pkl` | LlamaRec's `retrieved.pkl`, through an unpickler that knows arrays and numbers only |
 
-Scores order a list, the best first; equal scores are ordered by rank, and items whose score is no number come last.
-Text may be compressed.
+Text is separated by tabs, semicolons, commas, bars or, where it has none of them, blanks; it may be compressed. A row
+may also hold a list of items with their scores, as Spark's ALS recommends.
+
+Scores order a list, the best first (of a column called distance, the lowest); equal scores are ordered by rank, and
+items whose score is no number come last.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ _USER = ("user_id", "user", "source_user", *ALIASES["user"])
 _ITEMS = ("item_ids", "candidates", "items", "item_list", "prediction", "predictions", "recommendations")
 _SCORE = ("scores", "score", "rating", "prediction", "pred", "relevance", "similarity", "weight", "value")
 _RANK = ("rank", "position")
+_DISTANCE = ("distance", "dist")
 _PEEK_LINES = 1000
 _TREC = re.compile(r"(.*\S)\s+Q0\s+(.*\S)\s+(\S+)\s+(\S+)\s+(\S+)\s*", re.IGNORECASE)
 
@@ -117,9 +122,10 @@ def _json_rows(lines: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
             ) from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: an object with a user and items is expected")
-        if "candidates" in row or "items" in row:  # numbers and strings may be mixed in a line; compare them as text
-            key = "candidates" if "candidates" in row else "items"
-            row[key] = [str(item) for item in row[key]] if isinstance(row[key], list) else row[key]
+        key = next((key for key in ("candidates", "items") if isinstance(row.get(key), list)), None)
+        if key and not any(isinstance(item, dict) for item in row[key]):
+            # numbers and strings may be mixed in a line; compare them as text
+            row[key] = [str(item) for item in row[key]]
         yield row
 
 
@@ -142,7 +148,8 @@ def _from_table(table: pl.DataFrame, path: Path, split: str) -> RawLists:
     user, items, item = (_column(columns, names) for names in (_USER, _ITEMS, ALIASES["item"]))
     if user is None or (items is None and item is None):
         raise UserError(
-            f"{path} has columns {', '.join(columns)}; a user and a list of items are needed, or a user and an item",
+            f"{path} has columns {excerpt(', '.join(columns))}; "
+            "a user and a list of items are needed, or a user and an item",
             f"Formats: {FORMATS}.",
         )
     table = table.with_columns(
@@ -153,17 +160,30 @@ def _from_table(table: pl.DataFrame, path: Path, split: str) -> RawLists:
         score, rank = _column(columns, _SCORE), _column(columns, _RANK)
         if score is None and rank is None:
             score, rank = _by_content(table, user, [name for name in columns if name not in (user, item, "split")])
+        distance = _column(columns, _DISTANCE) if score is None or _column([score], _DISTANCE) else None
+        score = distance or score
         told = [name for name in (user, item, score, rank) if name]
+        for column in (score, rank):
+            if column and len(texts := table.filter(_number(column).is_null())):
+                raise UserError(
+                    f"column {column} of {path} holds {excerpt(str(texts[column][0]))!r}, expected numbers",
+                    "Correct it, or rename the column if it is neither score nor rank.",
+                )
         single = table.select(
             "split",
             "user",
             _id(table, item).alias("item"),
-            (_number(score) if score else pl.lit(None, pl.Float64)).alias("score"),
+            (_number(score) * (-1 if distance else 1) if score else pl.lit(None, pl.Float64)).alias("score"),
             (_number(rank) if rank else pl.lit(None, pl.Float64)).alias("rank"),
         )
         return _long(single, split, f"one item a line ({', '.join(told)})")
     name = items or item or ""
     lists = _list_column(table, name, path)
+    if isinstance(inner := getattr(lists.dtype, "inner", None), pl.Struct) and _column(
+        [field.name for field in inner.fields], ALIASES["item"]
+    ):  # [{item_id, rating}, ...], as Spark's ALS recommends
+        flat = table.select("split", "user", lists.alias(name)).explode(name).drop_nulls(name).unnest(name)
+        return _from_table(flat, path, split)
     scores = _column(columns, ("scores", "score"))
     has_scores = scores is not None and isinstance(table.schema[scores], pl.List)
     return RawLists(
@@ -195,13 +215,19 @@ def _id(table: pl.DataFrame, name: str) -> pl.Expr:
         return pl.col(name)
     if kind.is_float() and (table[name].drop_nans().drop_nulls() % 1 == 0).all():
         return pl.col(name).cast(pl.Int64, strict=False)
-    return pl.col(name).cast(pl.String)
+    return without_fraction(pl.col(name).cast(pl.String))
+
+
+def without_fraction(ids: pl.Expr) -> pl.Expr:
+    """``123.0`` is ``123``: pandas makes integers floats where one is missing."""
+    return ids.str.replace(r"^(-?\d+)\.0$", "$1")
 
 
 def _number(name: str) -> pl.Expr:
     """Numbers of a column of any type: NaN where the value is missing, null where it is no number."""
     text = pl.col(name).cast(pl.String).str.strip_chars()
     missing = text.is_null() | text.str.to_lowercase().is_in(["", "nan", "none", "null", "na", "<na>"])
+    text = text.str.replace(r"^([-+]?\d*),(\d+)$", "$1.$2")  # a decimal comma
     return pl.when(missing).then(float("nan")).otherwise(text.cast(pl.Float64, strict=False)).alias(name)
 
 
@@ -241,15 +267,23 @@ def _trec(lines: Iterable[str], path: Path) -> pl.DataFrame:
 
 
 def _from_text(lines: list[str], first: str, path: Path, split: str) -> RawLists:
-    delimiter = next((mark for mark in "\t,;|" if mark in first), "\t")
+    delimiter = next((mark for mark in "\t;,|" if mark in first), "\t")  # semicolons leave the comma to decimals
+    if delimiter not in first and len(first.split()) > 2:
+        lines = ["\t".join(line.split()) for line in lines]
     head = [line for line in lines[:_PEEK_LINES] if line.strip()]
+    if head and all(line.endswith(delimiter) for line in head):
+        lines = [line.removesuffix(delimiter) for line in lines]
+        head = [line.removesuffix(delimiter) for line in head]
     rows = list(csv.reader(head, delimiter=delimiter))
     widths = {len(row) for row in rows}
     named = rows and _column(rows[0], _USER) and (_column(rows[0], _ITEMS) or _column(rows[0], ALIASES["item"]))
     lists_of_items = delimiter == "\t" and not named and (len(widths) > 1 or max(widths, default=0) <= 2)
     table = None if lists_of_items else _text_table(lines, delimiter, path, ragged=delimiter == "\t" and not named)
     if table is not None and named:
-        return _from_table(table.slice(1).rename(dict(zip(table.columns, rows[0], strict=True))), path, split)
+        names = [name.strip() or unnamed for name, unnamed in zip(rows[0], table.columns, strict=True)]
+        if len(set(names)) < len(names):
+            raise UserError(f"{path} has a column name twice: {', '.join(names)}", "Rename one of them.")
+        return _from_table(table.slice(1).rename(dict(zip(table.columns, names, strict=True))), path, split)
     if table is not None and (single := _unnamed(table, delimiter)) is not None:
         order = ", ".join(name for name in ("user", "item", "score", "rank") if name in single.columns)
         return _long(single, split, f"one item a line ({order}, without a header line)")
@@ -303,6 +337,8 @@ def _unnamed(table: pl.DataFrame, delimiter: str) -> pl.DataFrame | None:
 
 def _roles(users: pl.Series, numbers: pl.DataFrame) -> dict[str, str]:
     """column -> score or rank. Ranks count from 0 or 1 in every list; of two columns either may be the rank."""
+    if not numbers.width:
+        return {}
     per_user = numbers.with_columns(user=users).group_by("user")
     lengths = per_user.len().sort("user")["len"]
     lowest, highest, distinct = (
@@ -338,6 +374,25 @@ def _text_rows(lines: Iterable[str], path: Path, split: str) -> Iterator[dict[st
                 f"{path}, line {number}: no tab between user and items, but {width} columns", f"Formats: {FORMATS}."
             )
         rows.append((user.strip(), rest.replace(",", " ").split()))
+    if rows and all(re.fullmatch(r"\[.*\]", " ".join(items)) for _, items in rows):  # MyMediaLite: [item:score,...]
+        rows = [(user, " ".join(items).strip("[] ").split()) for user, items in rows]
+        pairs = [(user, [item.rpartition(":") for item in items]) for user, items in rows]
+        try:
+            scored = [(user, [(item, float(score)) for item, _, score in found]) for user, found in pairs]
+        except ValueError:
+            scored = []
+        for user, found in scored:
+            best = sorted(found, key=lambda pair: -pair[1])
+            scores = [score for _, score in best]
+            yield {
+                "split": split,
+                "user": user,
+                "items": [item for item, _ in best],
+                "scores": scores,
+                "our_names": False,
+            }
+        if scored:
+            return
     if all(len(items) <= 1 for _, items in rows):
         joined: dict[str, list[str]] = {}
         for user, items in rows:
@@ -356,6 +411,7 @@ def _long(rows: pl.DataFrame, split: str, layout: str) -> RawLists:
     rows = rows.with_columns(**{name: value for name, value in defaults.items() if name not in rows.columns})
     rows = rows.with_columns(pl.col("score", "rank").fill_nan(None))
     scored, keys = rows["score"].is_not_null(), ("split", "user")
+    rising = rows.group_by(keys).agg(up=(pl.col("score").diff() > 0).all() & (pl.len() > 1))["up"].all()
     ordered = rows.sort("score", "rank", descending=[True, False], nulls_last=True, maintain_order=True)
     lists = ordered.group_by(keys, maintain_order=True).agg(
         items=pl.col("item"),
@@ -363,11 +419,21 @@ def _long(rows: pl.DataFrame, split: str, layout: str) -> RawLists:
             pl.col("score").cast(pl.Float32).implode()
         ),
         backwards=((pl.col("rank").diff() < 0) & (pl.col("score").diff() < 0)).any(),
+        reverse=(pl.len() > 1) & ((pl.col("rank").diff() < 0).sum() == pl.len() - 1),
     )
     notes = {}
     if unscored := int(scored.not_().sum()) if scored.any() else 0:
         notes["scores"] = f"{unscored:,} of {len(rows):,} are no numbers: their items come last"
-    if backwards := int(lists["backwards"].sum()):
+    backwards = int(lists["backwards"].sum())
+    reverse = bool(lists["reverse"].all()) and len(lists) > 1
+    if rising and len(lists) > 1 and not reverse:
+        notes["order"] = "the scores rise along the lines of every list: the highest comes first all the same"
+    if reverse and "TREC" not in layout:
+        raise UserError(
+            f"{len(rows):,} lines of {layout}: the ranks contradict the scores in all {len(lists):,} lists",
+            "Leave out the column that does not count; if the scores are distances, call their column distance.",
+        )
+    if backwards:
         notes["ranks"] = f"contradict the scores in {backwards:,} of {len(lists):,} lists: the scores count"
     return RawLists(
         lists.select("split", "user", "items", "scores", our_names=pl.lit(False)),
