@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from vlrank.config import EngineConfig
@@ -103,6 +103,21 @@ def test_adapted_layers_of_the_vision_tower_are_not_ignored(tiny_vision_model: P
     load_model(model)
     with pytest.raises(UserError, match="vLLM would ignore"):
         check_adapter(model, "vllm")
+
+
+def test_an_adapted_head_is_saved_whole_and_loads_again(tiny_text_model: Path, tmp_path: Path) -> None:
+    model = make(tiny_text_model, tmp_path / "a", target_modules=["q_proj", "lm_head"])
+    load_model(model)
+    with pytest.raises(UserError, match="vLLM would ignore"):
+        check_adapter(model, "vllm")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tokens_before_the_prompt_are_refused(tiny_text_model: Path, tmp_path: Path, engine: str) -> None:
+    options = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(load_model(open_model(tiny_text_model)), options).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is of type PROMPT_TUNING"):
+        check_adapter(open_model(tmp_path), engine)
 
 
 def test_vllm_starts_with_the_smallest_rank_that_fits(tmp_path: Path) -> None:

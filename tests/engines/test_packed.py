@@ -25,7 +25,7 @@ from vlrank.engines.packed_model import PackedModel, Unsuited
 from vlrank.engines.packed_rows import PackedRow, PromptTokens
 from vlrank.engines.resources import EngineDied, engine_name, ranking_engine
 from vlrank.engines.scoring import open_scorer
-from vlrank.engines.transformers_scorer import TransformersScorer, load_model
+from vlrank.engines.transformers_scorer import TransformersScorer, load_model, score_labels
 from vlrank.errors import UserError
 from vlrank.prompting.encoding import Encoded, Encoder
 from vlrank.prompting.labels import LabelTrie
@@ -162,6 +162,28 @@ def test_other_architectures_agree_with_brute_force(kind: str) -> None:
     [scores] = scored(scorer, encoder, [encoded])
     np.testing.assert_allclose(scores, brute_force(model, encoder, encoded), atol=1e-5)
     scorer.close()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_prompt_are_left_to_transformers(kind: str) -> None:
+    """Neighbours in a row or batch would change a prompt's scores."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    encoder = Encoder(ZOO["digits"](), mode_spec("semantic_summary_small"), RANKING)
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "vocab_size": len(encoder.tokenizer), "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope)).eval()
+    with pytest.raises(Unsuited, match=f"{kind} rotary positions"):
+        PackedModel.of(model)
+    if kind == "dynamic":
+        return  # transformers keeps the frequencies of the longest prompt so far
+    batch = [encoder.encode(text_items(k, "old"), text_items(n)) for k, n in [(0, 2), (30, 12)]]
+    for prompt, scores in zip(batch, score_labels(model, encoder, batch), strict=True):
+        np.testing.assert_array_equal(scores, score_labels(model, encoder, [prompt])[0])
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -466,6 +488,17 @@ def test_a_model_in_training_is_read_as_it_stands(
         rounded = score_rows(model, encoder, batch)
     for scores, exact in zip(rounded, expected, strict=True):
         np.testing.assert_allclose(scores, exact, atol=0.15)
+
+
+def test_an_adapted_head_is_read_in_training_too(tiny_text_model: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    encoder = Encoder.load(tiny_text_model, mode_spec("semantic_summary_small"), RANKING)
+    options = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = get_peft_model(load_model(open_model(tiny_text_model)), options).eval()
+    batch = [encoder.encode(text_items(k, "old"), text_items(n)) for k, n in [(0, 12), (3, 5)]]
+    for prompt, scores in zip(batch, score_rows(model, encoder, batch), strict=True):
+        np.testing.assert_allclose(scores, brute_force(model, encoder, prompt), atol=1e-5)
 
 
 def test_pictures_of_a_model_in_training(vision: tuple[PackedScorer, Encoder, Any], tmp_path: Path) -> None:

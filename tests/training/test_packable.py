@@ -206,6 +206,24 @@ def test_a_window_longer_than_every_prompt_limits_nothing() -> None:
     use_packed_attention(make("mistral", {"sliding_window": 96}), LONGEST)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_positions_that_depend_on_the_longest_prompt_are_not_packed(kind: str) -> None:
+    """A prompt would be learned at other positions than those at which it is read alone."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6, "original_max_position_embeddings": 128}
+    changes = {"rope_parameters": rope, "max_position_embeddings": 128}
+    with pytest.raises(NotPackable, match=f"{kind} rotary positions"):
+        use_packed_attention(make("llama", changes), 129)
+    use_packed_attention(make("llama", changes), 128)
+
+
+def test_an_architecture_that_takes_no_packed_rows_is_named() -> None:
+    model = make("mpt", {"d_model": 48, "n_heads": 4, "n_layers": 2})
+    with pytest.raises(NotPackable, match="MptBlock"):
+        use_packed_attention(model, LONGEST)
+
+
 def test_an_architecture_of_which_no_copy_can_be_made_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packable, "small_copy", lambda _: None)
     with pytest.raises(NotPackable, match="no small copy"):

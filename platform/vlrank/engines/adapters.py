@@ -36,7 +36,9 @@ def check_adapter(model: ModelFolder, engine: str) -> None:
         _check_served(folder)
     found, expected, base = _file_shapes(folder), *_expected_shapes(model)
     missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(key for key in found.keys() - expected.keys() if base.get(key) != found[key])
+    # PEFT stores adapted embeddings and heads whole, beside their matrices.
+    copies = {key for key in found if base.get(key.replace(".base_layer.", ".")) == found[key]}
+    unexpected = sorted(found.keys() - expected.keys() - copies)
     if missing or unexpected:
         parts = [("missing keys", missing), ("unexpected keys", unexpected)]
         raise UserError(
@@ -118,6 +120,11 @@ def _expected_shapes(model: ModelFolder) -> tuple[Shapes, Shapes]:
             base = kind.from_config(config)
         weights = {f"base_model.model.{key}": tuple(value.shape) for key, value in base.state_dict().items()}
         adapter = PeftConfig.from_pretrained(model.path)
+        if adapter.is_prompt_learning:
+            raise UserError(
+                f"adapter {model.path} is of type {adapter.peft_type.value}: it adds to prompts what no engine reads",
+                "Use an adapter of the model's layers, such as LoRA.",
+            )
         adapter.base_model_name_or_path = model.base  # else PEFT warns that it was trained at another place
         adapted = get_peft_model(base, adapter, low_cpu_mem_usage=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -8,6 +8,7 @@ architecture give the same hidden states for prompts in one row and for each alo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -45,7 +46,7 @@ def why_not_packed(model: Any, attention: str, longest: float) -> str | None:
 
 
 def other_layers(config: Any, longest: float) -> str | None:
-    """The first layers named by a text configuration that are not causal attention over ``longest`` tokens."""
+    """What a text configuration names that is not causal attention over ``longest`` tokens, wherever they lie."""
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or _kinds_without_types(config)))
     for kind in kinds:
         key, name = _LIMITED.get(kind, ("", ""))
@@ -54,6 +55,17 @@ def other_layers(config: Any, longest: float) -> str | None:
             return f"{name} of {limit:,} tokens"
         if not key and kind not in _PLAIN_KINDS:
             return f"{kind.replace('_', ' ')} layers"
+    return varying_rotation(config, longest)
+
+
+def varying_rotation(config: Any, longest: float = math.inf) -> str | None:
+    """Rotary frequencies that depend on the longest prompt of a batch or row, where that reaches ``longest`` tokens."""
+    whole = getattr(config, "rope_parameters", None) or {}
+    for rope in (whole, *whole.values()):  # some models have parameters per kind of layer
+        if isinstance(rope, dict) and (kind := rope.get("rope_type")) in ("dynamic", "longrope"):
+            limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            if longest > limit:
+                return f"{kind} rotary positions, which change with prompts of more than {limit:,} tokens"
     return None
 
 
@@ -143,10 +155,11 @@ def _difference(model: Any, attention: str) -> str | None:
                     packed_cu_seqlens=bounds,
                     packed_longest=max(_LENGTHS),
                 )
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        return f"{type(decoder_layers(model)[0]).__name__} layers ({str(error).splitlines()[0]})"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model makes of arguments that it was not written for
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"{type(decoder_layers(model)[0]).__name__} layers ({reason})"
     finally:
         model.train(training)
     if len(row) != len(alone[0]):

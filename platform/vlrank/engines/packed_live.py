@@ -40,15 +40,15 @@ def score_rows(model: Any, encoder: Encoder, batch: Sequence[Encoded]) -> list[F
         Per prompt float32 [N].
     """
     read = [prompt for prompt in batch if prompt.trie.nodes]
-    hidden = iter(_hidden(model, encoder, read) if read else ())
+    outputs = iter(_outputs(model, encoder, read) if read else ())
     return [
-        prompt.trie.log_probs(_logits(model, prompt, next(hidden)) if prompt.trie.nodes else np.zeros(0))
+        prompt.trie.log_probs(_logits(model, prompt, *next(outputs)) if prompt.trie.nodes else np.zeros(0))
         for prompt in batch
     ]
 
 
-def _hidden(model: Any, encoder: Encoder, batch: Sequence[Encoded]) -> list[torch.Tensor]:
-    """Per prompt the head's input at its reads, [reads, hidden]."""
+def _outputs(model: Any, encoder: Encoder, batch: Sequence[Encoded]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Per prompt the head's input at its reads, [reads, hidden], and the model's logits, [reads, vocabulary]."""
     plain, device = core(model), next(model.parameters()).device
     config = plain.config.get_text_config()
     row = PackedRow([PromptTokens(np.asarray(p.ids, dtype=np.int64), encoder.positions(p), p.trie) for p in batch])
@@ -72,22 +72,25 @@ def _hidden(model: Any, encoder: Encoder, batch: Sequence[Encoded]) -> list[torc
     hook = head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     try:
         with _reading(model, config):
-            model(**inputs)
+            logits = model(**inputs).logits
     finally:
         hook.remove()
-    return list(seen[0][0].split([prompt.reads for prompt in row.prompts]))
+    reads = [prompt.reads for prompt in row.prompts]
+    return zip(seen[0][0].split(reads), logits[0].split(reads), strict=True)
 
 
-def _logits(model: Any, prompt: Encoded, hidden: torch.Tensor) -> npt.NDArray[np.float64]:
-    """Logits of `LabelTrie.flat`, from the rows of the head that they need."""
+def _logits(model: Any, prompt: Encoded, hidden: torch.Tensor, logits: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Logits of `LabelTrie.flat`: the model's own of an adapted head, else unrounded, from the head's rows."""
     head = core(model).get_output_embeddings()
     tokens = torch.tensor([token for _, token in prompt.trie.flat], device=hidden.device)
     places = [prompt.trie.node_at[node] for node, _ in prompt.trie.flat]
+    if not isinstance(head, torch.nn.Linear):
+        return logits[places, tokens].double().cpu().numpy()
     with torch.autocast(hidden.device.type, enabled=False):  # validation may run inside one, which would round again
-        logits = (_rows(head.weight, tokens).double() * hidden[places].double()).sum(-1)
+        exact = (_rows(head.weight, tokens).double() * hidden[places].double()).sum(-1)
         if head.bias is not None:
-            logits = logits + _rows(head.bias, tokens).double()
-    return logits.cpu().numpy()
+            exact = exact + _rows(head.bias, tokens).double()
+    return exact.cpu().numpy()
 
 
 def _rows(weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

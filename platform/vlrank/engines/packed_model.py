@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding, linear, silu
 
+from vlrank.engines.packable import varying_rotation
 from vlrank.engines.packed_attention import RowAttention, sent
 from vlrank.engines.resources import beyond_packed
 from vlrank.engines.structure import core, decoder_layers
@@ -252,6 +253,8 @@ def check(config: Any) -> None:
         raise Unsuited(f"its activation is {text.hidden_act}, not silu")
     if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
         raise Unsuited("some of its layers attend to a sliding window")
+    if why := varying_rotation(text):
+        raise Unsuited(f"it has {why}")
 
 
 def _layer(layer: Any, dtype: torch.dtype) -> Layer:
@@ -295,7 +298,8 @@ def _matrix(module: Any, dtype: torch.dtype) -> Matrix:
     if base is not module:
         wide = weight.float()
         for name in module.active_adapters if not module.disable_adapters and not module.merged else ():
-            if name not in getattr(module, "lora_A", {}):
+            matrices = getattr(module, "lora_A", {})
+            if name not in matrices or not isinstance(matrices[name], nn.Linear):
                 raise Unsuited(f"its adapter {name} is a {type(module).__name__}, which cannot be merged")
             if module.lora_variant.get(name) or module.lora_bias.get(name) or getattr(module, "fan_in_fan_out", False):
                 raise Unsuited(f"its adapter {name} is a variant of LoRA (DoRA, a bias, ...), which is not merged here")

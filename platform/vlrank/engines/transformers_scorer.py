@@ -13,7 +13,7 @@ import torch
 from vlrank.config import EngineConfig
 from vlrank.engines.adapters import check_adapter
 from vlrank.engines.models import ModelFolder
-from vlrank.engines.packable import other_layers
+from vlrank.engines.packable import other_layers, varying_rotation
 from vlrank.engines.weights import load_whole
 from vlrank.errors import UserError
 from vlrank.prompting.encoding import Encoded, Encoder
@@ -42,6 +42,8 @@ def score_labels(model: Any, encoder: Encoder, batch: Sequence[Encoded], *, tree
     if not batch:
         return []
     longest = max(len(encoded.ids) + len(encoded.trie.tree.tokens) for encoded in batch)
+    if len(batch) > 1 and varying_rotation(_text_config(model), longest):  # neighbours would change the scores
+        return [score_labels(model, encoder, [encoded], tree=tree)[0] for encoded in batch]
     tree = tree and other_layers(_text_config(model), longest) is None
     with _scoring(model):
         return _score_tree(model, encoder, batch) if tree else _score_rows(model, encoder, batch)
