@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from vlrank.console import Summary, announce, console, progress
+from vlrank.console import PlainConsole, Summary, announce, console, progress
+from vlrank.errors import UserError
 from vlrank.storage import location
 
 HOSTILE = "runs/[v2]/[/b] :key: [red]"
@@ -83,3 +84,12 @@ open("done", "w").close()
         done = subprocess.run(command, cwd=folder, stdout=writer, stderr=writer, check=False)
         os.close(writer)
         assert (done.returncode, os.listdir(folder)) == (0, ["done"])
+
+
+def test_a_full_disk_behind_stdout_is_one_message_and_behind_stderr_none() -> None:
+    with open("/dev/full", "w", buffering=1) as full, pytest.raises(UserError, match="cannot write the output"):
+        PlainConsole(file=full).print("result")
+    with open("/dev/full", "w", buffering=1) as full:
+        messages = PlainConsole(file=full, stderr=True)
+        messages.print("message")
+        messages.print("another")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import logging
 import os
@@ -19,6 +20,7 @@ from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
+from vlrank.errors import UserError
 from vlrank.storage import Location
 
 
@@ -40,6 +42,16 @@ class PlainConsole(Console):
                 if column.overflow == "ellipsis" and not column.no_wrap:
                     column.overflow = "fold"
         return super().render(renderable, options)
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self.on_broken_pipe()
+            if not self.stderr:  # results that are lost are an error, messages are not
+                raise UserError(f"cannot write the output: {error.strerror}", "Send it to another place.") from None
 
     def on_broken_pipe(self) -> None:
         """Nobody reads any more (``| head``): the work goes on in silence. Rich would end the program here."""

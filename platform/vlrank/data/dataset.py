@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -95,9 +96,10 @@ class Dataset:
             UserError: not a dataset, incomplete, or of another schema version.
         """
         folder = location(path)
+        quoted = shlex.quote(str(folder))
         if not (folder / "manifest.json").is_file():
             what = "is not a dataset (it has no manifest.json)" if folder.exists() else "does not exist"
-            raise UserError(f"dataset {folder} {what}", f"Make it with `vlrank prepare ... --out {folder}`.")
+            raise UserError(f"dataset {folder} {what}", f"Make it with `vlrank prepare ... --out {quoted}`.")
         manifest = read_json(folder / "manifest.json")
         version = manifest.get("schema_version")
         if version != schemas.SCHEMA_VERSION:
@@ -108,7 +110,8 @@ class Dataset:
         for name in _TABLES:
             if not (folder / name).is_file():
                 raise UserError(
-                    f"dataset {folder} lacks {name}", f"Prepare it again: `vlrank prepare ... --out {folder}`."
+                    f"dataset {folder} lacks {name}",
+                    f"Prepare it again: `vlrank prepare ... --out {quoted}`.",
                 )
         return cls(folder, manifest)
 
@@ -157,7 +160,7 @@ class Dataset:
             existing = ", ".join(self.candidate_names()) or "none"
             raise UserError(
                 f"dataset {self.path} has no candidates {name!r} (existing: {existing})",
-                f"Make them with `vlrank retrieve {self.path} --name {name}`.",
+                f"Make them with `vlrank retrieve {shlex.quote(str(self.path))} --name {name}`.",
             )
         return read_parquet(self.path / "candidates" / f"{name}.parquet", schemas.CANDIDATES)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import polars as pl
 import pyarrow as pa
 
@@ -45,6 +47,6 @@ def _lists(config: ExportConfig, dataset: Dataset) -> pl.DataFrame:
         known = ", ".join(dataset.candidate_names()) or "none"
         raise UserError(
             f"{config.lists!r} is neither candidates of {dataset.path} (which are {known}) nor a file",
-            f"Example: vlrank export {dataset.path} --lists als --out als.tsv",
+            f"Example: vlrank export {shlex.quote(str(dataset.path))} --lists als --out als.tsv",
         )
     return read_candidates(fetch(path), dataset, split=config.split).table
