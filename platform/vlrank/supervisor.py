@@ -80,6 +80,13 @@ def _tell(**message: Any) -> None:
 
 
 def _run(work: Callable[[], Any]) -> NoReturn:
+    try:
+        _run_once(work)
+    except KeyboardInterrupt:  # another signal, while the first one ends the command
+        os._exit(130)
+
+
+def _run_once(work: Callable[[], Any]) -> NoReturn:
     code: Any = 1
     try:
         work()

@@ -217,8 +217,10 @@ def test_tune_and_rerank_at_once_and_a_report_of_both(
     rerank += ["engine.name=transformers", "engine.gpus=0"]
     env_vars = {"PYTHONPATH": "platform", "VLRANK_WORKDIR": str(user.workdir)}
     job = user.start_ray_job(ROOT, "python", "jobs/rerank.py", *rerank, env_vars=env_vars)
-    ranked = last_line(finish(job))
-    assert (ranked["status"], ranked["output"]) == ("ok", str(user.workdir / "ranked.parquet"))
+    ranked = last_line(finish(job, code=1))
+    # Most lists hold the item whose picture is gone: what could be ranked is there, and the job says what is not.
+    assert (ranked["status"], ranked["output"]) == ("error", str(user.workdir / "ranked.parquet"))
+    assert "PictureMissing" in ranked["message"]  # type: ignore[operator]
     lists = pl.read_parquet(user.workdir / "ranked.parquet")
     assert 0 < lists.height == 20 - ranked["counts"]["quarantined"]  # type: ignore[index]
     assert last_line(finish(tune))["counts"]["completed"] == 1  # type: ignore[index]
