@@ -7,7 +7,6 @@ replaced for the time of the call.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlrank.engines.packed_attention import RowAttention, kernel_for
 from vlrank.engines.packed_rows import PackedRow, PromptTokens
-from vlrank.engines.structure import core
+from vlrank.engines.structure import attending, core
 from vlrank.prompting.encoding import Encoded, Encoder
 
 Float32 = npt.NDArray[np.float32]
@@ -71,7 +70,7 @@ def _outputs(model: Any, encoder: Encoder, batch: Sequence[Encoded]) -> Iterator
     head = plain.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     try:
-        with _reading(model, config):
+        with attending(model, _NAME):
             logits = model(**inputs).logits
     finally:
         hook.remove()
@@ -119,17 +118,3 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 
 ALL_ATTENTION_FUNCTIONS.register(_NAME, _row_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, _no_mask)
-
-
-@contextmanager
-def _reading(model: Any, config: Any) -> Iterator[None]:
-    """Eval mode and attention for packed rows, for the time of the block."""
-    training, attention = model.training, config._attn_implementation
-    model.eval()
-    config._attn_implementation = _NAME
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        config._attn_implementation = attention
-        model.train(training)

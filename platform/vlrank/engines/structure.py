@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vlrank.errors import UserError
@@ -47,3 +49,23 @@ def blocks(model: Any) -> list[str]:
 def weights(model: Any) -> list[tuple[int, int, bool]]:
     """Numbers, bytes and whether it is trained, of each weight."""
     return [(p.numel(), p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+
+
+@contextmanager
+def attending(model: Any, attention: str) -> Iterator[None]:
+    """Eval mode and another attention implementation, for the time of the block.
+
+    Layers that were compiled for training run as they are: every batch has another shape, and each would be compiled.
+    """
+    import torch
+
+    training, config = model.training, core(model).config.get_text_config()
+    before = config._attn_implementation
+    model.eval()
+    config._attn_implementation = attention
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        config._attn_implementation = before
+        model.train(training)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from vlrank.config import EngineConfig
 from vlrank.engines.adapters import check_adapter
 from vlrank.engines.models import ModelFolder
 from vlrank.engines.packable import other_layers, varying_rotation
+from vlrank.engines.structure import attending
 from vlrank.engines.weights import load_whole
 from vlrank.errors import UserError
 from vlrank.prompting.encoding import Encoded, Encoder
@@ -45,7 +45,8 @@ def score_labels(model: Any, encoder: Encoder, batch: Sequence[Encoded], *, tree
     if len(batch) > 1 and varying_rotation(_text_config(model), longest):  # neighbours would change the scores
         return [score_labels(model, encoder, [encoded], tree=tree)[0] for encoded in batch]
     tree = tree and other_layers(_text_config(model), longest) is None
-    with _scoring(model):
+    attention = _text_config(model)._attn_implementation
+    with attending(model, attention if attention in ("sdpa", "eager") else "sdpa"):  # those take any mask
         return _score_tree(model, encoder, batch) if tree else _score_rows(model, encoder, batch)
 
 
@@ -190,26 +191,6 @@ def _text_config(model: Any) -> Any:
 
 def _is_vision(model: Any) -> bool:
     return hasattr(model.config, "vision_config")
-
-
-@contextmanager
-def _scoring(model: Any) -> Iterator[None]:
-    """Eval mode and an attention that takes any mask, for the time of the block.
-
-    Layers that were compiled for training run as they are: every batch has another shape, and each would be compiled.
-    """
-    training = model.training
-    config = _text_config(model)
-    attention = config._attn_implementation
-    model.eval()
-    if attention not in ("sdpa", "eager"):
-        config._attn_implementation = "sdpa"
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        config._attn_implementation = attention
-        model.train(training)
 
 
 def load_model(model: ModelFolder, dtype: str = "auto", device: str | None = None) -> Any:

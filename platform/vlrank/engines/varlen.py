@@ -35,7 +35,8 @@ def flash2(
         [T, heads, head dim].
     """
     options: dict[str, Any] = {"scale": scaling}
-    # The interface changed between PyTorch 2.10 and 2.12. Fewer key heads never needed more than leave to be fewer.
+    # The interface changed between PyTorch 2.10 and 2.12: newer versions ask for enable_gqa where there are fewer
+    # key-value heads than heads, older ones accept that as it is.
     options |= {"window_size": (-1, 0)} if "window_size" in _VARLEN_OPTIONS else {"is_causal": True}
     options |= {"enable_gqa": True} if "enable_gqa" in _VARLEN_OPTIONS else {}
     return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
