@@ -14,12 +14,13 @@ import yaml
 
 from vlrank.config import TrainConfig
 from vlrank.data.dataset import Dataset
+from vlrank.engines.resources import GIB
 from vlrank.errors import UserError
 from vlrank.training import trainer as trainer_file
 from vlrank.training.answers import AnswerHead, token_losses
 from vlrank.training.collate import Row, side_by_side
 from vlrank.training.data import TrainingData
-from vlrank.training.memory import GIB, MemoryPlan, Shape, TooLarge, Work, make_plan
+from vlrank.training.memory import MemoryPlan, Shape, TooLarge, Work, make_plan
 from vlrank.training.model import Base, load_trainable, resolve_base
 from vlrank.training.run import dry_run, with_defaults
 from vlrank.training.settle import foreseen_work, record_used, settle, with_kept

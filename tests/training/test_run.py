@@ -19,6 +19,7 @@ from vlrank.data.dataset import Dataset
 from vlrank.data.lists import rank_by_score
 from vlrank.errors import UserError
 from vlrank.training import pictures
+from vlrank.training.checkpoints import remove_orphans
 from vlrank.training.data import TrainingData, choose_samples, display_name, selection_metric
 from vlrank.training.model import resolve_base
 from vlrank.training.optim import MasterAdamW
@@ -33,7 +34,6 @@ from vlrank.training.run import (
 )
 from vlrank.training.trainer import RerankTrainer, Stability, device_full
 from vlrank.training.validation import rank_metrics
-from vlrank.training.worker import remove_orphans
 
 Make = Callable[..., TrainConfig]
 

@@ -20,7 +20,7 @@ from vlrank.data.tables import read_json
 from vlrank.engines.models import ModelFolder
 from vlrank.engines.packed import PackedScorer
 from vlrank.engines.packed_model import PackedModel, Unsuited, check
-from vlrank.engines.resources import weights_bytes
+from vlrank.engines.resources import gpu_share, weights_bytes
 from vlrank.engines.structure import core
 from vlrank.engines.transformers_scorer import load_model, score_labels
 from vlrank.prompting.encoding import Encoded, Encoder
@@ -49,7 +49,7 @@ def open_packed(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
     cuda = torch.cuda.is_available()
     if cuda:
         _keep_compiled()
-    total = torch.cuda.get_device_properties(0).total_memory * min(1.0, config.gpus or 1.0) if cuda else 0.0
+    total = torch.cuda.get_device_properties(0).total_memory * gpu_share(config) if cuda else 0.0
     if cuda and _bytes_needed(model.base) > total:
         raise Unsuited("its weights do not fit one GPU")
     if config.quantization == "fp8" and (not cuda or torch.cuda.get_device_capability() < (8, 9)):

@@ -34,12 +34,18 @@ def flash2(
     Returns:
         [T, heads, head dim].
     """
+    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **_flash2_options(scaling, True))
+
+
+def _flash2_options(scaling: float | None, causal: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"scale": scaling}
     # The interface changed between PyTorch 2.10 and 2.12: newer versions ask for enable_gqa where there are fewer
     # key-value heads than heads, older ones accept that as it is.
-    options |= {"window_size": (-1, 0)} if "window_size" in _VARLEN_OPTIONS else {"is_causal": True}
-    options |= {"enable_gqa": True} if "enable_gqa" in _VARLEN_OPTIONS else {}
-    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
+    if "window_size" in _VARLEN_OPTIONS:
+        options["window_size"] = (-1, 0) if causal else (-1, -1)
+    else:
+        options["is_causal"] = causal
+    return options | ({"enable_gqa": True} if "enable_gqa" in _VARLEN_OPTIONS else {})
 
 
 def flash4(
@@ -70,21 +76,7 @@ def flash4(
 def _flash4_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, longest: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    out, lse, *_ = _flash_attn_fwd(
-        query,
-        key,
-        value,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        softmax_scale=scale,
-        causal=True,
-        return_lse=True,
-    )
-    return out, lse
+    return _flash4(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale, True)
 
 
 @_flash4_forward.register_fake
@@ -204,12 +196,7 @@ def flash2_lse(
     Returns:
         [T, heads, head dim], and the log-sum-exp of the scores, float32 [heads, T].
     """
-    options: dict[str, Any] = {"scale": scaling, "return_aux": AuxRequest(lse=True)}
-    if "window_size" in _VARLEN_OPTIONS:
-        options["window_size"] = (-1, 0) if causal else (-1, -1)
-    else:
-        options["is_causal"] = causal
-    options |= {"enable_gqa": True} if "enable_gqa" in _VARLEN_OPTIONS else {}
+    options = _flash2_options(scaling, causal) | {"return_aux": AuxRequest(lse=True)}
     # How keys are split among thread blocks depends on the longest document of the row: a score would as well.
     options |= {"num_splits": 1} if "num_splits" in _VARLEN_OPTIONS else {}
     out, lse = varlen_attn(query, key, value, cu_queries, cu_keys, longest_query, longest_key, **options)
@@ -228,6 +215,22 @@ def flash4_lse(
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`flash2_lse` by FlashAttention 4."""
+    bounds = cu_queries, cu_keys, longest_query, longest_key
+    return _flash4(query, key, value, *bounds, scaling, causal, num_splits=1)
+
+
+def _flash4(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_queries: torch.Tensor,
+    cu_keys: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+    scaling: float,
+    causal: bool,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
     out, lse, *_ = _flash_attn_fwd(
@@ -240,7 +243,7 @@ def flash4_lse(
         max_seqlen_k=longest_key,
         softmax_scale=scaling,
         causal=causal,
-        num_splits=1,
         return_lse=True,
+        **options,
     )
     return out, lse

@@ -6,7 +6,7 @@ import json
 import zipfile
 from typing import Any
 
-from vlrank.data.tables import atomic_write_json, file_size
+from vlrank.data.tables import atomic_write_json, file_size, read_json
 from vlrank.storage import BucketPath, Location, listing, remove_tree
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -58,7 +58,7 @@ def set_torn_aside(home: Location) -> tuple[dict[str, str], int]:
     snapshot = home / SNAPSHOT
     if not snapshot.is_file():
         return {}, 0
-    state = json.loads(snapshot.read_text(encoding="utf-8"))
+    state = read_json(snapshot)
     torn: dict[str, str] = {}
     while (latest := state["latest_checkpoint_result"]) is not None:
         name = latest["checkpoint_dir_name"]
@@ -98,3 +98,20 @@ def _put_aside(folder: Location) -> None:
     remove_tree(aside)
     if folder.exists():
         folder.rename(aside)
+
+
+def remove_orphans(home: Location) -> list[str]:
+    """Delete checkpoint folders that Ray Train does not know because a crash interrupted their report.
+
+    Returns:
+        Names of the deleted folders.
+    """
+    snapshot = home / SNAPSHOT
+    known: set[str] = set()
+    if snapshot.is_file():
+        state = read_json(snapshot)
+        known = {result["checkpoint_dir_name"] for result in state["checkpoint_results"]}
+    orphans = [folder for folder in listing(home, "checkpoint-*") if folder.name not in known and folder.is_dir()]
+    for folder in orphans:
+        remove_tree(folder)
+    return [folder.name for folder in orphans]

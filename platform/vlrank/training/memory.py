@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlrank.engines.resources import GIB
 from vlrank.engines.structure import core
 from vlrank.errors import UserError
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from vlrank.config import TrainConfig
     from vlrank.training.model import Base
 
-GIB = 2**30
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 _USABLE = 0.92
 """Of the memory that is free; the rest is left to fragments."""

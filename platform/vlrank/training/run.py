@@ -23,7 +23,9 @@ from vlrank.console import Summary, announce, console, progress
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
 from vlrank.data.quarantine import write_quarantine
-from vlrank.data.tables import atomic_write_json, atomic_write_text, disk_errors, read_json_lines
+from vlrank.data.tables import atomic_write_json, atomic_write_text, disk_errors, read_json, read_json_lines
+from vlrank.engines.models import best_checkpoint
+from vlrank.engines.resources import GIB
 from vlrank.errors import UserError
 from vlrank.prompting.chat_template import check_chat_template
 from vlrank.runtime import cluster_gpus, cluster_resources, ray_session
@@ -31,7 +33,7 @@ from vlrank.storage import BucketPath, Location, fetch_model, listing, location,
 from vlrank.training.checkpoints import set_torn_aside, torn_file
 from vlrank.training.data import TrainingData, choose_samples, display_name, selection_metric
 from vlrank.training.failures import with_failure_policy, worker_error
-from vlrank.training.memory import GIB, TooLarge, free_gpu_memory
+from vlrank.training.memory import TooLarge, free_gpu_memory
 from vlrank.training.model import FOLDERS, Base, resolve_base
 from vlrank.training.selection import best_evaluation, improves
 from vlrank.training.settle import OPEN, with_kept
@@ -81,7 +83,7 @@ def fit(
         The best checkpoint's folder.
     """
     _run(config, TrainingData.of_lists(train_data, val_data, item_meta), None)
-    return config.out / json.loads((config.out / "best.json").read_text(encoding="utf-8"))["checkpoint"]
+    return best_checkpoint(config.out)
 
 
 def dry_run(config: TrainConfig) -> Summary:
@@ -205,7 +207,7 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
     run_samples = choose_samples(config, data)
     if _finished(with_defaults(config, base), dataset):
         console.print(f"{config.out} is finished already; delete it or set resume=never to train again")
-        return _summary(config, base, json.loads((config.out / "result.json").read_text(encoding="utf-8")))
+        return _summary(config, base, read_json(config.out / "result.json"))
     template_note = check_chat_template(base.name, pictures=run_samples.spec.pixels)
     for warning in (*run_samples.warnings, *([template_note] if template_note else [])):
         announce("Note:", warning, "yellow")
@@ -221,7 +223,7 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
         raise RuntimeError("training ended without a result")
     if outcome["stopped_early"]:
         console.print(f"Early stopping at epoch {outcome['stopped_early']}")
-    best = json.loads((config.out / "best.json").read_text(encoding="utf-8"))
+    best = read_json(config.out / "best.json")
     _check_weights(config.out / best["checkpoint"])
     console.print(f"Loaded best model with val_{display_name(best['metric'])}: {best['value']:.4f}")
     bad = outcome.pop("bad")
@@ -286,7 +288,7 @@ def _finished(config: TrainConfig, dataset: Dataset | None) -> bool:
             "Choose another --out, or set resume=never to replace it.",
         )
     if dataset is not None and (out / _DATA_FILE).is_file():
-        before = json.loads((out / _DATA_FILE).read_text(encoding="utf-8"))
+        before = read_json(out / _DATA_FILE)
         if before != dataset.manifest["files"]:
             raise UserError(
                 f"{out} holds a run on another state of {dataset.path}, which has been prepared again since",
@@ -471,7 +473,7 @@ def _memory_line(config: TrainConfig, base: Base) -> str:
 
 
 def _summary(config: TrainConfig, base: Base, result: Mapping[str, Any]) -> Summary:
-    best = json.loads((config.out / "best.json").read_text(encoding="utf-8"))
+    best = read_json(config.out / "best.json")
     lines: dict[str, object] = {
         "model": f"{base.name} ({base.method}{', 4-bit' if base.in_4bit else ''}{', Unsloth' if base.unsloth else ''})",
         "samples per epoch": result["samples"],

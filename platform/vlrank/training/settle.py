@@ -8,10 +8,11 @@ import yaml
 
 from vlrank.config import TrainConfig
 from vlrank.data.tables import atomic_write_text
+from vlrank.engines.resources import GIB
 from vlrank.errors import UserError
 from vlrank.storage import Location
 from vlrank.training.collate import ANSWER_ROOM
-from vlrank.training.memory import GIB, UNBOUNDED, MemoryPlan, Work, free_gpu_memory, make_plan, shape_of, work_of
+from vlrank.training.memory import UNBOUNDED, MemoryPlan, Work, free_gpu_memory, make_plan, shape_of, work_of
 from vlrank.training.model import Base, adapt, model_class
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from vlrank.config import TrainConfig
 from vlrank.data.tables import DiskFull, disk_errors
 from vlrank.engines.packed_live import score_rows
-from vlrank.engines.resources import PACKED_ARCHITECTURES
+from vlrank.engines.resources import GIB, PACKED_ARCHITECTURES
 from vlrank.engines.structure import core
 from vlrank.engines.transformers_scorer import score_labels
 from vlrank.errors import UserError
@@ -30,7 +30,7 @@ from vlrank.training.answers import token_losses
 from vlrank.training.batches import StepLoader, Steps, fields_of, to_device
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import RunSamples
-from vlrank.training.memory import GIB, MemoryPlan
+from vlrank.training.memory import MemoryPlan
 from vlrank.training.model import Base, Trainable, recompute_layers
 from vlrank.training.optim import MasterAdamW
 from vlrank.training.selection import improves, logged_selections, patience_spent, selection_value

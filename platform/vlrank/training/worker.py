@@ -27,11 +27,10 @@ from vlrank.storage import (
     fetch,
     fetch_model,
     is_url,
-    listing,
-    remove_tree,
     several,
     upload_tree,
 )
+from vlrank.training.checkpoints import remove_orphans
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import RunSamples, TrainingData, choose_samples, pictures_folder
 from vlrank.training.memory import MemoryPlan
@@ -448,23 +447,6 @@ def _move(source: Path, target: Location) -> Any:
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(str(file), place)
     return ray.train.Checkpoint.from_directory(str(target))
-
-
-def remove_orphans(home: Location) -> list[str]:
-    """Delete checkpoint folders that Ray Train does not know because a crash interrupted their report.
-
-    Returns:
-        Names of the deleted folders.
-    """
-    snapshot = home / "checkpoint_manager_snapshot.json"
-    known: set[str] = set()
-    if snapshot.is_file():
-        state = json.loads(snapshot.read_text(encoding="utf-8"))
-        known = {result["checkpoint_dir_name"] for result in state["checkpoint_results"]}
-    orphans = [folder for folder in listing(home, "checkpoint-*") if folder.name not in known and folder.is_dir()]
-    for folder in orphans:
-        remove_tree(folder)
-    return [folder.name for folder in orphans]
 
 
 class Progress:
