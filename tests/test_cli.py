@@ -109,7 +109,7 @@ def test_options_become_the_config() -> None:
         seen.append(config)
         return Summary("train")
 
-    command = stage_command("train", TrainConfig, run, positional=["dataset"], aliases={"lr": ["--rerank_lr"]})
+    command = stage_command("train", TrainConfig, run, aliases={"lr": ["--rerank_lr"]})
     code = _run(command, "data", "--mode", "caption", "--out", "run", "--rerank_lr", "2e-4", "ranking.window=30")
     assert code == 0
     assert (seen[0].dataset, seen[0].lr, seen[0].ranking.window) == (Path("data"), 2e-4, 30)
@@ -122,12 +122,12 @@ def test_a_repeatable_option_takes_several_values_up_to_the_next_option_or_overr
         seen.append(config)
         return Summary("evaluate")
 
-    command = stage_command("evaluate", EvaluateConfig, run, positional=["dataset"])
+    command = stage_command("evaluate", EvaluateConfig, run)
     assert _run(command, "data", "--rankings", "a", "b", "--out", "x", "--rankings", "c", "seed=3") == 0
     assert seen[0].rankings == (Path("a"), Path("b"), Path("c"))
     assert (seen[0].out, seen[0].seed) == (Path("x"), 3)
     # What reports call a method may hold an equals sign.
-    command = stage_command("evaluate", EvaluateConfig, run, positional=["dataset"])
+    command = stage_command("evaluate", EvaluateConfig, run)
     given = ["data", "--rankings", "a", "--out", "x", "--compare", "caption permutations=3", "caption fusion=0.4"]
     assert _run(command, *given, "seed=3") == 0
     assert (seen[1].compare, seen[1].seed) == (("caption permutations=3", "caption fusion=0.4"), 3)
@@ -137,7 +137,7 @@ def test_failures_end_in_one_message(capsys: pytest.CaptureFixture[str]) -> None
     def refuse(config: EvaluateConfig) -> Summary:
         raise UserError("rankings file a is empty [0 rows]", "Run `vlrank rerank` again.")
 
-    command = stage_command("evaluate", EvaluateConfig, refuse, positional=["dataset"])
+    command = stage_command("evaluate", EvaluateConfig, refuse)
     assert _run(command, "data", "--rankings", "a", "--out", "x") == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -148,7 +148,7 @@ def test_dry_run_does_not_run() -> None:
     def run(config: EvaluateConfig) -> Summary:
         raise AssertionError("a dry run must not run the stage")
 
-    command = stage_command("evaluate", EvaluateConfig, run, positional=["dataset"])
+    command = stage_command("evaluate", EvaluateConfig, run)
     assert _run(command, "data", "--rankings", "a", "--out", "x", "--dry_run") == 0
 
 

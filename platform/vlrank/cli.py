@@ -7,7 +7,8 @@ import click
 from vlrank.config import DemoConfig, ExportConfig
 from vlrank.options import main as run_command
 from vlrank.options import print_end, stage_command
-from vlrank.stages import STAGES, Stage, lazy
+from vlrank.recipes.recipe import JOBS
+from vlrank.stages import Stage, lazy
 from vlrank.submit import jobs_command, submit_command
 from vlrank.supervisor import supervised
 from vlrank.version import __version__
@@ -27,13 +28,13 @@ def cli() -> None:
     """Train, tune and run multimodal listwise rerankers on Ray.
 
     A dataset goes through prepare, generate, retrieve, train, tune, rerank and evaluate; each stage can be run alone,
-    stopped, and run again. Start with `vlrank demo`.
+    stopped, and run again; `vlrank run` takes them from a recipe. Start with `vlrank demo`.
     """
 
 
 _COMMANDS: dict[str, Stage] = {
     "demo": (DemoConfig, "vlrank.demo.run:run", None),
-    **STAGES,
+    **JOBS,
     "export": (ExportConfig, "vlrank.retrieval.export:run", None),
 }
 for name, (config_type, run, dry_run) in _COMMANDS.items():
@@ -43,7 +44,6 @@ for name, (config_type, run, dry_run) in _COMMANDS.items():
             config_type,
             lazy(run),
             dry_run=lazy(dry_run) if dry_run else None,
-            positional=["dataset"] if "dataset" in config_type.model_fields else [],
         )
     )
 

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -30,6 +30,8 @@ class Config(BaseModel):
     """Base of all configs: unknown keys are errors, values are checked, instances cannot change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    file_argument: ClassVar[str | None] = None
+    """On the command line, the name of the YAML file as an argument; None where it is an option."""
 
 
 class RayConfig(Config):
@@ -550,7 +552,7 @@ class RerankConfig(Config):
     """``vlrank rerank``: rank candidates with a trained model, in bulk."""
 
     dataset: ConfigLocation = Field(..., description="Dataset folder of `vlrank prepare`.")
-    model: str = Field(..., description="Run folder of `vlrank train`, or a checkpoint folder.")
+    model: str = Field(..., description="Run folder of `vlrank train`, checkpoint folder, or sweep folder of one mode.")
     candidates: str = Field(
         "ground_truth", description="NAME of candidates/NAME, or ground_truth: the target among sampled negatives."
     )
@@ -568,6 +570,11 @@ class RerankConfig(Config):
         "scores are not fused.",
     )
     fusion_users: int = Field(1000, ge=1, description="Validation users that --fusion_weight auto ranks.")
+    scores_of: ConfigLocation | None = Field(
+        None,
+        description="Another file of rankings whose scores are used again, e.g. to fuse them as well: only users that "
+        "it lacks are ranked.",
+    )
     prompt_workers: int | None = Field(
         None,
         ge=0,
@@ -668,16 +675,34 @@ def mode_defaults(mode: str) -> dict[str, Any]:
     return read_yaml(config_dir() / "modes" / f"{mode}.yaml")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's rule that the keys of a mapping differ, which PyYAML leaves out: the last one would win in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key.value}` is given twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return node
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping.
+    """A YAML mapping, in which no key is given twice.
 
     Raises:
         UserError: missing, unreadable, or not a mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
-        raise UserError(f"config file {path} does not exist", "Check the path given to --config.") from None
+        raise UserError(f"config file {path} does not exist", "Check the path.") from None
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"config file {path} cannot be read: {line}{error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"config file {path} cannot be read: {error}") from None
     if loaded is None:
@@ -733,9 +758,18 @@ def load_config(
     given = {key: value for key, value in flags.items() if value is not None and value != () and value != []}
     values = merge(defaults or {}, read_yaml(file) if file else {})
     values = merge(merge(values, parse_overrides(overrides)), given)
-    if "mode" in kind.model_fields and defaults is None and isinstance(values.get("mode"), str):
-        values = merge(mode_defaults(values["mode"]), values)
-    return validate(kind, values)
+    return validate(kind, with_mode_defaults(kind, values) if defaults is None else values)
+
+
+def with_mode_defaults(kind: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's values over those of its mode's file, if it has a mode.
+
+    Raises:
+        UserError: unknown mode.
+    """
+    if "mode" in kind.model_fields and isinstance(values.get("mode"), str):
+        return merge(mode_defaults(values["mode"]), values)
+    return dict(values)
 
 
 def validate(kind: type[C], values: Mapping[str, Any], *, within: tuple[type[Config], str] | None = None) -> C:

@@ -152,6 +152,13 @@ def _format(value: object) -> str | Text:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
+def duration(seconds: float) -> str:
+    """``8.5 s``, ``3 min 07 s`` or ``2 h 05 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
 class ProgressBar:
     """A running progress bar; see `progress`."""
 

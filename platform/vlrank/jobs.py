@@ -23,8 +23,9 @@ from vlrank.config import Config, validate
 from vlrank.console import Summary, print_anything
 from vlrank.errors import UserError, user_error_in
 from vlrank.options import check_out, stage_command
-from vlrank.paths import WORKDIR, absolute_paths
-from vlrank.stages import STAGES, lazy
+from vlrank.paths import WORKDIR
+from vlrank.recipes.recipe import JOBS, absolute_recipe
+from vlrank.stages import lazy
 from vlrank.storage import Location
 from vlrank.supervisor import INTERRUPTED, supervised
 
@@ -61,13 +62,11 @@ def main(
         return staged
 
     name = config_type.__name__.removesuffix("Config").lower()
-    positional = ["dataset"] if "dataset" in config_type.model_fields else []
     command = stage_command(
         name,
         config_type,
         at_home(stage),
         dry_run=at_home(dry_run) if dry_run else None,
-        positional=positional,
         aliases=aliases,
         adapt=adapt,
         extra=extra,
@@ -121,7 +120,7 @@ def _in_workdir(config: C) -> C:
     if not folder and _UPLOADED not in Path.cwd().parts:
         return config
     try:
-        values = absolute_paths(config, folder)
+        values = absolute_recipe(config, folder)
         if folder:
             os.chdir(folder)  # for what is a path or a name: `model`, a file as `method`
     except UserError as error:
@@ -148,9 +147,9 @@ def _last_line(
 
 
 def _stage_main(argv: Sequence[str]) -> NoReturn:
-    if not argv or argv[0] not in STAGES:
-        raise SystemExit(f"usage: python -m vlrank.jobs {'|'.join(STAGES)} [OPTIONS]")
-    config_type, run, dry_run = STAGES[argv[0]]
+    if not argv or argv[0] not in JOBS:
+        raise SystemExit(f"usage: python -m vlrank.jobs {'|'.join(JOBS)} [OPTIONS]")
+    config_type, run, dry_run = JOBS[argv[0]]
     main(lazy(run), config_type, argv[1:], dry_run=lazy(dry_run) if dry_run else None)
 
 

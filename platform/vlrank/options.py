@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
@@ -17,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from vlrank.config import Config, load_config
 from vlrank.console import Summary, announce, console, print_anything, quiet_libraries
-from vlrank.errors import user_error_in
+from vlrank.errors import UserError, user_error_in
 from vlrank.storage import require_writable
 from vlrank.supervisor import INTERRUPTED
 
@@ -64,7 +65,6 @@ def stage_command(
     run: Callable[[C], Summary],
     *,
     dry_run: Callable[[C], Summary] | None = None,
-    positional: Sequence[str] = (),
     aliases: Mapping[str, Sequence[str]] | None = None,
     hidden: Sequence[str] = (),
     adapt: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
@@ -72,17 +72,19 @@ def stage_command(
 ) -> StageCommand:
     """A command that builds ``config_type`` from its options and calls ``run`` with it.
 
+    A dataset is given by position, and so is the YAML file of a config that has a ``file_argument``.
+
     Args:
         name: Command name.
         config_type: The stage's config model.
         run: The stage; gets a checked config, returns what it did.
         dry_run: What ``--dry_run`` calls instead of ``run``: says what ``run`` would do.
-        positional: Fields given by position rather than by option.
         aliases: Other option names of a field, e.g. ``{"lr": ["--rerank_lr"]}``.
         hidden: Fields without an option of their own.
         adapt: Rewrites the given values (options of ``extra`` included) before the config is built.
         extra: Further click parameters, consumed by ``adapt``.
     """
+    positional = [key for key in ("dataset",) if key in config_type.model_fields]
     params: list[click.Parameter] = list(extra)
     nested: list[tuple[str, str]] = []
     for field_name, field in config_type.model_fields.items():
@@ -92,9 +94,15 @@ def stage_command(
             nested += _nested_keys(field_name, field)
         elif field_name not in hidden:
             params.append(_option(field_name, field, (aliases or {}).get(field_name, ())))
-    params.append(
-        click.Option(["--config", "config_file"], type=click.Path(path_type=Path), help="YAML file of these keys.")
-    )
+            if config_type.file_argument:  # the file has what is required
+                params[-1].help = _help(field).removesuffix(" [required]")
+    if config_type.file_argument:
+        file = click.Path(path_type=Path)
+        params.append(click.Argument(["config_file"], type=file, metavar=config_type.file_argument))
+    else:
+        params.append(
+            click.Option(["--config", "config_file"], type=click.Path(path_type=Path), help="YAML file of these keys.")
+        )
     params.append(click.Option(["--dry_run", "dry"], is_flag=True, help="Say what would run, and on how much data."))
     params.append(click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]..."))
 
@@ -102,7 +110,8 @@ def stage_command(
         # An override given where a positional is expected (`vlrank train lr=1e-3 --config c.yaml`) is an override.
         moved = [given.pop(key) for key in positional if isinstance(given.get(key), str) and _is_override(given[key])]
         values = adapt(given) if adapt else given
-        config = load_config(config_type, file=config_file, overrides=[*moved, *overrides], **values)
+        with _naming(config_file if config_type.file_argument else None):
+            config = load_config(config_type, file=config_file, overrides=[*moved, *overrides], **values)
         if dry:
             return dry_run(config) if dry_run else _generic_dry_run(name, config)
         check_out(config)
@@ -114,6 +123,17 @@ def stage_command(
     )
     command.nested_keys = nested
     return command
+
+
+@contextmanager
+def _naming(file: Path | None) -> Iterator[None]:
+    """Messages about a file's content that begin with its name."""
+    try:
+        yield
+    except UserError as error:
+        if file is None or str(file) in error.problem:
+            raise
+        raise UserError(f"{file}: {error.problem}", error.remedy) from None
 
 
 def check_out(config: Config) -> None:
@@ -144,11 +164,15 @@ def _generic_dry_run(name: str, config: Config) -> Summary:
 def _is_nested(annotation: Any) -> bool:
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return True
-    return get_origin(annotation) is dict
+    return get_origin(annotation) is dict or (
+        get_origin(annotation) is tuple and get_origin(get_args(annotation)[0]) is dict
+    )
 
 
 def _nested_keys(name: str, field: FieldInfo) -> list[tuple[str, str]]:
-    """``("ranking.top_k", help)`` for each key of a nested config; one row for a free mapping."""
+    """``("ranking.top_k", help)`` for each key of a nested config; one row for a free mapping or a list of them."""
+    if get_origin(field.annotation) is tuple:
+        return [(name, field.description or "")]
     if get_origin(field.annotation) is dict:
         return [(f"{name}.KEY", field.description or "")]
     inner: type[Config] = field.annotation  # type: ignore[assignment]

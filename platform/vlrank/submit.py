@@ -32,9 +32,9 @@ from vlrank.config import Config, config_dir, read_yaml, validate
 from vlrank.console import Summary, console
 from vlrank.errors import UserError
 from vlrank.options import stage_command
-from vlrank.paths import WORKDIR, absolute_paths
+from vlrank.paths import WORKDIR
+from vlrank.recipes.recipe import JOBS, absolute_recipe
 from vlrank.runtime import CAPACITY
-from vlrank.stages import STAGES
 from vlrank.storage import location
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -70,7 +70,7 @@ class Environment:
         known = {each.name for each in fields(cls)}
         if set(values) - known or not all(isinstance(value, dict) for value in values.values()):
             raise UserError(f"{path} may hold only the mappings {', '.join(sorted(known))}, found {', '.join(values)}")
-        stages = {"default", *STAGES}
+        stages = {"default", *JOBS}
         for key in ("python", "entrypoint_cpus"):
             strange = set(values.get(key, {})) - stages
             if strange:
@@ -102,7 +102,7 @@ def submit(
     """Submit a stage, unless the same job is running or has succeeded.
 
     Args:
-        stage: A key of `vlrank.stages.STAGES`.
+        stage: A key of `vlrank.recipes.recipe.JOBS`.
         config: The stage's config; relative paths are taken from ``workdir``.
         address: Of the cluster's dashboard, e.g. ``http://HEAD:8265``.
         environment: What the cluster offers.
@@ -116,7 +116,7 @@ def submit(
         UserError: a relative path without ``workdir``, no such cluster, or a wrong token.
     """
     environment = environment or Environment()
-    values = absolute_paths(config, workdir)
+    values = absolute_recipe(config, workdir)
     client = connect(address)
     with explained(address):
         job_id = job_name(stage, values)
@@ -126,6 +126,7 @@ def submit(
                 return str(last.submission_id), False
             job_id = f"{job_id}-{number + 1}"
         interpreter = environment.interpreter(stage)
+        file = "job.yaml" if config.file_argument else "--config job.yaml"
         env_vars = dict(environment.env_vars)
         if workdir:
             env_vars[WORKDIR] = workdir
@@ -138,7 +139,7 @@ def submit(
             package(Path(folder), values)
             _when_an_agent_is_up(
                 client.submit_job,
-                entrypoint=f"{shlex.quote(interpreter or 'python')} -m vlrank.jobs {stage} --config job.yaml",
+                entrypoint=f"{shlex.quote(interpreter or 'python')} -m vlrank.jobs {stage} {file}",
                 submission_id=job_id,
                 runtime_env=runtime_env | {"working_dir": folder},
                 metadata={
@@ -284,17 +285,16 @@ def config_of(stage: str, argv: Sequence[str]) -> Config:
     Raises:
         UserError: unknown stage, or a wrong config: nothing is uploaded.
     """
-    if stage not in STAGES:
-        raise UserError(f"unknown stage {stage!r}", f"Choose one of: {', '.join(STAGES)}.")
-    config_type = STAGES[stage][0]
+    if stage not in JOBS:
+        raise UserError(f"unknown stage {stage!r}", f"Choose one of: {', '.join(JOBS)}.")
+    config_type = JOBS[stage][0]
     caught: list[Config] = []
 
     def catch(config: Config) -> Summary:
         caught.append(config)
         return Summary(stage)
 
-    positional = ["dataset"] if "dataset" in config_type.model_fields else []
-    command = stage_command(stage, config_type, catch, dry_run=catch, positional=positional)
+    command = stage_command(stage, config_type, catch, dry_run=catch)
     command.main(args=list(argv), prog_name=f"vlrank submit {stage}", standalone_mode=False)
     if not caught:
         raise SystemExit(0)  # --help
@@ -323,7 +323,7 @@ def submit_command(
         raise SystemExit(0)
     config, offered = config_of(stage, argv), Environment.read(environment)
     if "--dry_run" in argv:
-        values = absolute_paths(config, workdir)
+        values = absolute_recipe(config, workdir)
         facts = {"job": job_name(stage, values), "python": offered.interpreter(stage) or "the cluster's own"}
         return Summary(f"submit: {stage} (dry run: the cluster was not asked)", facts | values)
     job_id, fresh = submit(stage, config, address=address, environment=offered, workdir=workdir)
@@ -425,10 +425,10 @@ def resubmit_command(address: str, environment: Path | None, no_wait: bool, job_
     """Submit an ended job's stage and config again; it continues where the job stopped, or does what is missing now."""
     client = connect(address)
     metadata = _details(client, address, job_id).metadata or {}
-    if metadata.get("stage") not in STAGES or not {"config", "workdir", "environment"} <= metadata.keys():
+    if metadata.get("stage") not in JOBS or not {"config", "workdir", "environment"} <= metadata.keys():
         raise UserError(f"{job_id} was not submitted by `vlrank submit`", "Submit it as it was submitted first.")
     stage = metadata["stage"]
-    config = validate(STAGES[stage][0], json.loads(metadata["config"]))
+    config = validate(JOBS[stage][0], json.loads(metadata["config"]))
     offered = Environment.read(environment) if environment else Environment(**json.loads(metadata["environment"]))
     workdir = metadata["workdir"] or None
     job_id, fresh = submit(stage, config, address=address, environment=offered, workdir=workdir, again=True)

@@ -117,9 +117,11 @@ def dry_run(config: PrepareConfig) -> Summary:
     options = {"min_rating": config.min_rating, "min_uc": config.min_uc, "min_sc": config.min_sc, "split": config.split}
     lines["filters"] = ", ".join(f"{key} {value}" for key, value in options.items())
     lines["pictures"] = "copied or downloaded" if _wants_pictures(config) else "no (--use_image)"
-    lines["estimate"] = f"{max(1, round(total / _ROWS_PER_SECOND)):,} s without pictures"
+    seconds = max(1, round(total / _ROWS_PER_SECOND))
+    lines["estimate"] = f"{seconds:,} s without pictures"
     state = "exists" if (config.folder / "manifest.json").is_file() else "new"
-    return Summary("prepare (dry run)", lines | {"dataset": f"{config.folder} ({state})"})
+    counts = {"estimated_seconds": seconds}
+    return Summary("prepare (dry run)", lines | {"dataset": f"{config.folder} ({state})"}, counts=counts)
 
 
 def _with_files(config: PrepareConfig) -> PrepareConfig:

@@ -94,10 +94,10 @@ def open_model(model: str | Location, mode: str | None = None) -> ModelFolder:
 
 
 def best_checkpoint(path: Location) -> Location:
-    """The best checkpoint of a run folder; any other folder itself.
+    """The best checkpoint of a run folder, or of the best run of a sweep of one mode; any other folder itself.
 
     Raises:
-        UserError: a run without a first evaluation, or one whose checkpoint is gone.
+        UserError: a run without a first evaluation, one whose checkpoint is gone, or a sweep of several modes.
     """
     best = path / "best.json"
     if not best.is_file():
@@ -107,7 +107,14 @@ def best_checkpoint(path: Location) -> Location:
                 "Continue it: run the same `vlrank train` again.",
             )
         return path
-    checkpoint = path / str(read_json(best).get("checkpoint"))
+    found = read_json(best)
+    if (path / "trials.jsonl").is_file():
+        runs = {mode: path / "runs" / winner["trial_id"] for mode, winner in found.items()}
+        if len(runs) != 1:
+            listed = ", ".join(f"{run} ({mode})" for mode, run in runs.items())
+            raise UserError(f"{path} is a sweep of {len(runs)} modes", f"Give the run folder of one: {listed}.")
+        return best_checkpoint(next(iter(runs.values())))
+    checkpoint = path / str(found.get("checkpoint"))
     if not checkpoint.is_dir():
         raise UserError(f"{best} names {checkpoint}, which does not exist", "Restore the folder, or train again.")
     return checkpoint

@@ -17,7 +17,7 @@ import polars as pl
 
 from vlrank.bulk import BulkResult, Shards, Stages, run_bulk
 from vlrank.config import GenerateConfig
-from vlrank.console import Summary, announce, console
+from vlrank.console import Summary, announce, console, duration
 from vlrank.data import schemas
 from vlrank.data.dataset import GENERATED_FOLDERS, Dataset
 from vlrank.data.quarantine import quarantine_folder
@@ -134,7 +134,7 @@ def dry_run(config: GenerateConfig) -> Summary:
     lines |= {"engine start": f"{starting:,.0f} s", "items/s in the sample": rows / working}
     lines["sample rejected"] = f"{result.quarantined} of {sample.height}"
     lines["tokens out, estimated"] = round(result.tokens_out * pending.height / rows)
-    lines |= {"time, estimated": _duration(seconds)} | _cost(config, pending.height, seconds, gpus)
+    lines |= {"time, estimated": duration(seconds)} | _cost(config, pending.height, seconds, gpus)
     counts |= {"sampled": sample.height, "sample_quarantined": result.quarantined, "estimated_seconds": round(seconds)}
     return Summary(f"generate (dry run): {config.what} for {config.dataset}", lines, None, counts)
 
@@ -380,7 +380,7 @@ def _engine_lines(config: GenerateConfig, work: _Work) -> dict[str, object]:
 
 
 def _cost(config: GenerateConfig, items: int, seconds: float, gpus: float) -> dict[str, object]:
-    lines: dict[str, object] = {"time": _duration(seconds)}
+    lines: dict[str, object] = {"time": duration(seconds)}
     if gpus:
         hours = seconds / 3600 * gpus
         lines["GPU-hours"] = hours
@@ -388,12 +388,6 @@ def _cost(config: GenerateConfig, items: int, seconds: float, gpus: float) -> di
             lines["cost"] = f"{hours * config.gpu_hour_price:,.2f}"
             lines["cost per 1,000 items"] = f"{hours * config.gpu_hour_price / items * 1000:,.4f}"
     return lines
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
 def _contact_sheet(config: GenerateConfig, work: _Work) -> Location:

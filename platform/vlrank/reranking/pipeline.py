@@ -132,10 +132,11 @@ class _Job:
 
 
 def _shards(config: RerankConfig, dataset: Dataset, split: Split) -> Shards:
+    out = config.scores_of or config.out
     # Every output has its own quarantine: runs that shared one would skip each other's failed users.
-    place = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:8]
-    name = f"rerank-{config.out.stem}-{split}-{place}"
-    shards = config.out.with_name(config.out.name + ".shards")
+    place = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
+    name = f"rerank-{out.stem}-{split}-{place}"
+    shards = out.with_name(out.name + ".shards")
     return Shards(
         folder=shards / split,
         schema=_SHARD,

@@ -1,0 +1,1 @@
+"""Recipes: stages with their settings in order, run as one."""
