@@ -220,7 +220,7 @@ def test_a_file_system_without_locks_is_named_with_its_remedy(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(storage.fcntl, "flock", flock)
-    with pytest.raises(UserError, match="without locks") as caught, bulk._exclusive(tmp_path):
+    with pytest.raises(UserError, match="without locks") as caught, storage.exclusive(tmp_path):
         pass
     assert str(tmp_path) in caught.value.problem
     assert "mounted with locks" in str(caught.value.remedy)
@@ -292,7 +292,7 @@ def test_a_run_ends_when_another_one_has_taken_its_folder(
 
     blocks = [pa.table({"id": [0]})]
     monkeypatch.setattr(ray.data, "range", lambda *_, **__: InThisProcess(blocks))
-    monkeypatch.setattr(bulk, "_exclusive", taken_over)
+    monkeypatch.setattr(bulk, "exclusive", taken_over)
     with pytest.raises(UserError, match="another run has taken over"):
         run_bulk(make_wanted({1: "a", 2: "b"}), stages, make_shards(tmp_path), shard_rows=10, description="first")
 
@@ -463,7 +463,7 @@ def test_an_error_in_a_stage_reaches_the_user_as_it_is(cluster: None, tmp_path: 
 def test_two_runs_on_one_folder_are_refused(cluster: None, tmp_path: Path) -> None:
     shards = make_shards(tmp_path)
     shards.folder.mkdir(parents=True)
-    with bulk._exclusive(shards.folder), pytest.raises(UserError, match="another run"):
+    with storage.exclusive(shards.folder), pytest.raises(UserError, match="another run"):
         run_bulk(make_wanted({1: "a"}), stages, shards, shard_rows=10, description="second")
 
 

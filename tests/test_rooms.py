@@ -15,6 +15,7 @@ FLOORS = [
         "config",
         "supervisor",
         "runtime",
+        "ray_train",
         "options",
     ),
     *("data", "prompting", "retrieval", "engines", "bulk", "generation", "reranking", "evaluation"),

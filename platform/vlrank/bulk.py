@@ -50,7 +50,7 @@ from vlrank.data.tables import atomic_path, disk_errors, empty_frame, parquet_fi
 from vlrank.engines.failures import explained
 from vlrank.errors import UserError
 from vlrank.runtime import quiet_data
-from vlrank.storage import BucketPath, Held, Location, claim, each, listing, take_lock
+from vlrank.storage import Held, Location, each, exclusive, listing
 
 if TYPE_CHECKING:
     import ray.data
@@ -258,7 +258,7 @@ def run_bulk(
     for folder in (shards.folder, shards.quarantine):
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    with _exclusive(shards.folder) as held:
+    with exclusive(shards.folder) as held:
         _sweep(shards)
         with_failed = shards.pending(wanted, retry_failed=True)
         pending = with_failed if retry_failed or only is not None else shards.untried(with_failed)
@@ -521,22 +521,3 @@ def _sweep(shards: Shards) -> None:
         for path in folder.iterdir():
             if path.name.startswith(_PLAN) or (path.name.startswith(".") and path.name.endswith(".tmp")):
                 path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _exclusive(folder: Location) -> Iterator[Held]:
-    """Hold the folder's lock, and give a check that it is still held; the system releases it when the process ends."""
-    if isinstance(folder, BucketPath):
-        with claim(folder) as held:
-            yield held
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            take_lock(file, UserError(f"another run is writing to {folder}", "Wait until it has finished, or stop it."))
-        except OSError as error:
-            raise UserError(
-                f"{folder} is on a file system without locks ({error.strerror}): two runs could write there at once",
-                "Have it mounted with locks (Lustre: the option flock; NFS: version 4, or lockd on server and client), "
-                "or use another folder or a bucket.",
-            ) from error
-        yield lambda: None  # a lock of the system is not lost

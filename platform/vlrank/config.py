@@ -261,13 +261,53 @@ class GenerateConfig(Config):
     ray: RayConfig = Field(RayConfig(), description="Where the work runs.")
 
 
+class SequentialConfig(Config):
+    """The sequential retrievers SASRec and BSARec: sizes, training, and where they run."""
+
+    hidden: int = Field(64, ge=4, description="Width of item embeddings and layers.")
+    layers: int = Field(2, ge=1, description="Number of blocks.")
+    heads: int = Field(1, ge=1, description="Attention heads; they divide `hidden`.")
+    max_length: int = Field(50, ge=2, description="Most recent items of a history that the model reads.")
+    dropout: float = Field(0.5, ge=0, lt=1, description="Dropout of embeddings, attention and layers.")
+    alpha: float = Field(0.7, ge=0, le=1, description="bsarec: share of the frequency filter; the rest is attention.")
+    c: int = Field(5, ge=1, description="bsarec: the filter keeps the lowest c // 2 + 1 frequencies as they are.")
+    lr: float | None = Field(
+        None, gt=0, description="Learning rate of Adam. Default: 0.001 for sasrec, 0.0005 for bsarec."
+    )
+    batch_size: int = Field(
+        256, ge=1, description="Samples per step: parts of histories (sasrec) or their prefixes (bsarec)."
+    )
+    epochs: int = Field(200, ge=1, description="Passes over the training part, at most.")
+    patience: int = Field(10, ge=1, description="Stop after this many epochs without a better validation NDCG@10.")
+    val_users: int = Field(25_000, ge=1, description="Validation users, a seeded sample that stays the same.")
+    negatives: int | None = Field(
+        None,
+        ge=1,
+        description="Items drawn per step for a sampled softmax with logQ correction. Default: the softmax is over the "
+        "whole catalogue, or over 8,192 drawn items where the catalogue has more than 50,000.",
+    )
+    cpus: int = Field(2, ge=1, description="CPU cores of the training process.")
+    gpus: float | None = Field(
+        None, ge=0, description="GPUs of the training process. Default: 1 where there is a GPU, else 0."
+    )
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> SequentialConfig:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} cannot be divided among {self.heads} heads")
+        if self.c // 2 + 1 > self.max_length // 2 + 1:
+            raise ValueError(f"c {self.c} is larger than max_length {self.max_length}: no frequency would be filtered")
+        return self
+
+
 class RetrieveConfig(Config):
     """``vlrank retrieve``: make candidate lists, or import those of another program."""
 
     dataset: ConfigLocation = Field(..., description="Dataset folder of `vlrank prepare`.")
     method: str = Field(
         "popularity",
-        description="A retriever (popularity, item_knn or als), or a file with the lists of another program.",
+        description="A retriever (popularity, item_knn, als, sasrec or bsarec), ensemble:A,B to mix the lists A and B, "
+        "or a file with the lists of another program.",
     )
     name: str | None = Field(
         None, description="The lists become candidates/NAME. Default: the method, or the file's name."
@@ -279,6 +319,8 @@ class RetrieveConfig(Config):
     )
     exclude_history: bool = Field(True, description="Remove items from imported lists that the user already had.")
     seed: Seed = Field(0, description="Seed of the retriever.")
+    sequential: SequentialConfig = Field(SequentialConfig(), description="Settings of sasrec and bsarec.")
+    ray: RayConfig = Field(RayConfig(), description="Where sasrec and bsarec are trained.")
 
 
 class ExportConfig(Config):

@@ -632,6 +632,25 @@ def claim(folder: BucketPath) -> Iterator[Held]:
         yield held
 
 
+@contextmanager
+def exclusive(folder: Location) -> Iterator[Held]:
+    """Hold the folder's lock, and give a check that it is still held; the system releases it when the process ends."""
+    if isinstance(folder, BucketPath):
+        with claim(folder) as held:
+            yield held
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            take_lock(file, UserError(f"another run is writing to {folder}", "Wait until it has finished, or stop it."))
+        except OSError as error:
+            raise UserError(
+                f"{folder} is on a file system without locks ({error.strerror}): two runs could write there at once",
+                "Have it mounted with locks (Lustre: the option flock; NFS: version 4, or lockd on server and client), "
+                "or use another folder or a bucket.",
+            ) from error
+        yield lambda: None  # a lock of the system is not lost
+
+
 def _claims(own: BucketPath) -> dict[BucketPath, str]:
     """The other claims and what they say."""
     found = {}

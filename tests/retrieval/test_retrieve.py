@@ -159,7 +159,7 @@ def test_unreadable_files_say_where_and_leave_nothing(
 
 
 def test_an_unknown_method_is_no_file_either(data: Dataset) -> None:
-    with pytest.raises(UserError, match="neither popularity, item_knn, als nor a file"):
+    with pytest.raises(UserError, match="neither popularity, item_knn, als, sasrec, bsarec, ensemble:A,B nor a file"):
         run(RetrieveConfig(dataset=data.path, method="itemknn"))
 
 

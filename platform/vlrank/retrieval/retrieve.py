@@ -1,4 +1,4 @@
-"""``vlrank retrieve``: candidate lists for validation and test, from a built-in retriever or a file."""
+"""``vlrank retrieve``: candidate lists for validation and test, from a retriever, from other lists or from a file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from vlrank.console import Summary, console
 from vlrank.data.dataset import Dataset, check_candidates_name
 from vlrank.data.lists import Lists
 from vlrank.errors import UserError
-from vlrank.retrieval import baselines
+from vlrank.retrieval import baselines, ensemble
 from vlrank.retrieval.importing import read_candidates
-from vlrank.storage import fetch, location, require_writable
+from vlrank.retrieval.sequential import job as sequential
+from vlrank.retrieval.sequential.data import METHODS as SEQUENTIAL
+from vlrank.storage import Location, fetch, location, require_writable
 
-RETRIEVERS = ("popularity", "item_knn", "als")
+COUNTING = ("popularity", "item_knn", "als")
+RETRIEVERS = (*COUNTING, *SEQUENTIAL)
 SPLITS: tuple[Split, ...] = ("val", "test")
 Tables = dict[Split, Lists]
 
@@ -31,6 +34,7 @@ def dry_run(config: RetrieveConfig) -> Summary:
     users = {split: len(dataset.histories(split)) for split in SPLITS}
     lines: dict[str, object] = {
         "method": config.method,
+        **_plan(dataset, config, name),
         "users": ", ".join(f"{split} {count:,}" for split, count in users.items()),
         "items": dataset.n_items,
         "candidates per user": config.top_k,
@@ -46,13 +50,19 @@ def run(config: RetrieveConfig) -> Summary:
     training part, for test the training part and the validation item.
 
     Raises:
-        UserError: unknown method, unreadable file, or no user to retrieve for.
+        UserError: unknown method, unreadable file, tables that cannot be mixed, or no user to retrieve for.
     """
     dataset = Dataset.open(config.dataset)
     name = _name(config)
     require_writable(dataset.path / "candidates", "Lists become part of their dataset: retrieve for a copy of it.")
-    if config.method in RETRIEVERS:
-        tables, rejected, lines = _retrieve(dataset, config)
+    rejected: list[dict[str, str]] = []
+    if config.method in COUNTING:
+        tables, lines = _count(dataset, config)
+    elif config.method in SEQUENTIAL:
+        tables, lines = sequential.retrieve(dataset, config, name)
+    elif config.method.startswith(ensemble.PREFIX):
+        names = ensemble.members(config.method, dataset, name)
+        tables, lines = ensemble.retrieve(dataset, names, config.top_k)
     else:
         tables, rejected, lines = _import(dataset, config)
     if not any(len(table.users) for table in tables.values()):
@@ -68,6 +78,8 @@ def run(config: RetrieveConfig) -> Summary:
 
 
 def _name(config: RetrieveConfig) -> str:
+    if config.name is None and config.method.startswith(ensemble.PREFIX):
+        return re.sub(r"[^\w.-]+", "-", config.method).strip("-")
     if config.name is None and config.method not in RETRIEVERS:
         return re.sub(r"[^\w.-]+", "_", location(config.method).stem).strip("_.-") or "imported"
     name = config.name or config.method
@@ -75,7 +87,18 @@ def _name(config: RetrieveConfig) -> str:
     return name
 
 
-def _retrieve(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[dict[str, str]], dict[str, object]]:
+def _plan(dataset: Dataset, config: RetrieveConfig, name: str) -> dict[str, object]:
+    """What a dry run says of the method, after the checks that `run` makes before its work."""
+    if config.method in SEQUENTIAL:
+        return sequential.plan(dataset, config)
+    if config.method.startswith(ensemble.PREFIX):
+        ensemble.members(config.method, dataset, name)
+    elif config.method not in COUNTING:
+        _file(dataset, config)
+    return {}
+
+
+def _count(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, dict[str, object]]:
     tables: Tables = {}
     for split in SPLITS:
         evidence = baselines.Evidence.of(dataset, split, seed=config.seed)
@@ -83,16 +106,26 @@ def _retrieve(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[di
         if len(users):
             console.print(f"{config.method}: {len(users):,} {split} users, {dataset.n_items:,} items")
             tables[split] = baselines.retrieve(config.method, evidence, users, config.top_k)
-    return tables, [], {"method": config.method}
+    return tables, {"method": config.method}
 
 
-def _import(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[dict[str, str]], dict[str, object]]:
+def _file(dataset: Dataset, config: RetrieveConfig) -> Location:
+    """The file that the method names.
+
+    Raises:
+        UserError: the method is neither known nor a file.
+    """
     path = location(config.method)
     if not path.is_file():
         raise UserError(
-            f"retrieval method {config.method!r} is neither {', '.join(RETRIEVERS)} nor a file",
+            f"retrieval method {config.method!r} is neither {', '.join(RETRIEVERS)}, {ensemble.PREFIX}A,B nor a file",
             f"Example: vlrank retrieve {dataset.path} --method item_knn",
         )
+    return path
+
+
+def _import(dataset: Dataset, config: RetrieveConfig) -> tuple[Tables, list[dict[str, str]], dict[str, object]]:
+    path = _file(dataset, config)
     imported = read_candidates(fetch(path), dataset, split=config.split, ids=config.ids)
     tables: Tables = {}
     without_target: list[dict[str, str]] = []

@@ -7,7 +7,6 @@ checkpoint), ``result.json`` (when it is done) and the checkpoints, plain Huggin
 from __future__ import annotations
 
 import json
-import signal
 import threading
 import time
 import warnings
@@ -28,11 +27,11 @@ from vlrank.engines.models import best_checkpoint
 from vlrank.engines.resources import GIB
 from vlrank.errors import UserError
 from vlrank.prompting.chat_template import check_chat_template
+from vlrank.ray_train import fit_trainer, ray_storage, with_failure_policy
 from vlrank.runtime import cluster_gpus, cluster_resources, ray_session
 from vlrank.storage import BucketPath, Location, fetch_model, listing, location, remove_tree, writable
 from vlrank.training.checkpoints import set_torn_aside, torn_file
 from vlrank.training.data import TrainingData, choose_samples, display_name, selection_metric
-from vlrank.training.failures import with_failure_policy, worker_error
 from vlrank.training.memory import TooLarge, free_gpu_memory
 from vlrank.training.model import FOLDERS, Base, resolve_base
 from vlrank.training.selection import best_evaluation, improves
@@ -142,7 +141,7 @@ def build_trainer(
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=FOLDERS[base.family],
-            **_ray_storage(folder),
+            **ray_storage(folder),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.save_total_limit, checkpoint_score_attribute="selection"
@@ -160,12 +159,6 @@ def _resume_from_whole(folder: Location, home: Location) -> None:
         announce("Note:", f"{home / name} is torn ({file} is cut off); the run goes on {goes_on}", "yellow")
     if torn:
         write_history(folder, [line for line in read_history(folder) if line["step"] <= step])
-
-
-def _ray_storage(folder: Location) -> dict[str, Any]:
-    if isinstance(folder, BucketPath):
-        return {"storage_path": folder.in_file_system, "storage_filesystem": folder.file_system}
-    return {"storage_path": str(folder)}
 
 
 def _run_folder_callback(folder: Location) -> Any:
@@ -334,31 +327,6 @@ def check_resources(config: TrainConfig, have: Mapping[str, float]) -> None:
                 f"{config.workers} workers need {needed:g} {kind}s, the cluster has {have.get(kind, 0):g}",
                 f"Lower `workers` or `{kind.lower()}s_per_worker`.",
             )
-
-
-def fit_trainer(trainer: DataParallelTrainer) -> Any:
-    """Run a trainer of `build_trainer` to its end; returns Ray Train's ``Result``.
-
-    Raises:
-        UserError: what a worker found that the user has to mend.
-        RuntimeError: any other failure of a worker, with its traceback as a note.
-    """
-    from ray.train import TrainingFailedError
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    try:
-        return trainer.fit()
-    except TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", None)
-        if not failures:
-            raise
-        raise worker_error(failures) from None
-    except SystemExit:  # Ray Train's answer to Ctrl-C, once it has ended its workers
-        raise KeyboardInterrupt from None
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own behind
 
 
 @contextmanager

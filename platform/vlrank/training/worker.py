@@ -75,7 +75,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     try:
         return asdict(_train(config, base, data, rank=context.get_world_rank(), world=context.get_world_size()))
     except Exception as error:
-        error.add_note(traceback.format_exc())  # for `failures.worker_error`: exceptions travel without a traceback
+        error.add_note(traceback.format_exc())  # for `ray_train.worker_error`: exceptions travel without a traceback
         raise
 
 

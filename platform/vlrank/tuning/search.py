@@ -218,7 +218,7 @@ def _trial_function(build: BuildTrainer) -> Callable[[dict[str, Any]], None]:
     def train_trial(started: dict[str, Any]) -> None:
         from ray.tune.integration.ray_train import TuneReportCallback
 
-        from vlrank.training.run import fit_trainer
+        from vlrank.ray_train import fit_trainer
 
         config = validate(TrainConfig, started["train"])
         run_folder = Path(started["runs"]) / started["trial_id"]

@@ -17,8 +17,8 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
 from vlrank.config import RayConfig
 from vlrank.errors import UserError
+from vlrank.ray_train import always_met, with_failure_policy, worker_error
 from vlrank.runtime import ray_session
-from vlrank.training.failures import always_met, with_failure_policy, worker_error
 
 
 class Trainer:

@@ -1,12 +1,15 @@
-"""Which failures of a training worker are worth another attempt, and what is said of the others."""
+"""Ray Train for every room that trains: which failures of a worker are worth another attempt, and how a run ends."""
 
 from __future__ import annotations
 
 import errno
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vlrank.errors import user_error_in
+from vlrank.storage import BucketPath, Location
 
 if TYPE_CHECKING:
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -85,3 +88,35 @@ def worker_error(failures: Mapping[int, BaseException]) -> Exception:
     for note in getattr(failure, "__notes__", ()):
         error.add_note(note)
     return error
+
+
+def fit_trainer(trainer: DataParallelTrainer) -> Any:
+    """Run a trainer to its end; returns Ray Train's ``Result``.
+
+    Raises:
+        UserError: what a worker found that the user has to mend.
+        RuntimeError: any other failure of a worker, with its traceback as a note.
+    """
+    from ray.train import TrainingFailedError
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        return trainer.fit()
+    except TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", None)
+        if not failures:
+            raise
+        raise worker_error(failures) from None
+    except SystemExit:  # Ray Train's answer to Ctrl-C, once it has ended its workers
+        raise KeyboardInterrupt from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own behind
+
+
+def ray_storage(folder: Location) -> dict[str, Any]:
+    """Where Ray Train keeps a run's state, as arguments of its ``RunConfig``."""
+    if isinstance(folder, BucketPath):
+        return {"storage_path": folder.in_file_system, "storage_filesystem": folder.file_system}
+    return {"storage_path": str(folder)}

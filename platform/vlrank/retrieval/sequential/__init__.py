@@ -1,0 +1,1 @@
+"""SASRec and BSARec: retrievers that learn which item follows which."""
