@@ -175,6 +175,7 @@ def train_and_list(settings: Mapping[str, Any]) -> dict[str, Any]:
         if weights:
             training.model.load_state_dict(weights)
             before = len(history)
+            show(history)
         else:
             show(training.history)
             training.run(show)

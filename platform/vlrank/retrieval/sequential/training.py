@@ -42,17 +42,17 @@ def best_epoch(history: History) -> int:
     return int(np.argmax([line["ndcg"] for line in history]))
 
 
-def windows(items: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def windows(items: Tensor, starts: Tensor, ends: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """The inputs of samples, right-aligned, and where they come from.
 
     Args:
         items: int64 [N], all sequences back to back.
         starts, ends: int64 [B].
+        length: Of the longest sample; given, so that no GPU has to be waited for.
 
     Returns:
-        int64 [B, T] item ids, 0 before a sample's first item, and their int64 [B, T] places in ``items``.
+        int64 [B, length] item ids, 0 before a sample's first item, and their int64 [B, length] places in ``items``.
     """
-    length = int((ends - starts).max())
     places = ends[:, None] - length + torch.arange(length, device=items.device)
     return items[places.clamp(min=0)] * (places >= starts[:, None]), places
 
@@ -156,10 +156,11 @@ class Training:
         torch.manual_seed(int(rng.integers(2**31)))
         self.model.train()
         total = torch.zeros((), device=self.device)
-        order = batches(self._ends - self._starts, settings.batch_size, rng)
+        lengths = self._ends - self._starts
+        order = batches(lengths, settings.batch_size, rng)
         for rows in order:
             starts, ends = (torch.from_numpy(side[rows]).to(self.device) for side in (self._starts, self._ends))
-            inputs, places = windows(self._items, starts, ends)
+            inputs, places = windows(self._items, starts, ends, int(lengths[rows].max()))
             states = self.model(inputs)
             if self.task.method == "sasrec":
                 learned = inputs > 0
@@ -218,7 +219,8 @@ class Ranker:
         items = torch.from_numpy(histories.items.astype(np.int64)).to(self.device)
         offsets = torch.from_numpy(histories.offsets).to(self.device)
         starts = torch.maximum(offsets[:-1], offsets[1:] - self.model.max_length)
-        inputs, _ = windows(items, starts, offsets[1:])
+        longest = min(int(histories.lengths.max()), self.model.max_length)
+        inputs, _ = windows(items, starts, offsets[1:], longest)
         scores = self.model.scores(self.model(inputs)[:, -1])
         scores[torch.from_numpy(histories.segments()).to(self.device), items] = -torch.inf
         return scores.masked_fill_(self._cold, -torch.inf)
