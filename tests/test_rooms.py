@@ -12,6 +12,7 @@ FLOORS = [
         "installation",
         "storage",
         "console",
+        "text_template",
         "config",
         "supervisor",
         "runtime",

@@ -7,7 +7,7 @@ Precedence, weakest first: the defaults below, the mode's file (``configs/modes/
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vlrank.errors import UserError
 from vlrank.storage import ConfigLocation, LocalPath, Location
+from vlrank.text_template import parse_template
 
 Mode = Literal["raw_image", "caption", "semantic_summary", "semantic_summary_small"]
 MODES: tuple[Mode, ...] = ("raw_image", "caption", "semantic_summary", "semantic_summary_small")
@@ -30,6 +31,9 @@ class Config(BaseModel):
     """Base of all configs: unknown keys are errors, values are checked, instances cannot change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    verbatim: ClassVar[frozenset[str]] = frozenset()
+    """Keys that hold text with braces, which YAML would read as a mapping: overrides take it as it is."""
     file_argument: ClassVar[str | None] = None
     """On the command line, the name of the YAML file as an argument; None where it is an option."""
 
@@ -166,7 +170,15 @@ class PrepareConfig(Config):
         "changes.",
     )
     keep_duplicates: bool = Field(False, description="Keep repeated (user, item) pairs instead of the first alone.")
-    keep_untitled: bool = Field(False, description="Keep items without a title, shown by their id.")
+    keep_untitled: bool = Field(
+        False, description="Keep items without title, brand, categories and description, shown by their id."
+    )
+    text: str | None = Field(
+        None,
+        description="Template of the item text, such as '{title:.40} [{categories[-1]}]': fields title, brand, "
+        "categories, description, [0] or [-1] for the first or last category, :.40 for a cut at 40 characters. "
+        "Default: title | brand | A > B | description.",
+    )
     split: Literal["leave_one_out", "temporal"] = Field(
         "leave_one_out",
         description="leave_one_out takes each user's last item for test and the one before for validation; temporal "
@@ -204,6 +216,15 @@ class PrepareConfig(Config):
     columns: ColumnsConfig = Field(ColumnsConfig(), description="What the columns of the raw files are called.")
     pictures: PicturesConfig = Field(PicturesConfig(), description="How pictures are fetched and which are refused.")
     ray: RayConfig = Field(RayConfig(), description="Where the work runs.")
+
+    verbatim: ClassVar[frozenset[str]] = frozenset({"text"})
+
+    @field_validator("text")
+    @classmethod
+    def _readable(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_template(text)
+        return text
 
     @model_validator(mode="after")
     def _has_input(self) -> PrepareConfig:
@@ -754,8 +775,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[str], verbatim: Collection[str] = ()) -> dict[str, Any]:
     """``["ranking.top_k=20", "lr=1e-4"]`` -> ``{"ranking": {"top_k": 20}, "lr": "1e-4"}``; values are read as YAML.
+
+    Args:
+        overrides: ``key=value`` words.
+        verbatim: Keys whose values are taken as they are, if they hold a brace and are not in quotes.
 
     Raises:
         UserError: an override without ``=`` or with an unreadable value.
@@ -766,7 +791,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"override {override!r} is not of the form key=value", "Example: vlrank train ... lr=1e-4")
         try:
-            value = yaml.safe_load(text)
+            as_it_is = key in verbatim and "{" in text and text[0] not in "\"'"
+            value: Any = text if as_it_is else yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"the value of override {override!r} cannot be read as YAML") from None
         *parents, leaf = key.split(".")
@@ -799,7 +825,7 @@ def load_config(
     """
     given = {key: value for key, value in flags.items() if value is not None and value != () and value != []}
     values = merge(defaults or {}, read_yaml(file) if file else {})
-    values = merge(merge(values, parse_overrides(overrides)), given)
+    values = merge(merge(values, parse_overrides(overrides, kind.verbatim)), given)
     return validate(kind, with_mode_defaults(kind, values) if defaults is None else values)
 
 

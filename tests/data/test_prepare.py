@@ -169,6 +169,53 @@ def test_items_without_a_title_go_before_the_core_is_taken(tmp_path: Path) -> No
     assert prepare(**without, keep_untitled=True).items()["text"].to_list() == ["a", "b", "c"]
 
 
+def test_an_item_without_a_title_is_shown_by_what_it_has(tmp_path: Path) -> None:
+    """Amazon's raw Magazine Subscriptions hold the remains of a script for nearly all titles."""
+    script = "var aPageStart = (new Date()).getTime();\nvar ue_t0 = +new Date();"
+    meta = [
+        {"item": "a", "title": script, "brand": "Time", "categories": ["Magazines", "News"], "description": "Weekly."},
+        {"item": "b", "title": script},
+        {"item": "b", "title": "", "description": "About gardens."},  # of untitled rows the first that says something
+        {"item": "c", "title": script, "categories": ["Magazines"]},
+        {"item": "d", "title": script, "brand": "Unknown"},
+        {"item": "e", "title": "Bicycling", "brand": "Hearst"},
+    ]
+    options = toy(tmp_path, [row("u", item, 1) for item in "abcde"], meta)
+    dataset = prepare(**options)
+    texts = ["Time | Magazines > News | Weekly.", "About gardens.", "Magazines", "Bicycling | Hearst"]
+    assert dataset.items()["text"].to_list() == texts
+    assert dataset.manifest["stages"][1]["stage"] == "items with a title or another text"
+    assert dataset.quarantine("metadata")["error_type"].to_list() == ["NoTitle"]
+    shown = run(load_config(PrepareConfig, **options)).lines["items without a title"]
+    assert shown == "3 shown by brand, categories or description"
+    kept = run(load_config(PrepareConfig, **options | {"out": tmp_path / "kept"}, keep_untitled=True))
+    assert kept.lines["items without a title"] == ("3 shown by brand, categories or description, 1 shown by their id")
+
+
+def test_a_template_makes_the_item_texts(tmp_path: Path) -> None:
+    meta = [
+        {"item": "a", "title": "Lavender hand cream", "categories": ["Beauty", "Hands"]},
+        {"item": "b", "title": "Soap"},
+        {"item": "c", "brand": "Acme"},
+    ]
+    options = toy(tmp_path, [row("u", item, 1) for item in "abc"], meta)
+    plain = prepare(**options)
+    assert "text" not in plain.manifest["options"]  # as it was before there were templates
+    override = "text={title:.14} [{categories[-1]}]"
+    config = load_config(PrepareConfig, **options | {"out": tmp_path / "short"}, overrides=[override])
+    assert Dataset.open(str(run(config).output)).items()["text"].to_list() == ["Lavender hand [Hands]", "Soap", "Acme"]
+    only = prepare(**options | {"out": tmp_path / "only"}, text="{categories[0]}")
+    assert only.items()["text"].to_list() == ["Beauty", "b", "c"]
+    with pytest.raises(UserError, match="text was None, now"):
+        prepare(**options, text="{title}")
+
+
+def test_a_wrong_template_is_refused_with_the_fields_before_anything_is_read(tmp_path: Path) -> None:
+    for given_as in ({"overrides": ["text={titel}"]}, {"text": "{titel}"}):
+        with pytest.raises(UserError, match=r"config key `text`: unknown field `\{titel\}`; fields are title, brand"):
+            load_config(PrepareConfig, reviews=[tmp_path / "no.json"], out=tmp_path / "ds", **given_as)
+
+
 def test_of_several_metadata_rows_the_first_with_a_title_counts(tmp_path: Path) -> None:
     meta = [
         {"item": "a", "title": ""},
@@ -499,5 +546,7 @@ def test_when_nothing_is_left_the_real_cause_is_named(
 def test_items_that_the_metadata_lacks_are_told_from_untitled_ones(tmp_path: Path) -> None:
     config = _shop(tmp_path, [], titled=6)
     (tmp_path / "m.jsonl").write_text('{"item": "x1", "title": "T"}\n{"item": "i1", "title": ""}\n')
-    with pytest.raises(UserError, match=r"6 of 6 items have no title \(5 have no usable row in the metadata\)\n.*ids"):
+    with pytest.raises(
+        UserError, match=r"6 of 6 items have no title.* \(5 have no usable row in the metadata\)\n.*ids"
+    ):
         run(config)

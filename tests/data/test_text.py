@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlrank.data.text import clean_brand, clean_categories, clean_text, clean_title, cut, item_text
+from vlrank.data.text import clean_brand, clean_categories, clean_text, clean_title, cut, item_text, templated_text
+from vlrank.text_template import TEXT_FIELDS, TemplateField, parse_template
 
 
 @pytest.mark.parametrize(
@@ -78,3 +79,75 @@ def test_item_text_puts_the_most_telling_first() -> None:
     assert item_text("Mug", "Alva", ["Home", "Kitchen"], "Blue.", 100) == "Mug | Alva | Home > Kitchen | Blue."
     assert item_text("Mug", None, [], None, 100) == "Mug"
     assert item_text("Mug", "Alva", [], "long " * 100, 20).startswith("Mug | Alva | long")
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{title}", "Blue mug"),
+        ("{title:.4} [{categories[-1]}]", "Blue [Mugs]"),
+        ("{categories[0]}: {title}", "Home: Blue mug"),
+        ("{categories} / {brand}", "Home > Mugs / Alva"),
+        ("{{{brand}}} {description:.6}", "{Alva} Holds"),
+        ("  {title} \n ({brand}) ", "Blue mug (Alva)"),
+    ],
+)
+def test_templates_show_what_they_name(template: str, text: str) -> None:
+    parts = parse_template(template)
+    assert templated_text(parts, "Blue mug", "Alva", ["Home", "Mugs"], "Holds tea.", 60) == text
+
+
+def test_what_an_item_lacks_leaves_no_brackets_and_a_missing_title_is_told_by_the_rest() -> None:
+    short = parse_template("{title:.40} [{categories[-1]}] ({brand})")
+    assert templated_text(short, "Mug", None, [], None, 60) == "Mug"
+    assert templated_text(short, "", "Alva", ["Home", "Mugs"], None, 60) == "Alva | Home > Mugs [Mugs] (Alva)"
+    assert templated_text(parse_template("{brand}"), "Mug", None, [], None, 60) == ""
+    # Brackets of the title itself are the shop's.
+    assert templated_text(parse_template("{title} {brand}"), "Mug []", None, [], None, 60) == "Mug []"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{titel}", "unknown field `{titel}`; fields are title, brand, categories, description"),
+        ("{source_id}", "unknown field"),
+        ("{title.__class__}", "cannot be read"),
+        ("{title!r}", "cannot be read"),
+        ("{title:>40}", "cannot be read"),
+        ("{0}", "unknown field"),
+        ("{}", "unknown field"),
+        ("{title[0]}", "title is no list"),
+        ("{categories[1]}", "there is no [1]"),
+        ("{categories[__class__]}", "there is no [__class__]"),
+        ("{title:.0}", "nothing is left"),
+        ("{title", "`{` at character 1 is half a pair"),
+        ("{title} }", "`}` at character 9 is half a pair"),
+        ("only words", "names no field"),
+        ("", "names no field"),
+    ],
+)
+def test_everything_else_in_braces_is_refused(template: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_template(template)
+
+
+@given(st.text(alphabet="{}[]:.-01!_ ategoriscld\n", max_size=40), st.text(max_size=30), st.integers(1, 40))
+def test_any_template_is_refused_or_shows_only_plain_pieces_and_fields(template: str, title: str, length: int) -> None:
+    """No template of any origin does anything else, and the text is one line of at most the length asked for."""
+    try:
+        parts = parse_template(template)
+    except ValueError:
+        return
+    fields = [part for part in parts if isinstance(part, TemplateField)]
+    assert {part.name for part in fields} <= set(TEXT_FIELDS)
+    title = clean_title(title)
+    text = templated_text(parts, title, "Alva", ["Home", "Mugs"], None, length)
+    assert len(text) <= length
+    assert text == " ".join(text.split())
+
+
+@given(st.text(max_size=40))
+def test_plain_text_around_a_field_stays(plain: str) -> None:
+    escaped = plain.replace("{", "{{").replace("}", "}}")
+    line = " ".join(f"{plain}Mug{plain}".split())
+    assert templated_text(parse_template(f"{escaped}{{title}}{escaped}"), "Mug", None, [], None, 1000) == line

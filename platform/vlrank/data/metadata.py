@@ -49,6 +49,11 @@ class Item:
     description: str | None
     image: str | None
 
+    @property
+    def has_text(self) -> bool:
+        """Whether anything can be shown of the item."""
+        return bool(self.title or self.brand or self.categories or self.description)
+
 
 def items(
     path: Path, wanted: Set[str], options: RawOptions, rejects: Rejects, max_chars: int

@@ -6,7 +6,7 @@ In this order, each step counted in the manifest:
 2. ``min_rating``: keep interactions rated at least this. (In the lineage of this code, LlamaRec and its descendants,
 the
    option only named a folder; here it filters.)
-3. drop items without a title, so that every item of the dataset can be shown in a prompt;
+3. drop items without title, brand, categories and description, so that every item can be shown in a prompt;
 4. order by time, ties in file order; of repeated (user, item) pairs keep the first;
 5. ``min_uc``/``min_sc``: the k-core, to the fixpoint (`vlrank.data.interactions.k_core`);
 6. ids from 1 in the byte order of the source's ids; split.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ from vlrank.data.sources import Batch, RawOptions, interactions
 from vlrank.data.splits import temporal_cuts
 from vlrank.data.summary import describe
 from vlrank.data.tables import disk_errors, file_sha256, read_parquet, write_parquet_atomic
-from vlrank.data.text import item_text
+from vlrank.data.text import item_text, templated_text
 from vlrank.errors import UserError
 from vlrank.storage import fetch, remove_tree
+from vlrank.text_template import parse_template
 
 # Keys that say where things are or how pictures are had, and so do not change the tables.
 _NOT_OPTIONS = {"reviews", "meta", "out", "dataset_code", "release", "raw_dir", "download", "overwrite", "use_image"}
@@ -137,7 +139,7 @@ def _wants_pictures(config: PrepareConfig) -> bool:
 
 
 def _options(config: PrepareConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=_NOT_OPTIONS)
+    return config.model_dump(mode="json", exclude=_NOT_OPTIONS | ({"text"} if config.text is None else set()))
 
 
 def _inputs(config: PrepareConfig) -> dict[str, list[dict[str, Any]]]:
@@ -205,14 +207,14 @@ class _Stages:
             self._losses.append((kept, reason or left, remedy))
 
 
-def _untitled(counts: Mapping[str, int], titled: int) -> tuple[str, str]:
-    """(how many items have no title and why, what to do about it)."""
+def _textless(counts: Mapping[str, int], shown: int) -> tuple[str, str]:
+    """(how many items have no text and why, what to do about it)."""
     absent, empty = counts.get("NoMetadata", 0), counts.get("NoTitle", 0)
-    reason = f"{absent + empty:,} of {titled + absent + empty:,} items have no title"
+    reason = f"{absent + empty:,} of {shown + absent + empty:,} items have no title, brand, categories or description"
     if absent:
         reason += f" ({absent:,} have no usable row in the metadata)"
     hint = "both files use the same ids (columns.item=NAME)" if absent > empty else "columns.title names the titles"
-    return reason, f"Check that {hint}, or keep items without a title, shown by their id: keep_untitled=true."
+    return reason, f"Check that {hint}, or keep items without a text, shown by their id: keep_untitled=true."
 
 
 def _build(
@@ -220,13 +222,16 @@ def _build(
 ) -> Dataset:
     stages, times = _Stages(), _Times(config.impossible_times == "quarantine")
     data = _read_interactions(config, writer, stages, times)
-    clean_items, shown, rejected = _read_items(config, writer, data)
-    reason, remedy = _untitled(rejected, len(shown))
+    clean_items, shown, untitled, rejected = _read_items(config, writer, data)
+    reason, remedy = _textless(rejected, len(shown))
     if not shown:
         example = data.item_names[0].as_py()
-        raise UserError(f"no item of the reviews, such as {example!r}, has a title in the metadata: {reason}", remedy)
+        raise UserError(
+            f"no item of the reviews, such as {example!r}, has a title or another text in the metadata: {reason}",
+            remedy,
+        )
     data = _only_items(data, shown)
-    stages.add("items with a title", data, remedy, reason)
+    stages.add("items with a title" + (" or another text" if untitled else ""), data, remedy, reason)
     del shown
     data = order(data)
     if not config.keep_duplicates:
@@ -238,7 +243,7 @@ def _build(
     built = sequences(data)
     del data
 
-    table = _items_table(clean_items, built, config.max_text_chars)
+    table = _items_table(clean_items, built, config)
     clean_items.unlink()
     wanted = table.filter(pl.col("image").is_not_null()).select("item_id", source="image")
     found = pictures.fetch(config.folder, wanted["source"].to_list(), config) if _wants_pictures(config) else {}
@@ -353,14 +358,16 @@ def _only_items(data: Interactions, shown: set[str]) -> Interactions:
 
 def _read_items(
     config: PrepareConfig, writer: DatasetWriter, data: Interactions
-) -> tuple[Path, set[str], Mapping[str, int]]:
-    """One pass over the metadata: a temporary table of clean items, the ids that stay, and bad rows by kind of error.
+) -> tuple[Path, set[str], int, Mapping[str, int]]:
+    """One pass over the metadata: a temporary table of clean items, the ids that stay, how many of these have no title
+    but another text, and bad rows by kind of error.
 
-    Of several rows for one item the first with a title counts; later ones that say something else are put aside.
+    Of several rows for one item the first with a title counts, and without one the first with another text; further
+    titled ones that say something else are put aside.
     """
     if not config.meta and not config.keep_untitled:
         raise UserError(
-            "no metadata was given, and items without a title are dropped",
+            "no metadata was given, and items without a text are dropped",
             "Give the items' titles with --meta FILE, or keep_untitled=true to show items by their id.",
         )
     used = np.flatnonzero(np.bincount(data.item, minlength=len(data.item_names)))
@@ -376,25 +383,30 @@ def _read_items(
                 if number % 1000 == 0:
                     bar.advance(1000)
                 if not item.title:
-                    untitled.setdefault(item.source_id, (key, item))
+                    earlier = untitled.get(item.source_id)
+                    if earlier is None or (item.has_text and not earlier[1].has_text):
+                        untitled[item.source_id] = (key, item)
                 elif item.source_id not in titled:
                     titled[item.source_id] = hash(item)
                     spill.add(item)
                 elif titled[item.source_id] != hash(item):
                     message = f"another row of {item.source_id} came first and says something else"
                     rejects.add(key, "DuplicateMetadata", message)
+        told: set[str] = set()  # without a title, by another text
         for source_id, (key, item) in untitled.items():
             if source_id in titled:
                 continue
-            if config.keep_untitled:
+            if item.has_text:
+                told.add(source_id)
+            if item.has_text or config.keep_untitled:
                 spill.add(item)
             else:
-                rejects.add(key, "NoTitle", f"{source_id} has no title once cleaned")
+                rejects.add(key, "NoTitle", f"{source_id} has no title, brand, categories or description once cleaned")
     if not config.keep_untitled:
         for source_id in sorted(wanted - titled.keys() - untitled.keys()):
             rejects.add(source_id, "NoMetadata", "no usable metadata row has this id")
     rejects.flush()
-    return path, wanted if config.keep_untitled else set(titled), rejects.counts
+    return path, wanted if config.keep_untitled else told | titled.keys(), len(told), rejects.counts
 
 
 class _ItemSpill:
@@ -428,15 +440,15 @@ class _ItemSpill:
             self._writer.close()
 
 
-def _items_table(clean_items: Path, built: Sequences, max_text_chars: int) -> pl.DataFrame:
+def _items_table(clean_items: Path, built: Sequences, config: PrepareConfig) -> pl.DataFrame:
     """The items of the dataset by id: `schemas.ITEMS` without ``image_path``, and ``image``, where the picture is."""
     ids = pl.DataFrame({"source_id": pl.Series(built.item_names)}).with_row_index("item_id", offset=1)
     table = ids.join(read_parquet(clean_items, _CLEAN_ITEMS), on="source_id", how="left", maintain_order="left")
+    compose = partial(templated_text, parse_template(config.text)) if config.text else item_text
+    fields = table.select("source_id", "title", "brand", "categories", "description").iter_rows()
     texts = [
-        item_text(title or source_id, brand, categories or [], description, max_text_chars)
-        for source_id, title, brand, categories, description in table.select(
-            "source_id", "title", "brand", "categories", "description"
-        ).iter_rows()
+        compose(title or "", brand, categories or [], description, config.max_text_chars) or source_id
+        for source_id, title, brand, categories, description in fields
     ]
     return table.with_columns(
         pl.col("item_id").cast(pl.Int32),

@@ -26,7 +26,7 @@ def describe(dataset: Dataset, title: str, seconds: float | None = None) -> Summ
     lines["sparsity"] = f"{1 - interactions / (users * items):.4%}"
     lines["history length"] = _quantiles(dataset.sequences()["item_ids"].list.len())
     lines["split"] = _split(dataset)
-    lines |= _coverage(dataset)
+    lines |= _coverage(dataset) | _untitled(dataset.items())
     quarantined = {stage: len(dataset.quarantine(stage)) for stage in dataset.quarantine_stages()}
     for stage in quarantined:
         lines[f"quarantine: {stage}"] = _by_error(dataset.quarantine(stage))
@@ -80,6 +80,16 @@ def _coverage(dataset: Dataset) -> dict[str, object]:
     elif sources.get("failed"):
         rest["pictures"] += f" ({sources['failed']:,} failed: --use_image --retry_failed tries them again)"
     return {"items with text": text, **{f"items with {name}": value for name, value in rest.items()}}
+
+
+def _untitled(items: pl.DataFrame) -> dict[str, object]:
+    """How items without a title are shown; nothing where all have one."""
+    untitled = items.filter(pl.col("title").fill_null("") == "")
+    brand, description = (pl.col(name).fill_null("") != "" for name in ("brand", "description"))
+    told = len(untitled.filter(brand | description | (pl.col("categories").list.len() > 0)))
+    counted = {"by brand, categories or description": told, "by their id": len(untitled) - told}
+    text = ", ".join(f"{n:,} shown {how}" for how, n in counted.items() if n)
+    return {"items without a title": text} if text else {}
 
 
 def _share(count: Any, n: int) -> str:

@@ -7,6 +7,8 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from vlrank.text_template import TemplateField
+
 MAX_RAW_CHARS = 20_000
 """Raw fields are cut to this before cleaning: what prompts show is far shorter, and hostile markup stays cheap."""
 
@@ -92,3 +94,49 @@ def item_text(title: str, brand: str | None, categories: Sequence[str], descript
     """
     parts = [title, brand, " > ".join(categories), description]
     return cut(" | ".join(part for part in parts if part), max_chars)
+
+
+_BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
+
+
+def templated_text(
+    template: Sequence[str | TemplateField],
+    title: str,
+    brand: str | None,
+    categories: Sequence[str],
+    description: str | None,
+    max_chars: int,
+) -> str:
+    """One line for an item, as a template has it (`vlrank.text_template`).
+
+    Where the title is missing, ``{title}`` is what `item_text` shows without one. Brackets around a field that an item
+    lacks are left out, and blanks are folded.
+
+    >>> from vlrank.text_template import parse_template
+    >>> short = parse_template("{title:.10} [{categories[-1]}]")
+    >>> templated_text(short, "Mug with a long handle", None, ["Home", "Kitchen"], None, 60)
+    'Mug with a [Kitchen]'
+    >>> templated_text(short, "Mug", None, [], None, 60)
+    'Mug'
+    """
+    values: dict[str, str | Sequence[str]] = {
+        "title": title or item_text("", brand, categories, description, max_chars),
+        "brand": brand or "",
+        "categories": categories,
+        "description": description or "",
+    }
+    parts = [part if isinstance(part, str) else _value(part, values[part.name]) for part in template]
+    for i in range(1, len(template) - 1):
+        if isinstance(template[i], TemplateField) and not parts[i] and _encloses(template[i - 1], template[i + 1]):
+            parts[i - 1], parts[i + 1] = parts[i - 1][:-1], parts[i + 1][1:]
+    return cut(" ".join("".join(parts).split()), max_chars)
+
+
+def _encloses(before: str | TemplateField, behind: str | TemplateField) -> bool:
+    return isinstance(before, str) and isinstance(behind, str) and _BRACKETS.get(before[-1]) == behind[0]
+
+
+def _value(field: TemplateField, value: str | Sequence[str]) -> str:
+    if not isinstance(value, str):
+        value = " > ".join(value if field.place is None else value[field.place :][:1])
+    return cut(value, field.chars)
