@@ -31,6 +31,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 INTERRUPTED = "interrupted; what was committed stays, and the same command goes on from there"
 
+_STARTED = time.time()  # imported before anything heavy is
+
 _supervisor: int | None = None  # the writing end of the pipe, in a supervised process
 _watched: tuple[int, ...] = ()
 
@@ -56,6 +58,11 @@ def supervised(work: Callable[[], Any], report: Callable[[str, str], None]) -> N
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # the handlers of `atexit` are the command's
+
+
+def command_started() -> float | None:
+    """When the running command was started, seconds since the epoch; None where nothing supervises this process."""
+    return None if _supervisor is None else _STARTED
 
 
 def watch(processes: Sequence[psutil.Process]) -> None:

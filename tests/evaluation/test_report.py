@@ -56,6 +56,19 @@ def test_curves_of_a_run_that_is_still_going(tmp_path: Path) -> None:
         _sweep(tmp_path)
 
 
+def test_the_page_shows_where_the_time_of_a_run_went(world: Dataset, tmp_path: Path) -> None:
+    file = ranked(world, tmp_path / "r.parquet", {1: [1, 2, 3]})
+    folder = tmp_path / "caption"
+    folder.mkdir()
+    (folder / "history.jsonl").write_text('{"epoch": 1, "loss": 2.5, "recall@10": 0.1}\n')
+    (folder / "result.json").write_text('{"phases": {"Ray": 12.3, "learning": 100.0, "end": 0.2}}')
+    run(EvaluateConfig(dataset=world.path, rankings=(file,), runs=(folder,), out=tmp_path / "out", bootstrap=100))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Where the time of caption went" in page
+    assert re.search(r'<th scope="row">Ray</th>.*?<td>12 s</td>', page)
+    assert '<th scope="row">end</th>' not in page
+
+
 def ranked(world: Dataset, path: Path, lists: dict[int, list[int]]) -> Path:
     table = Lists.from_dict(lists).to_frame(split="test", source="m").select(schemas.RANKINGS.names)
     write_parquet_atomic(table, path, schemas.RANKINGS)

@@ -25,7 +25,10 @@ from tests.processes import Program
 from vlrank.config import RayConfig, TrainConfig, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.runtime import ray_session
-from vlrank.training.run import read_history, run
+from vlrank.training.checkpoints import torn_file
+from vlrank.training.history import read_history
+from vlrank.training.run import run
+from vlrank.training.state import saved_states
 
 pytestmark = pytest.mark.stack
 
@@ -96,6 +99,8 @@ def unbroken(settings: Callable[..., TrainConfig]) -> list[dict[str, Any]]:
     """The history of a run that nothing happened to, with one worker: the number of workers changes nothing either."""
     config = settings("unbroken", workers=1)
     run(config)
+    assert saved_states(config.out, 10**9)[0].finished
+    assert not list(config.out.rglob("rank-*.safetensors")), "what a run resumes from is gone when it is over"
     return numbers(config.out)
 
 
@@ -118,6 +123,7 @@ def test_a_killed_worker(settings: Callable[..., TrainConfig], unbroken: list[di
     # A report cut off by the crash may have left a folder that nothing knows: it must be gone.
     known = json.loads((config.out / "qwen3vl_rerank_vl" / "checkpoint_manager_snapshot.json").read_text())
     names = {result["checkpoint_dir_name"] for result in known["checkpoint_results"]}
+    assert all(torn_file(config.out / "qwen3vl_rerank_vl" / name) is None for name in names)
     assert {path.name for path in (config.out / "qwen3vl_rerank_vl").glob("checkpoint-*")} == names
 
 
@@ -156,12 +162,17 @@ def test_a_torn_newest_checkpoint_costs_what_was_trained_since_the_one_before(
     newest = home / f"checkpoint-{unbroken[-1]['step']}"
     weights = newest / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    before = read_history(config.out)
     run(config)
     assert_same(numbers(config.out), unbroken)
+    # What it resumed from is gone with the end of the run: it trained again, and kept what was whole.
+    assert read_history(config.out)[:-1] == before[:-1]
     assert (home / f"torn-{newest.name}").is_dir()
     said = " ".join(capsys.readouterr().err.split())
-    assert "is torn (adapter_model.safetensors is cut off); the run goes on from step" in said
+    assert "is torn (adapter_model.safetensors is cut off); the run goes on from the start" in said
     load_file(weights)
+    result = json.loads((config.out / "result.json").read_text())
+    assert sum(result["phases"].values()) == pytest.approx(result["seconds"], abs=0.01)
 
 
 def test_a_terminated_driver_ends_as_by_ctrl_c(settings: Callable[..., TrainConfig]) -> None:

@@ -21,6 +21,7 @@ from vlrank.errors import UserError
 from vlrank.training import pictures
 from vlrank.training.checkpoints import remove_orphans
 from vlrank.training.data import TrainingData, choose_samples, display_name, selection_metric
+from vlrank.training.history import read_history, record_evaluation
 from vlrank.training.model import resolve_base
 from vlrank.training.optim import MasterAdamW
 from vlrank.training.run import (
@@ -28,11 +29,9 @@ from vlrank.training.run import (
     check_resources,
     dry_run,
     epoch_line,
-    read_history,
-    record_evaluation,
     run,
 )
-from vlrank.training.trainer import RerankTrainer, Stability, device_full
+from vlrank.training.trainer import Stability, device_full
 from vlrank.training.validation import rank_metrics
 
 Make = Callable[..., TrainConfig]
@@ -280,31 +279,6 @@ def test_a_full_device_names_settings_in_the_order_of_least_loss(settings: Make)
         names = [size, "gradient_checkpointing", "optim", "method=lora", "max_image_pixels"]
         places = [remedy.index(name) for name in names]
         assert places == sorted(places)
-
-
-def test_resuming_keeps_bfloat16_adapters_and_their_masters(tiny_text_model: Path, tmp_path: Path) -> None:
-    """PEFT loads adapters as float32. The optimizer would then drop its masters, and the run go another way."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import Trainer, TrainingArguments
-
-    from vlrank.engines.models import open_model
-    from vlrank.engines.transformers_scorer import load_model
-
-    def adapted() -> torch.nn.Module:
-        model = load_model(open_model(tiny_text_model)).to(torch.bfloat16)
-        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), autocast_adapter_dtype=False)
-
-    saved = adapted()
-    saved.save_pretrained(tmp_path)
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
-    trainer = Trainer(model=adapted(), args=arguments)
-    trainer.__class__ = RerankTrainer  # without the data that it would be made with
-    trainer._load_from_checkpoint(str(tmp_path))
-    loaded = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-    assert {weight.dtype for weight in loaded.values()} == {torch.bfloat16}
-    for name, weight in saved.named_parameters():
-        if weight.requires_grad:
-            torch.testing.assert_close(loaded[name], weight)
 
 
 # ---- the optimizer --------------------------------------------------------------------------------------------------

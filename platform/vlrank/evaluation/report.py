@@ -22,7 +22,7 @@ from vlrank.console import progress
 from vlrank.data.dataset import Dataset
 from vlrank.data.lists import Ints, Lists
 from vlrank.data.picture import UnreadablePicture, read_rgb
-from vlrank.data.tables import read_json_lines
+from vlrank.data.tables import read_json, read_json_lines
 from vlrank.errors import UserError
 from vlrank.evaluation.checks import Finding
 from vlrank.evaluation.compare import Difference
@@ -55,6 +55,10 @@ def render(config: EvaluateConfig, dataset: Dataset, groups: Sequence[Group]) ->
         UserError: a run or sweep folder of the config does not exist.
     """
     items, runs = _Items(dataset), [_run_curves(path) for path in config.runs]
+    times = [("Where the time went", _stages(config.stage_times))] if config.stage_times else []
+    for path in config.runs:
+        if seconds := _run_phases(path):
+            times.append((f"Where the time of {path.name} went", _stages(seconds)))
     views = [_view(config, dataset, group, items) for group in groups]
     data = {
         "groups": [view.pop("data") for view in views],
@@ -70,7 +74,7 @@ def render(config: EvaluateConfig, dataset: Dataset, groups: Sequence[Group]) ->
         split_method=dataset.manifest.get("split", {}).get("method", "leave_one_out"),
         config=config,
         groups=list(zip(groups, views, strict=True)),
-        stages=_stages(config.stage_times),
+        times=times,
         data=data,
     )
 
@@ -81,7 +85,7 @@ def render_sweep(title: str, sweep: Path) -> str:
     Raises:
         UserError: the folder holds no sweep.
     """
-    return _page(title=title, groups=[], stages=[], data={"groups": [], "runs": [], "sweep": _sweep(sweep)})
+    return _page(title=title, groups=[], times=[], data={"groups": [], "runs": [], "sweep": _sweep(sweep)})
 
 
 def _page(data: Mapping[str, Any], **more: Any) -> str:
@@ -435,6 +439,13 @@ def _run_curves(folder: Location) -> dict[str, Any]:
             if ("@" in name or "loss" in name) and isinstance(value, int | float) and math.isfinite(value):
                 series.setdefault(name, []).append([x, value])
     return {"name": folder.name, "axis": axis or "evaluation", "series": series}
+
+
+def _run_phases(folder: Location) -> dict[str, float]:
+    """Seconds by phase from ``RUN/result.json``; empty for a run that is not finished."""
+    path = folder / "result.json"
+    phases = read_json(path).get("phases", {}) if path.is_file() else {}
+    return {name: float(seconds) for name, seconds in phases.items() if seconds >= 0.5}
 
 
 def _sweep(folder: Path) -> list[dict[str, Any]]:

@@ -1,30 +1,34 @@
-"""Whole and torn checkpoints: a run goes on from the newest one that can be read."""
+"""Whole and torn checkpoints, and those that a crash has left unknown."""
 
 from __future__ import annotations
 
 import json
-import zipfile
+from pathlib import Path
 from typing import Any
 
 from vlrank.data.tables import atomic_write_json, file_size, read_json
+from vlrank.errors import UserError
 from vlrank.storage import BucketPath, Location, listing, remove_tree
+from vlrank.training.history import read_history, write_history
+from vlrank.training.selection import best_evaluation
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of the checkpoints of a run; names of folders beside it."""
-_ARCHIVES = (".bin", ".pt", ".pth")
+_FORMER = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth")
 
 
 def torn_file(folder: Location) -> Location | None:
     """The first file of a checkpoint that was cut off, or the folder if it is empty; None if all is whole.
 
-    Read are the heads of safetensors files, which say where each tensor ends (8 bytes of length, then JSON), and the
-    ends of torch's zip archives: reading all of a checkpoint, and from a bucket at that, is not needed.
+    Of a safetensors file the head is read, which says where each tensor ends (8 bytes of length, then JSON): reading
+    all of a checkpoint, and from a bucket at that, is not needed.
     """
     files = [file for file in listing(folder, "*") if not file.is_dir()]
-    return next((file for file in files if not _whole(file)), None if files else folder)
+    return next((file for file in files if not whole_file(file)), None if files else folder)
 
 
-def _whole(file: Location) -> bool:
+def whole_file(file: Location) -> bool:
+    """Whether a safetensors or JSON file has its end; true for any other."""
     if file.suffix == ".safetensors":
         size = file_size(file)
         with file.open("rb") as content:
@@ -34,9 +38,6 @@ def _whole(file: Location) -> bool:
             tensors = json.loads(content.read(length))
         ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
         return bool(size == 8 + length + max(ends, default=0))
-    if file.suffix in _ARCHIVES:
-        with file.open("rb") as content:
-            return zipfile.is_zipfile(content)
     if file.suffix == ".json":
         try:
             json.loads(file.read_text(encoding="utf-8"))
@@ -45,33 +46,53 @@ def _whole(file: Location) -> bool:
     return True
 
 
-def set_torn_aside(home: Location) -> tuple[dict[str, str], int]:
-    """Take torn checkpoints from the newest on out of Ray Train's list, until one is whole.
+def mend_run(out: Location, home: Location) -> dict[str, str]:
+    """Have the history of a run and Ray Train's list of its checkpoints name what is there and whole.
+
+    Evaluations are dropped from the newest on until the checkpoint of the newest and that of the best are whole; the
+    run makes them again. So it does with what Ray Train has listed and a killed driver has not recorded.
 
     Args:
-        home: The folder of a run's checkpoints and of `SNAPSHOT`.
+        out: The run folder.
+        home: The folder of its checkpoints and of `SNAPSHOT`.
 
     Returns:
-        Name of a torn checkpoint -> its torn file, and the step of the newest whole one, 0 without one. On a disk a
-        torn folder is now called ``torn-NAME``; in a bucket it is gone.
+        Name of a torn checkpoint -> its torn file. On a disk a torn folder is now called ``torn-NAME``; in a bucket it
+        is gone.
+
+    Raises:
+        UserError: the checkpoints hold pickled optimizer states of a former format.
     """
     snapshot = home / SNAPSHOT
     if not snapshot.is_file():
-        return {}, 0
+        return {}
     state = read_json(snapshot)
+    listed = {result["checkpoint_dir_name"]: result["metrics"]["step"] for result in state["checkpoint_results"]}
+    former = next((name for name in listed for file in _FORMER if (home / name / file).is_file()), None)
+    if former is not None:
+        raise UserError(
+            f"{home / former} holds the optimizer's state in a former format, which is not read any more",
+            f"Finish {out} with the version that began it, or set resume=never to train again.",
+        )
+    history = before = read_history(out)
     torn: dict[str, str] = {}
-    while (latest := state["latest_checkpoint_result"]) is not None:
-        name = latest["checkpoint_dir_name"]
-        file = torn_file(home / name)
-        if file is None:
+    while history:
+        names = {Path(line["checkpoint"]).name for line in (history[-1], best_evaluation(history))}
+        torn |= {name: file.name for name in names & listed.keys() if (file := torn_file(home / name))}
+        if names <= listed.keys() - torn.keys():
             break
-        torn[name] = file.name
+        history = history[:-1]
+    committed = history[-1]["step"] if history else 0
+    dropped = [name for name, step in listed.items() if step > committed or name in torn]
+    for name in dropped:
         _forget(state, name)
-    if torn:
+    if dropped:
         atomic_write_json(snapshot, state)  # first: what Ray Train lists has to be there
-        for name in torn:
-            _put_aside(home / name)
-    return torn, latest["metrics"]["step"] if latest else 0
+    if len(history) < len(before):
+        write_history(out, history)
+    for name in torn:
+        _put_aside(home / name)
+    return torn
 
 
 def _forget(state: dict[str, Any], name: str) -> None:

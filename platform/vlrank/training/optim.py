@@ -69,12 +69,16 @@ class MasterAdamW(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state and keep it float32; the base class would cast it to the type of the weights."""
+        """Load a state, and the weights from its masters.
+
+        The state stays float32; the base class would cast it to the type of the weights.
+        """
         super().load_state_dict(state_dict)
         places = [parameter for group in self.param_groups for parameter in group["params"]]
         for i, saved in state_dict["state"].items():
             for name, value in saved.items():
                 self.state[places[i]][name] = value.to(places[i].device, torch.float32)
+            places[i].data.copy_(self.state[places[i]]["master"])
 
 
 def _buckets(parameters: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -7,8 +7,8 @@ checkpoint), ``result.json`` (when it is done) and the checkpoints, plain Huggin
 from __future__ import annotations
 
 import json
+import sys
 import threading
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +22,7 @@ from vlrank.console import Summary, announce, console, progress
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
 from vlrank.data.quarantine import write_quarantine
-from vlrank.data.tables import atomic_write_json, atomic_write_text, disk_errors, read_json, read_json_lines
+from vlrank.data.tables import atomic_write_json, atomic_write_text, disk_errors, read_json
 from vlrank.engines.models import best_checkpoint
 from vlrank.engines.resources import GIB
 from vlrank.errors import UserError
@@ -30,12 +30,16 @@ from vlrank.prompting.chat_template import check_chat_template
 from vlrank.ray_train import fit_trainer, ray_storage, with_failure_policy
 from vlrank.runtime import cluster_gpus, cluster_resources, ray_session
 from vlrank.storage import BucketPath, Location, fetch_model, listing, location, remove_tree, writable
-from vlrank.training.checkpoints import set_torn_aside, torn_file
+from vlrank.supervisor import command_started
+from vlrank.training.checkpoints import mend_run, torn_file
 from vlrank.training.data import TrainingData, choose_samples, display_name, selection_metric
+from vlrank.training.history import committed_step, read_history, record_evaluation
 from vlrank.training.memory import TooLarge, free_gpu_memory
 from vlrank.training.model import FOLDERS, Base, resolve_base
-from vlrank.training.selection import best_evaluation, improves
+from vlrank.training.selection import improves
 from vlrank.training.settle import OPEN, with_kept
+from vlrank.training.state import drop_tensors, saved_states
+from vlrank.training.timeline import Timeline, as_result, in_words
 from vlrank.training.worker import PROGRESS_FILE, PROGRESS_S
 
 if TYPE_CHECKING:
@@ -44,7 +48,7 @@ if TYPE_CHECKING:
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 _FREE_KEYS = {
-    *("out", "ray", "max_failures", "resume", "report_to", "loader_workers", "save_total_limit"),
+    *("out", "ray", "max_failures", "resume", "resume_minutes", "report_to", "loader_workers", "save_total_limit"),
     # What a full GPU makes people change; neither samples nor gradients depend on it.
     *("micro_batch_size", "gradient_checkpointing", "pack_tokens", "auto_batch", "gpu_memory_gib", "compile"),
     *("workers", "gpus_per_worker", "cpus_per_worker"),
@@ -99,6 +103,7 @@ def build_trainer(
     storage_path: str | Location,
     callbacks: Sequence[Any] = (),
     data: TrainingData | None = None,
+    timeline: Timeline | None = None,
 ) -> DataParallelTrainer:
     """The Ray Train trainer of a run, for `run` and for tuning; Ray must be connected.
 
@@ -110,6 +115,7 @@ def build_trainer(
         name, storage_path: Where the run folder is.
         callbacks: Ray Train callbacks, e.g. `TuneReportCallback`.
         data: Read from ``config.dataset`` when not given.
+        timeline: The worker goes on with it; default a new one.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -137,7 +143,12 @@ def build_trainer(
         kind = TorchTrainer
     return with_failure_policy(kind, lambda: len(read_history(folder)))(
         train_loop,
-        train_loop_config={"config": config.model_dump(mode="json"), "base": asdict(base), "data": ray.put(data)},
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "base": asdict(base),
+            "data": ray.put(data),
+            "timeline": (timeline or Timeline(phase="Ray")).handed_on(),
+        },
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=FOLDERS[base.family],
@@ -152,13 +163,17 @@ def build_trainer(
 
 
 def _resume_from_whole(folder: Location, home: Location) -> None:
-    """Have a run go on from its newest whole checkpoint; what was evaluated after it will be again."""
-    torn, step = set_torn_aside(home)
+    """Have a run go on from its newest whole state and checkpoint."""
+    torn = mend_run(folder, home)
+    committed = committed_step(folder)
+    states = saved_states(folder, committed)
+    step = states[0].step if states else 0
+    goes_on = f"from step {step}" if step else "from the start"
     for name, file in torn.items():
-        goes_on = f"from step {step}" if step else "from the start"
         announce("Note:", f"{home / name} is torn ({file} is cut off); the run goes on {goes_on}", "yellow")
-    if torn:
-        write_history(folder, [line for line in read_history(folder) if line["step"] <= step])
+    if step < committed and not torn:
+        kept = f"checkpoints up to step {committed} are kept"
+        announce("Note:", f"the run goes on {goes_on}, where its optimizer was last saved; {kept}", "yellow")
 
 
 def _run_folder_callback(folder: Location) -> Any:
@@ -168,33 +183,16 @@ def _run_folder_callback(folder: Location) -> Any:
         """Keeps history.jsonl and best.json; runs in the controller, on the driver's node."""
 
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            record_evaluation(folder, metrics[0])
+            record_evaluation(folder, {key: value for key, value in metrics[0].items() if key != "last"})
+            if metrics[0]["last"]:
+                drop_tensors(folder)
 
     return RunFolder()
 
 
-def record_evaluation(folder: Location, metrics: Mapping[str, Any]) -> None:
-    """Add an evaluation to a run folder; one that is repeated after a crash replaces the earlier line."""
-    history = [line for line in read_history(folder) if line["step"] < metrics["step"]]
-    history.append({**metrics, "time": time.time()})
-    write_history(folder, history)
-    best = best_evaluation(history)
-    facts = {key: best[key] for key in ("checkpoint", "metric", "value", "epoch", "step")}
-    atomic_write_json(folder / "best.json", facts)
-
-
-def write_history(folder: Location, history: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the evaluations of a run."""
-    atomic_write_text(folder / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-
-
-def read_history(folder: Location) -> list[dict[str, Any]]:
-    """The evaluations of a run, oldest first."""
-    return read_json_lines(folder / "history.jsonl")
-
-
 def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Summary:
     config = config.model_copy(update={"out": config.out.resolve(), "dataset": config.dataset.resolve()})
+    timeline = _timeline(config.out)
     base = resolve_base(config)
     _check_reporters(config)
     run_samples = choose_samples(config, data)
@@ -204,14 +202,18 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
     template_note = check_chat_template(base.name, pictures=run_samples.spec.pixels)
     for warning in (*run_samples.warnings, *([template_note] if template_note else [])):
         announce("Note:", warning, "yellow")
-    begun = time.perf_counter()
+    timeline.enter("Ray")
     with ray_session(config.ray):
         check_resources(config, cluster_resources())
-        trainer = build_trainer(config, name=config.out.name, storage_path=config.out.parent, data=data)
+        trainer = build_trainer(
+            config, name=config.out.name, storage_path=config.out.parent, data=data, timeline=timeline
+        )
         if dataset is not None:
             atomic_write_json(config.out / _DATA_FILE, dataset.manifest["files"])
         with _watch(config, config.epochs * -(-len(run_samples.samples) // config.batch_size)):
             outcome: dict[str, Any] | None = fit_trainer(trainer).return_value
+            if outcome is not None:
+                timeline = Timeline.taken_over(outcome.pop("timeline"))
     if outcome is None:
         raise RuntimeError("training ended without a result")
     if outcome["stopped_early"]:
@@ -227,7 +229,7 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
         for key, _, message in bad:
             warnings.warn(f"{key}: {message}", stacklevel=3)
     result = outcome | {
-        "seconds": round(time.perf_counter() - begun, 2),
+        **as_result(timeline.attempts),
         "quarantined": len(bad),
         "samples": len(run_samples.samples),
         "validation_users": len(run_samples.validation),
@@ -235,6 +237,16 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
     atomic_write_json(config.out / "result.json", result)
     (config.out / PROGRESS_FILE).unlink(missing_ok=True)
     return _summary(config, base, result)
+
+
+def _timeline(out: Location) -> Timeline:
+    """A new attempt's timeline, behind those of the attempts before it."""
+    from_enter = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()  # else part of a longer command
+    earlier: list[Any] = []
+    with suppress(OSError, ValueError, UserError):
+        last = json.loads((out / PROGRESS_FILE).read_text(encoding="utf-8")).get("timeline")
+        earlier = [*last["earlier"], last["attempt"]] if last else []
+    return Timeline(command_started() if from_enter else None, earlier=earlier)
 
 
 def with_defaults(config: TrainConfig, base: Base) -> TrainConfig:
@@ -411,7 +423,7 @@ def _facts(config: TrainConfig, base: Base, data: TrainingData) -> Summary:
         "steps": f"{steps} per epoch, {steps * config.epochs} at most",
         "validation users": len(run_samples.validation),
         "selected by": display_name(run_samples.metric),
-        "GPU memory": _memory_line(config, base),
+        **_plan_lines(config, base, steps * config.epochs),
         **({"notes": "; ".join(run_samples.warnings)} if run_samples.warnings else {}),
     }
     return Summary(
@@ -419,25 +431,30 @@ def _facts(config: TrainConfig, base: Base, data: TrainingData) -> Summary:
     )
 
 
-def _memory_line(config: TrainConfig, base: Base) -> str:
-    """How the run would fit this machine's GPU, or ``gpu_memory_gib``."""
+def _plan_lines(config: TrainConfig, base: Base, steps: int) -> dict[str, object]:
+    """How the run would fit this machine's GPU, or ``gpu_memory_gib``, and a disk."""
     import torch
 
-    from vlrank.training.settle import plan_for
+    from vlrank.training.disk import foreseen_plan
+    from vlrank.training.settle import default_dtype, foreseen_work, plan_for
 
-    if torch.cuda.is_available():
-        memory = free_gpu_memory(config, torch.device("cuda", 0))
-    elif config.gpu_memory_gib is not None:
-        memory = config.gpu_memory_gib * GIB
-    else:
-        return "no GPU here; gpu_memory_gib=24 shows the plan for a card of 24 GiB"
+    on_gpu = torch.cuda.is_available()
     base = replace(base, name=fetch_model(base.name))
+    memory = free_gpu_memory(config, torch.device("cuda", 0)) if on_gpu else (config.gpu_memory_gib or 0.0) * GIB
+    settled = {"dtype": default_dtype(True)} if config.dtype == "auto" and on_gpu else {}
+    if config.dtype == "auto" and not on_gpu:
+        settled = {"dtype": "bfloat16" if memory else "float32"}
+    gpu: object = "no GPU here; gpu_memory_gib=24 shows the plan for a card of 24 GiB"
     try:
-        return str(plan_for(config, base, memory))
+        if memory:
+            plan = plan_for(config, base, memory)
+            gpu, settled = str(plan), settled | {"optim": plan.optim}
+        config = config.model_copy(update=settled)
+        return {"GPU memory": gpu, "disk": foreseen_plan(config, base, foreseen_work(config, base), steps)}
     except TooLarge:
         raise
     except UserError as error:
-        return f"unknown: {error.problem}"
+        return {"GPU memory": f"unknown: {error.problem}"}
 
 
 def _summary(config: TrainConfig, base: Base, result: Mapping[str, Any]) -> Summary:
@@ -452,6 +469,9 @@ def _summary(config: TrainConfig, base: Base, result: Mapping[str, Any]) -> Summ
         "waiting for data": f"{result['loader_wait']:.1%} of the time",
         "seconds": result["seconds"],
     }
+    if result.get("phases"):  # former results have none
+        attempts = len(result["attempts"])
+        lines["time"] = in_words(result["phases"]) + (f"; {attempts} attempts" if attempts > 1 else "")
     if result["peak_memory_gib"]:
         planned = f" ({result['planned_memory_gib']:.1f} predicted)" if result.get("planned_memory_gib") else ""
         lines["peak GPU memory"] = f"{result['peak_memory_gib']:.1f} GiB{planned}"

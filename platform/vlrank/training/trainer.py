@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,7 +19,6 @@ import torch.distributed as dist
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlrank.config import TrainConfig
-from vlrank.data.tables import DiskFull, disk_errors
 from vlrank.engines.packed_live import score_rows
 from vlrank.engines.resources import GIB, PACKED_ARCHITECTURES
 from vlrank.engines.structure import core
@@ -33,11 +32,11 @@ from vlrank.training.data import RunSamples
 from vlrank.training.memory import MemoryPlan
 from vlrank.training.model import Base, Trainable, recompute_layers
 from vlrank.training.optim import MasterAdamW
+from vlrank.training.saving import Saver, Write, restore_optimizer, restore_weights, set_random_states
 from vlrank.training.selection import improves, logged_selections, patience_spent, selection_value
+from vlrank.training.state import SavedState, StateReader
+from vlrank.training.timeline import Timeline, as_result
 from vlrank.training.validation import encode_samples, rank_metrics, target_ranks, validation_scores
-
-CHECKPOINT_FILE = "vlrank.json"
-"""In every checkpoint: mode, ranking settings, base model, family and method: enough to rank with it."""
 
 
 @dataclass(slots=True)
@@ -48,14 +47,16 @@ class Outcome:
         steps: Optimizer steps done.
         epochs: Epochs begun.
         stopped_early: The epoch at which patience ran out, or None.
-        samples_per_s: Training samples per second over all ranks, validation left out.
+        samples_per_s: Training samples per second over all ranks while the run learns and waits for batches, without
+            its first step and what is compiled later.
         tokens_per_s: The same for tokens.
-        loader_wait: Share of training time spent waiting for batches.
+        loader_wait: Share of this time spent waiting for batches.
         padding: Share of padding among the tokens computed.
         peak_memory_gib: Largest GPU memory of this rank; 0 on a CPU.
         planned_memory_gib: What was predicted.
         inserted: Share of samples whose target had to be added to a retriever's candidates.
         bad: (user, error type, message) of rows that could not be used.
+        timeline: `Timeline.handed_on` of this rank.
     """
 
     steps: int
@@ -69,6 +70,7 @@ class Outcome:
     planned_memory_gib: float
     inserted: float
     bad: list[tuple[str, str, str]]
+    timeline: dict[str, Any]
 
 
 class RerankTrainer(Trainer):
@@ -86,6 +88,8 @@ class RerankTrainer(Trainer):
         validation_encoder: Encodes validation prompts (in raw_image with ``train_inputs: caption`` they differ).
         memory_plan: How the run fits the device.
         say: Shows the user a line.
+        committed: Step up to which the run has its evaluations and checkpoints already.
+        timeline: Of this process; default a new one.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -103,13 +107,20 @@ class RerankTrainer(Trainer):
         validation_encoder: Any,
         memory_plan: MemoryPlan,
         say: Callable[[str], None],
+        committed: int = 0,
+        timeline: Timeline | None = None,
     ) -> None:
         self.config, self.base, self.run_samples = config, base, run_samples
         self.head, self.steps = trainable.head, steps
         self._encoder, self._memory_plan, self._say = validation_encoder, memory_plan, say
         self._read_tokens, self._recompute = memory_plan.read_tokens, memory_plan.recompute
         self._validation_prompts: list[Any] | None = None
-        self._meter = _Meter()
+        self.timeline = timeline or Timeline()
+        self.saver = Saver(self, committed)
+        self.begun_write: Write | None = None
+        self._reader: Any = None
+        self._steps_made, self._compiled = 0, 0.0
+        self._padding = self._inserted = self._samples = self._tokens = 0
         # Scaled losses of float16 overflow until their factor is found, which is halved each time.
         self._stability = Stability(math.log(len(trainable.encoder.tokenizer)), overflows=24 if args.fp16 else 0)
         self._norm: tuple[int, Callable[[], float]] | None = None
@@ -131,11 +142,16 @@ class RerankTrainer(Trainer):
         return StepLoader(self.steps, self.config.loader_workers or 0, pin_memory=self.args.device.type == "cuda")
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """Fetch the next step and measure how long the device waits for it."""
-        begun = time.perf_counter()
-        result = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._meter.waited(time.perf_counter() - begun)
-        return result
+        """Fetch the next step; the device waits for it."""
+        if self._steps_made == 0:  # with everything that happens once
+            self.timeline.enter("compilation")
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._steps_made == 1:
+            if self.args.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.timeline.enter("learning")
+        with self.timeline.during("waiting for data"):
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs["micro"] = [to_device(batch, self.args.device) for batch in inputs["micro"]]
@@ -164,10 +180,25 @@ class RerankTrainer(Trainer):
                 together, full = inputs["together"], error.with_traceback(None)
             # Outside the handler: what the failed pass had kept is free now.
             inputs = self._smaller_step(model, together, full)
-        self._meter.did(inputs)
+        self._count(inputs)
         for user, kind, message in inputs["bad"]:
             self.bad[str(user)] = (kind, message)
         return loss
+
+    def _count(self, step: dict[str, Any]) -> None:
+        """Count the work of a step on this rank; of the first one, which compiles and allocates, nothing."""
+        self._steps_made += 1
+        compiled = compile_seconds() if self.config.compile else 0.0
+        if self._steps_made > 1:
+            self._samples += step["samples"]
+            self._tokens += step["tokens"]
+            self._padding += step["padding"]
+            self._inserted += step["inserted"]
+            world = self.args.world_size
+            self.timeline.count(step["samples"] * world, step["tokens"] * world)  # made exact by `outcome`
+            if compiled > self._compiled:
+                self.timeline.move(compiled - self._compiled, "compilation")
+        self._compiled = compiled
 
     def _learn(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         micro, world = inputs["micro"], self.args.world_size
@@ -237,7 +268,6 @@ class RerankTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Besides logging, stop a run whose loss explodes."""
         if "loss" in logs:
-            self._meter.loss = logs["loss"]
             self._stability.check_loss(logs["loss"], self.state.global_step)
         super().log(logs, start_time)
 
@@ -267,8 +297,16 @@ class RerankTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Rank the validation users' candidates, each rank its share of the users."""
+        self._check_gradients()  # waits for the last step
+        with self.timeline.during("validation"):
+            metrics = self._validate()
+        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(prefixed)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
+        return prefixed
+
+    def _validate(self) -> dict[str, float]:
         begun = time.perf_counter()
-        self._check_gradients()
         rank, world = self.args.process_index, self.args.world_size
         if self.config.parallel == "fsdp2":
             # Sharded weights are gathered by all ranks together: all must make the same passes, so all rank everybody.
@@ -301,12 +339,8 @@ class RerankTrainer(Trainer):
         # Without the prior, by which even a model that guesses would put many targets first.
         metrics["answered"] = float((ranks[1] == 1).mean())
         metrics["selection"] = selection_value(metrics[self.run_samples.metric], self.state.global_step)
-        self._meter.paused(time.perf_counter() - begun)
         metrics["seconds"] = time.perf_counter() - begun
-        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(prefixed)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
-        return prefixed
+        return metrics
 
     def _validation_scores(self, score: Callable[[list[Any]], list[Any]]) -> list[Any]:
         """Scores of the validation prompts, in smaller passes where memory runs out."""
@@ -339,72 +373,88 @@ class RerankTrainer(Trainer):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    def resume(self, state: SavedState) -> None:
+        """Go on from a saved state, to the end."""
+        reader = StateReader(state, self.args.process_index, self.args.world_size)
+        self._reader = reader
+        with tempfile.TemporaryDirectory(prefix="vlrank-resume-") as folder:
+            (Path(folder) / "trainer_state.json").write_text(json.dumps(state.trainer), encoding="utf-8")
+            self.train(resume_from_checkpoint=folder)
+        reader.close()
+
+    def is_over(self, state: SavedState) -> bool:
+        """Whether the run that saved this state had come to its end; then its outcome is taken over."""
+        over = state.finished or patience_spent(logged_selections(state.trainer["log_history"]), self.config.patience)
+        if over:
+            self.state = TrainerState(**state.trainer)
+        return over
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        types = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # PEFT makes bfloat16 adapters float32 when it loads them; the optimizer would then forget its float32 masters.
-        for name, parameter in self.model.named_parameters():
-            parameter.data = parameter.data.to(types[name])
+        with self.timeline.during("checkpoints"):
+            restore_weights(self, self._reader)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with self.timeline.during("checkpoints"):
+                restore_optimizer(self, self._reader)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and (saved := self._reader.part("scaler")) is not None:
+            self.accelerator.scaler.load_state_dict(saved)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and (saved := self._reader.own("rng")) is not None:
+            set_random_states(saved, self.args.device)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        try:
-            with disk_errors(self.config.out):
-                super()._save_checkpoint(model, trial)
-        except DiskFull as error:
-            shutil.rmtree(self.args.output_dir, ignore_errors=True)
-            kept = self.config.save_total_limit
-            more = f" A run keeps up to {kept} checkpoints while it writes the next one (save_total_limit={kept})."
-            raise DiskFull(error.problem, f"{error.remedy}{more}") from error
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self._check_gradients()
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir or self.args.output_dir)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
-        write_checkpoint_facts(folder, self.config, self.base)
-
-    def has_stopped(self, checkpoint: Path) -> bool:
-        """Whether the run that wrote this checkpoint had run out of patience; then its state is taken over."""
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        stopped = patience_spent(logged_selections(state.log_history), self.config.patience)
-        if stopped:
-            self.state = state
-        return stopped
+        """Begin a checkpoint; `ReportCallback` has it written."""
+        with self.timeline.during("checkpoints"):
+            self._check_gradients()
+            self.begun_write = self.saver.begin()
 
     # ---- outcome ----------------------------------------------------------------------------------------------------
 
     def speed(self) -> tuple[float, float]:
         """Samples per second on all ranks, and the share of time that this rank waits for its loader, so far."""
-        seconds = self._meter.seconds
-        return (self._meter.samples * self.args.world_size / seconds, self._meter.wait / seconds) if seconds else (0, 0)
+        made = as_result(self.timeline.attempts[-1:])
+        return made["samples_per_s"], made["loader_wait"]
 
     def outcome(self) -> Outcome:
         """What happened, gathered from all ranks."""
-        meter, world = self._meter, self.args.world_size
+        world, timeline = self.args.world_size, self.timeline
         bad = [(user, error, message) for user, (error, message) in self.bad.items()]
-        sums = [float(meter.samples), float(meter.tokens), float(meter.padding), float(meter.inserted)]
+        sums = [self._samples, self._tokens, self._padding, self._inserted]
         if world > 1:
             parts: list[Any] = [None] * world
             dist.all_gather_object(parts, (bad, sums))
             bad = [row for rows, _ in parts for row in rows]
             sums = [sum(values) for values in zip(*(numbers for _, numbers in parts), strict=True)]
         samples, tokens, padding, inserted = sums
-        seconds = max(1e-9, meter.seconds)
+        timeline.count(samples - self._samples * world, tokens - self._tokens * world)
+        speed = as_result(timeline.attempts[-1:])
         cuda = self.args.device.type == "cuda"
         stopped = self.state.global_step < self.state.max_steps
         return Outcome(
             steps=self.state.global_step,
             epochs=math.ceil(self.state.epoch or 0),
             stopped_early=math.ceil(self.state.epoch or 0) if stopped else None,
-            samples_per_s=samples / seconds,
-            tokens_per_s=tokens / seconds,
-            loader_wait=meter.wait / seconds,
+            samples_per_s=speed["samples_per_s"],
+            tokens_per_s=speed["tokens_per_s"],
+            loader_wait=speed["loader_wait"],
             padding=padding / max(1.0, tokens + padding),
             peak_memory_gib=torch.cuda.max_memory_allocated() / GIB if cuda else 0.0,
             planned_memory_gib=self._memory_plan.peak / GIB if cuda else 0.0,
             inserted=inserted / max(1.0, samples),
             bad=bad,
+            timeline=timeline.handed_on(),
         )
+
+
+def compile_seconds() -> float:
+    """Seconds that torch.compile has taken in this process."""
+    from torch._dynamo.utils import calculate_time_spent
+
+    return float(calculate_time_spent()["total_wall_time"])
 
 
 def _read_later(value: torch.Tensor) -> Callable[[], float]:
@@ -421,18 +471,6 @@ def _read_later(value: torch.Tensor) -> Callable[[], float]:
         return float(host)
 
     return read
-
-
-def write_checkpoint_facts(folder: Path, config: TrainConfig, base: Base) -> None:
-    """Write `CHECKPOINT_FILE`."""
-    facts = {
-        "mode": config.mode,
-        "ranking": config.resolved_ranking.model_dump(mode="json"),
-        "base_model": base.name,
-        "family": base.family,
-        "method": base.method,
-    }
-    (folder / CHECKPOINT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def device_full(config: TrainConfig, base: Base, when: str, row: int | None = None) -> UserError:
@@ -501,35 +539,6 @@ class Stability:
         self._recent.append(loss)
 
 
-class _Meter:
-    """Counts the work of a rank without its first step, which compiles and allocates."""
-
-    def __init__(self) -> None:
-        self.samples = self.tokens = self.padding = self.inserted = 0
-        self.wait = self._pause = 0.0
-        self.loss: float | None = None
-        self._begun: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        return 0.0 if self._begun is None else time.perf_counter() - self._begun - self._pause
-
-    def waited(self, seconds: float) -> None:
-        self.wait += seconds if self._begun is not None else 0.0
-
-    def paused(self, seconds: float) -> None:
-        self._pause += seconds if self._begun is not None else 0.0
-
-    def did(self, step: dict[str, Any]) -> None:
-        if self._begun is None:
-            self._begun = time.perf_counter()
-            return
-        self.samples += step["samples"]
-        self.tokens += step["tokens"]
-        self.padding += step["padding"]
-        self.inserted += step["inserted"]
-
-
 class StopEarly(TrainerCallback):
     """Stops a run whose last evaluations were no improvement."""
 
@@ -546,23 +555,18 @@ class ReportCallback(TrainerCallback):
     """After every saved checkpoint: hand metrics and files to Ray Train; meanwhile: show progress.
 
     Args:
-        report: Called on every rank with the metrics and this rank's checkpoint folder.
+        trainer: Whose checkpoints they are.
+        report: Called on every rank with the metrics and the checkpoint, which it has written.
         progress: Called on rank 0 with the step and the latest loss, at most once a second.
-        metric: What selects the best checkpoint.
-        metric_names: What is reported of an evaluation.
-        guesses: `RerankTrainer.guesses`.
     """
 
     def __init__(
         self,
-        report: Callable[[dict[str, Any], Path], None],
+        trainer: RerankTrainer,
+        report: Callable[[dict[str, Any], Write], None],
         progress: Callable[[int, float | None], None],
-        metric: str,
-        metric_names: list[str],
-        guesses: Callable[[float, float], bool],
     ) -> None:
-        self._report, self._progress, self._guesses = report, progress, guesses
-        self._metric, self._names = metric, metric_names
+        self._trainer, self._report, self._progress = trainer, report, progress
         self._loss: list[tuple[int, float]] = []
         self._shown = 0.0
         self._evaluated: dict[str, float] = {}
@@ -589,19 +593,28 @@ class ReportCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Report."""
         losses = [loss for _, loss in self._loss]
+        self._loss.clear()
+        trainer, write = self._trainer, self._trainer.begun_write
+        trainer.begun_write = None
+        if write is None:  # a step that is made again
+            return
+        metric = trainer.run_samples.metric
         metrics = {
             "epoch": math.ceil(round(state.epoch or 0, 6)),
             "epochs_done": round(state.epoch or 0, 6),
             "step": state.global_step,
             "loss": float(np.mean(losses)) if losses else float("nan"),
-            **{name: self._evaluated[name] for name in self._names},
+            **{name: self._evaluated[name] for name in trainer.metric_names},
             "selection": self._evaluated["selection"],
-            "metric": self._metric,
-            "value": self._evaluated[self._metric],
+            "metric": metric,
+            "value": self._evaluated[metric],
             "best": improves(logged_selections(state.log_history)),
             "validation_s": round(self._evaluated["seconds"], 3),
+            "last": control.should_training_stop or state.global_step >= state.max_steps,
             "guessing": bool(losses)
-            and self._guesses(float(np.mean(losses[len(losses) // 2 :])), self._evaluated["answered"]),
+            and trainer.guesses(float(np.mean(losses[len(losses) // 2 :])), self._evaluated["answered"]),
         }
-        self._loss.clear()
-        self._report(metrics, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        with trainer.timeline.during("checkpoints"):
+            self._report(metrics, write)
+        if state.is_world_process_zero:
+            self._progress(state.global_step, losses[-1] if losses else None)

@@ -9,6 +9,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,14 +34,19 @@ from vlrank.storage import (
 from vlrank.training.checkpoints import remove_orphans
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import RunSamples, TrainingData, choose_samples, pictures_folder
+from vlrank.training.disk import check_disk
+from vlrank.training.history import committed_step
 from vlrank.training.memory import MemoryPlan
 from vlrank.training.model import FOLDERS, Base, load_trainable, recompute_layers
 from vlrank.training.packing import launch_tokens, row_length
+from vlrank.training.state import saved_states
+from vlrank.training.timeline import Timeline
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from vlrank.training.trainer import RerankTrainer
+    from vlrank.training.saving import Write
+    from vlrank.training.trainer import Outcome, RerankTrainer
 
 PROGRESS_FILE = "progress.json"
 PROGRESS_S = 5.0
@@ -57,7 +63,8 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """Train on this worker.
 
     Args:
-        settings: ``config`` and ``base`` as dicts, and ``data``, a reference to a `TrainingData`.
+        settings: ``config``, ``base`` and the driver's ``timeline`` as dicts, and ``data``, a reference to a
+            `TrainingData`.
 
     Returns:
         `Outcome` as a dict.
@@ -72,58 +79,98 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     base = Base(**settings["base"])
     data: TrainingData = ray.get(settings["data"])
     context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    timeline = _timeline(config, settings["timeline"], rank)
     try:
-        return asdict(_train(config, base, data, rank=context.get_world_rank(), world=context.get_world_size()))
+        return asdict(_train(config, base, data, timeline, rank=rank, world=world))
     except Exception as error:
         error.add_note(traceback.format_exc())  # for `ray_train.worker_error`: exceptions travel without a traceback
         raise
 
 
-def _train(config: TrainConfig, base: Base, data: TrainingData, *, rank: int, world: int) -> Any:
+def _timeline(config: TrainConfig, given: Mapping[str, Any], rank: int) -> Timeline:
+    """The driver's timeline; after a failure that of the worker before, up to its last sign of life."""
+    last: dict[str, Any] = {}
+    if rank == 0:
+        with suppress(OSError, ValueError, UserError):
+            last = json.loads((config.out / PROGRESS_FILE).read_text(encoding="utf-8")).get("timeline") or {}
+    if last and last["attempt"]["began"] == given["attempt"]["began"]:
+        timeline = Timeline.taken_over(last, "restart")
+    else:
+        timeline = Timeline.taken_over(given)
+    timeline.enter("imports")
+    return timeline
+
+
+def _train(
+    config: TrainConfig, base: Base, data: TrainingData, timeline: Timeline, *, rank: int, world: int
+) -> Outcome:
     import ray.train.torch
     import torch
 
     # This process: libraries in the order that they need, seed, device.
     device = ray.train.torch.get_device()
+    show = Progress(config.out if rank == 0 else None, timeline)
+    show(note="starting")
     start_process(config, base, device)
     from vlrank.training.settle import record_used, with_kept
     from vlrank.training.trainer import device_full
 
     # The run folder, as the last attempt left it.
-    show = Progress(config.out if rank == 0 else None)
+    timeline.enter("model")
     home = config.out / FOLDERS[base.family]
-    last = ray.train.get_checkpoint()
     if rank == 0:
         remove_orphans(home)
-    if last is not None:
-        config = with_kept(config, config.out)
+    config = with_kept(config, config.out)
+    committed = committed_step(config.out)
+    state = next(iter(saved_states(config.out, committed)), None)
 
     # The trainer, with everything decided that was left open.
-    trainer = make_trainer(config, base, data, device, rank=rank, world=world, show=show)
+    trainer = make_trainer(
+        config, base, data, device, rank=rank, world=world, show=show, committed=committed, timeline=timeline
+    )
     if rank == 0:
+        check_disk(trainer.config, base, trainer.model, trainer.steps.per_epoch * config.epochs)
         record_used(trainer.config)
     _report_to_ray(trainer, home, show)
 
-    # Training, from the last checkpoint on where there is one.
+    # Training, from the last state on where there is one.
     show(note="training")
     try:
-        if last is None:
+        if state is None:
             trainer.train()
-        else:
-            with last.as_directory() as folder:
-                if trainer.has_stopped(Path(folder)):
-                    return trainer.outcome()
-                trainer.train(resume_from_checkpoint=folder)
+        elif not trainer.is_over(state):
+            trainer.resume(state)
     except torch.OutOfMemoryError as error:
         raise device_full(trainer.config, base, f"step {trainer.state.global_step + 1}") from error
-    shutil.rmtree(staging_folder(config.out), ignore_errors=True)
+    timeline.enter("end")
+    trainer.saver.wait()
+    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    with suppress(OSError):  # other ranks still write
+        staging_folder(config.out).rmdir()
     return trainer.outcome()
 
 
 def make_trainer(
-    config: TrainConfig, base: Base, data: TrainingData, device: Any, *, rank: int, world: int, show: Progress
+    config: TrainConfig,
+    base: Base,
+    data: TrainingData,
+    device: Any,
+    *,
+    rank: int,
+    world: int,
+    show: Progress,
+    committed: int = 0,
+    timeline: Timeline | None = None,
 ) -> RerankTrainer:
     """Load a run's model and make its trainer; `start_process` comes before.
+
+    Args:
+        config, base, data: The run.
+        device: Of this rank.
+        rank, world: Of this process.
+        show: Tells the driver.
+        committed, timeline: See `RerankTrainer`.
 
     Raises:
         UserError: the user has to mend something.
@@ -138,11 +185,14 @@ def make_trainer(
     config, memory_plan = settle(given, local, device)
 
     # The model, and what it reads.
+    timeline = timeline or Timeline()
     show(note="loading the model")
-    trainable = load_trainable(config, local, device)
-    encoder, training_encoder, pictures, run_samples, unreadable = _prepare_pictures(
-        config, trainable, data, rank, world, show
-    )
+    with timeline.during("model"):
+        trainable = load_trainable(config, local, device)
+    with timeline.during("vision features"):
+        encoder, training_encoder, pictures, run_samples, unreadable = _prepare_pictures(
+            config, trainable, data, rank, world, show
+        )
     if config.packing and not _pack(config, base, trainable.model, on_gpu, show):
         recomputes = config.gradient_checkpointing
         config, memory_plan = settle(given.model_copy(update={"packing": False}), local, device)
@@ -170,6 +220,8 @@ def make_trainer(
         validation_encoder=encoder,
         memory_plan=memory_plan,
         say=show.say,
+        committed=committed,
+        timeline=timeline,
     )
     trainer.bad |= unreadable if rank == 0 else {}
     return trainer
@@ -321,8 +373,8 @@ def _report_to_ray(trainer: Any, home: Location, show: Progress) -> None:
         samples_per_s, loader_wait = trainer.speed()
         show(step=step, loss=loss, samples_per_s=round(samples_per_s, 1), loader_wait=round(loader_wait, 3))
 
-    metric = trainer.run_samples.metric
-    trainer.add_callback(ReportCallback(_reporter(home), progress, metric, trainer.metric_names, trainer.guesses))
+    staging = Path(trainer.args.output_dir)
+    trainer.add_callback(ReportCallback(trainer, _reporter(home, staging), progress))
 
 
 def _prepare_pictures(
@@ -418,17 +470,24 @@ def staging_folder(out: Location) -> Path:
     return cache_folder() / "staging" / hashlib.sha256(str(out).encode()).hexdigest()[:16]
 
 
-def _reporter(home: Location) -> Callable[[dict[str, Any], Path], None]:
-    def report(metrics: dict[str, Any], folder: Path) -> None:
+def _reporter(home: Location, staging: Path) -> Callable[[dict[str, Any], Write], None]:
+    """Hands evaluations to Ray Train, in whose thread a checkpoint is written: an evaluation counts once it is."""
+
+    def report(metrics: dict[str, Any], write: Write) -> None:
         import ray.train
 
-        name = folder.name
+        folder = staging / write.name
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def written(checkpoint: Any, name: str) -> Any:
+            return write.to(folder, lambda: _move(folder, home / name))
+
         ray.train.report(
-            metrics | {"checkpoint": f"{home.name}/{name}"},
+            metrics | {"checkpoint": f"{home.name}/{write.name}"},
             checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=name,
-            checkpoint_upload_fn=lambda checkpoint, _: _move(Path(checkpoint.path), home / name),
-            delete_local_checkpoint_after_upload=True,
+            checkpoint_dir_name=write.name,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=written,
         )
 
     return report
@@ -440,20 +499,23 @@ def _move(source: Path, target: Location) -> Any:
 
     if isinstance(target, BucketPath):
         upload_tree(source, target)
+        shutil.rmtree(source)
         return ray.train.Checkpoint(target.in_file_system, filesystem=target.file_system)
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(str(file), place)
+    shutil.rmtree(source)
     return ray.train.Checkpoint.from_directory(str(target))
 
 
 class Progress:
     """Shows the driver what this worker does, through a small file in the run folder; a failed write is no error."""
 
-    def __init__(self, folder: Location | None) -> None:
+    def __init__(self, folder: Location | None, timeline: Timeline | None = None) -> None:
         self._path = None if folder is None else folder / PROGRESS_FILE
+        self._timeline = timeline
         self._last: dict[str, Any] = {}
         self._written = 0.0
 
@@ -466,6 +528,8 @@ class Progress:
         if self._path is None:
             return
         self._last |= facts | {"time": time.time()}
+        if self._timeline is not None:
+            self._last["timeline"] = self._timeline.handed_on()
         try:
             if isinstance(self._path, BucketPath):
                 if "note" in facts or time.monotonic() - self._written >= PROGRESS_S:

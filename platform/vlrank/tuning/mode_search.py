@@ -63,6 +63,7 @@ def mode_search(config: TuneConfig, mode: Mode) -> ModeSearch:
     if taken:
         raise UserError(f"`train` of a sweep cannot set {', '.join(taken)}", "They are options of the sweep itself.")
     values = merge(mode_defaults(mode), own)
+    values = {"resume_minutes": 0, **values}  # ASHA pauses trials, which go on from where they were
     base = validate(TrainConfig, {**values, "dataset": config.dataset, "out": config.out / "runs", "mode": mode})
     base = base.model_copy(update={"metric": selection_metric(base)[0]})
 
