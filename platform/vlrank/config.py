@@ -527,11 +527,10 @@ class TrainConfig(Config):
         2, ge=0, description="Worker failures after which the run still resumes from its last checkpoint."
     )
     save_total_limit: int = Field(2, ge=1, description="Checkpoints kept, the best one included.")
-    resume_minutes: float = Field(
+    resume_minutes: Annotated[float, Field(ge=0)] | Literal["never"] = Field(
         10,
-        ge=0,
-        description="A large optimizer state (over 1 GiB) is saved at most this often: a killed run repeats as much. "
-        "A smaller one is saved at every evaluation.",
+        description="A large optimizer state (over 1 GiB) is saved at most this often: a killed run repeats as much, "
+        "and from the start with `never`. A smaller one is saved at every evaluation.",
     )
     resume: Literal["auto", "never"] = Field(
         "auto",

@@ -48,7 +48,15 @@ def test_adapters_are_small_and_saved_whole_at_every_evaluation(settings: Make) 
     plan = plan_of(settings("caption", dtype="bfloat16", epochs=10, eval_steps=50), "lora", 8.7e6)
     assert plan.checkpoint == 2 * 8.7e6
     assert (plan.checkpoints, plan.minutes) == (20, 0)
-    assert "to resume from, 104 MB at every evaluation" in str(plan)
+    assert "to resume from, 104 MB after every evaluation" in str(plan)
+
+
+def test_a_run_need_not_be_resumable(settings: Make) -> None:
+    plan = plan_of(settings("caption", method="full", optim="adamw", resume_minutes="never", epochs=3))
+    assert plan.peak == 3 * plan.checkpoint
+    assert "to resume" not in str(plan)
+    with pytest.raises(UserError, match="resume_minutes"):
+        settings("caption", resume_minutes=-1)
 
 
 def test_a_disk_that_is_too_small_is_refused_and_what_the_run_has_written_counts(
@@ -58,6 +66,7 @@ def test_a_disk_that_is_too_small_is_refused_and_what_the_run_has_written_counts
     config.out.mkdir()
     model, base = torch.nn.Linear(1000, 1000), Base("m", "vision", "full", unsloth=False, in_4bit=False)
     plan = disk_plan(config, base, weights=1001e3, trained=1001e3, steps=10)
+    assert plan.peak == 2 * plan.checkpoint + plan.state  # two epochs: no state after the last one
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(plan.peak - 1000))
     with pytest.raises(UserError, match="lower save_total_limit"):

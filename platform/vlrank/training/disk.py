@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlrank.config import TrainConfig
 from vlrank.errors import UserError
@@ -26,6 +26,7 @@ class DiskPlan:
         state: Bytes of the state to resume from, over all ranks; the weights of frozen layers are not in it.
         checkpoints: Written, at most one per evaluation.
         kept: Checkpoints that are there at the end: `save_total_limit` and the last one.
+        states: Of `state`'s size that are there at once; none after the last evaluation.
         minutes: Between two states; 0 where each evaluation saves one.
     """
 
@@ -33,19 +34,23 @@ class DiskPlan:
     state: float
     checkpoints: int
     kept: int
-    minutes: float
+    states: int
+    minutes: float | Literal["never"]
 
     @property
     def peak(self) -> float:
-        """Bytes while the run goes on: the kept checkpoints, one that is being written, and two states."""
-        return (self.kept + 1) * self.checkpoint + 2 * self.state
+        """Bytes while the run goes on: the kept checkpoints, one that is being written, and the states."""
+        return min(self.kept + 1, self.checkpoints) * self.checkpoint + self.states * self.state
 
     def __str__(self) -> str:
-        often = f"at most every {self.minutes:g} minutes" if self.minutes else "at every evaluation"
+        state = ""
+        if self.states:
+            often = f"at most every {self.minutes:g} minutes" if self.minutes else "after every evaluation"
+            state = f"; to resume from, {_size(self.state)} {often}, gone at the end"
         return (
             f"writes up to {self.checkpoints} checkpoints of {_size(self.checkpoint)} "
-            f"({_size(self.checkpoints * self.checkpoint)}) and keeps {self.kept}; to resume from, {_size(self.state)} "
-            f"{often}, gone at the end; needs up to {_size(self.peak)} at once"
+            f"({_size(self.checkpoints * self.checkpoint)}) and keeps {self.kept}{state}; needs up to "
+            f"{_size(self.peak)} at once"
         )
 
 
@@ -72,13 +77,15 @@ def disk_plan(config: TrainConfig, base: Base, *, weights: float, trained: float
     a_weight = item + 2.05 if "8bit" in config.optim else 3 * item if config.optim == "adamw_bf16" else 12
     state = trained * a_weight
     per_epoch = steps // config.epochs
-    evaluations = steps // config.eval_steps if config.eval_steps else steps // max(1, per_epoch)
+    evaluations = max(1, steps // config.eval_steps if config.eval_steps else steps // max(1, per_epoch))
+    minutes = config.resume_minutes if state > GIB else 0
     return DiskPlan(
         checkpoint=kept * (weights if base.method == "full" else trained),
         state=state,
-        checkpoints=max(1, evaluations),
-        kept=min(config.save_total_limit + 1, max(1, evaluations)),
-        minutes=config.resume_minutes if state > GIB else 0,
+        checkpoints=evaluations,
+        kept=min(config.save_total_limit + 1, evaluations),
+        states=0 if minutes == "never" else min(2, evaluations - 1),
+        minutes=minutes,
     )
 
 
@@ -113,5 +120,6 @@ def check_disk(config: TrainConfig, base: Base, model: Any, steps: int) -> None:
     if plan.peak > free + there:
         raise UserError(
             f"{config.out} is on a disk with {_size(free)} free, and this run {plan}",
-            "Free some space, choose an --out on another disk, lower save_total_limit, or train with method: lora.",
+            "Free some space, choose an --out on another disk, lower save_total_limit, train with method: lora, or set "
+            "resume_minutes=never (a killed run then trains again).",
         )

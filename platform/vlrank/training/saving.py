@@ -147,9 +147,9 @@ class Saver:
         trainer = self._trainer
         decided: list[Any] = [None]
         if trainer.args.process_index == 0:
-            waited = time.monotonic() - self._state_at
-            small = state_bytes(trainer) < LARGE_STATE
-            if small or waited >= 60 * trainer.config.resume_minutes or self._over(step):
+            waited, minutes = time.monotonic() - self._state_at, trainer.config.resume_minutes
+            long_ago = minutes != "never" and waited >= 60 * minutes
+            if long_ago or state_bytes(trainer) < LARGE_STATE or self._over(step):
                 out = trainer.config.out
                 decided = [(place_to_write(out, committed_step(out)), uuid.uuid4().hex)]
         if trainer.args.world_size > 1:
