@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlrank.config import TrainConfig
-from vlrank.errors import UserError
 from vlrank.engines.resources import GIB
+from vlrank.errors import UserError
 from vlrank.training.memory import Work
 from vlrank.training.model import FOLDERS, Base, weight_dtype
 from vlrank.training.state import FOLDER

@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from vlrank.config import TrainConfig
 from vlrank.data.tables import DiskFull, disk_errors
+from vlrank.engines.resources import GIB
 from vlrank.storage import Location, remove_tree
 from vlrank.training.history import committed_step
-from vlrank.engines.resources import GIB
 from vlrank.training.model import Base
 from vlrank.training.optim import MasterAdamW
 from vlrank.training.state import Draft, StateReader, flatten, place_to_write, write_draft
