@@ -174,6 +174,6 @@ def test_commands_end_well_on_consoles_without_utf_8(tmp_path: Path, environment
     assert "Tee [/b] 3" in run("inspect", "d [v2]", "--item", "4")
     run("inspect", "d [v2]", "--user", "1")
     run("retrieve", "d [v2]", "--method", "popularity")
-    run("export", "d [v2]", "--lists", "popularity", "--out", "o [1]=%41.parquet")
+    run("lists", "d [v2]", "--lists", "popularity", "--out", "o [1]=%41.parquet")
     assert "+-" in run("evaluate", "d [v2]", "--rankings", "o [1]=%41.parquet", "--out", "report [v2]")
     assert (folder / "report [v2]" / "report.html").is_file()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from vlrank.config import DemoConfig, ExportConfig
+from vlrank.config import DemoConfig, ExportConfig, ListsConfig
 from vlrank.options import main as run_command
 from vlrank.options import print_end, stage_command
 from vlrank.recipes.recipe import JOBS
@@ -35,7 +35,8 @@ def cli() -> None:
 _COMMANDS: dict[str, Stage] = {
     "demo": (DemoConfig, "vlrank.demo.run:run", None),
     **JOBS,
-    "export": (ExportConfig, "vlrank.retrieval.export:run", None),
+    "export": (ExportConfig, "vlrank.export.run:run", None),
+    "lists": (ListsConfig, "vlrank.retrieval.exporting:run", None),
 }
 for name, (config_type, run, dry_run) in _COMMANDS.items():
     cli.add_command(

@@ -34,6 +34,8 @@ class Config(BaseModel):
 
     verbatim: ClassVar[frozenset[str]] = frozenset()
     """Keys that hold text with braces, which YAML would read as a mapping: overrides take it as it is."""
+    positional: ClassVar[str] = "dataset"
+    """The key that the command line takes by position, if the config has it."""
     file_argument: ClassVar[str | None] = None
     """On the command line, the name of the YAML file as an argument; None where it is an option."""
 
@@ -344,8 +346,8 @@ class RetrieveConfig(Config):
     ray: RayConfig = Field(RayConfig(), description="Where sasrec and bsarec are trained.")
 
 
-class ExportConfig(Config):
-    """``vlrank export``: write candidates or rankings for other programs."""
+class ListsConfig(Config):
+    """``vlrank lists``: write candidates or rankings for other programs."""
 
     dataset: ConfigLocation = Field(..., description="Dataset folder of `vlrank prepare`.")
     lists: str = Field(..., description="Lists to write: candidates/NAME, or a file of rankings or candidates.")
@@ -713,6 +715,37 @@ class EvaluateConfig(Config):
         if min(self.ks) < 1:
             raise ValueError(f"ks must be at least 1, got {min(self.ks)}")
         return self
+
+
+class ExportConfig(Config):
+    """``vlrank export``: write a trained model as a folder to publish, which transformers and vLLM load."""
+
+    positional: ClassVar[str] = "run"
+
+    run: str = Field(..., description="Run folder of `vlrank train`, checkpoint folder, or sweep folder of one mode.")
+    out: LocalPath = Field(..., description="Folder for the model, new or empty.")
+    merge: bool = Field(
+        True, description="Merge an adapter into its base model. Without, the adapter alone is written."
+    )
+    quantization: Literal["fp8"] | None = Field(
+        None,
+        description="Write the decoder's linear layers in 8 bits (compressed-tensors, FP8 with dynamic activations).",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number format of merged weights. auto is the base model's, bfloat16 for one in 4 bits."
+    )
+    dataset: ConfigLocation | None = Field(
+        None, description="Dataset that sample prompts are made from. Default: the one that the run was trained on."
+    )
+    sample: int = Field(
+        64, ge=0, description="Validation users whose rankings by run and by exported model are compared; 0 for none."
+    )
+    evaluation: ConfigLocation | None = Field(
+        None, description="Report folder of `vlrank evaluate` whose numbers the model card shows."
+    )
+    engine: EngineConfig = Field(
+        EngineConfig(name="transformers"), description="The engine that makes the compared rankings."
+    )
 
 
 class DemoConfig(Config):

@@ -126,6 +126,7 @@ class Summary:
         output: The place of the result.
         counts: Machine-readable counts, e.g. ``{"items": 148, "quarantined": 2}``.
         failure: Why the result is not good enough to go on as if all were well; the command ends with exit code 2.
+        next: A command that goes on from here, printed last and in one piece, to be copied.
     """
 
     title: str
@@ -133,6 +134,7 @@ class Summary:
     output: Location | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     failure: str | None = None
+    next: str | None = None
 
     def show(self) -> None:
         """Print to stderr for people."""
@@ -142,6 +144,8 @@ class Summary:
         if self.output is not None:
             grid.add_row(Text("output", "dim"), Text(str(self.output), "bold"))
         console.print(Panel(grid, title=Text(self.title), title_align="left", expand=False, border_style="green"))
+        if self.next is not None:
+            console.print(self.next, soft_wrap=True)
 
 
 def _format(value: object) -> str | Text:

@@ -72,7 +72,7 @@ def stage_command(
 ) -> StageCommand:
     """A command that builds ``config_type`` from its options and calls ``run`` with it.
 
-    A dataset is given by position, and so is the YAML file of a config that has a ``file_argument``.
+    `Config.positional` and `Config.file_argument` say what is given by position.
 
     Args:
         name: Command name.
@@ -84,7 +84,7 @@ def stage_command(
         adapt: Rewrites the given values (options of ``extra`` included) before the config is built.
         extra: Further click parameters, consumed by ``adapt``.
     """
-    positional = [key for key in ("dataset",) if key in config_type.model_fields]
+    positional = [key for key in (config_type.positional,) if key in config_type.model_fields]
     params: list[click.Parameter] = list(extra)
     nested: list[tuple[str, str]] = []
     for field_name, field in config_type.model_fields.items():

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlrank.config import ExportConfig, RetrieveConfig
+from vlrank.config import ListsConfig, RetrieveConfig
 from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
-from vlrank.retrieval import export, retrieve
+from vlrank.retrieval import exporting, retrieve
 from vlrank.retrieval.importing import read_candidates
 
 
@@ -233,7 +233,7 @@ def test_exported_lists_are_those_that_were_imported(data: Dataset, tmp_path: Pa
     config = {"dataset": data.path, "method": str(tmp_path / "in.csv"), "name": "other", "exclude_history": False}
     summary = retrieve.run(RetrieveConfig.model_validate(config))
     assert summary.lines["read as"] == "18 lines of one item a line (user_id, item_id, score, rank)"
-    export.run(ExportConfig(dataset=data.path, lists="other", out=tmp_path / name))
+    exporting.run(ListsConfig(dataset=data.path, lists="other", out=tmp_path / name))
     back = read_candidates(tmp_path / name, data)
     assert back.table.equals(data.candidates("other"))
     if name == "out.tsv":
@@ -245,6 +245,6 @@ def test_exported_lists_are_those_that_were_imported(data: Dataset, tmp_path: Pa
 
 def test_exports_that_cannot_be_are_named(data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'als' is neither candidates of"):
-        export.run(ExportConfig(dataset=data.path, lists="als", out=tmp_path / "o.tsv"))
+        exporting.run(ListsConfig(dataset=data.path, lists="als", out=tmp_path / "o.tsv"))
     with pytest.raises(UserError, match=r"cannot be written as '\.xlsx'"):
-        export.run(ExportConfig(dataset=data.path, lists="als", out=tmp_path / "o.xlsx"))
+        exporting.run(ListsConfig(dataset=data.path, lists="als", out=tmp_path / "o.xlsx"))

@@ -112,7 +112,7 @@ def disagreement(model: Any, encoder: Encoder) -> float:
     text.layers = layers[:_LAYERS_CHECKED]
     try:
         # transformers' own `float` refuses models that were quantised.
-        shallow = torch.nn.Module.float(_undressed(copy.deepcopy(model)))
+        shallow = torch.nn.Module.float(with_plain_linears(copy.deepcopy(model)))
     finally:
         text.layers = layers
     scorer = PackedScorer(PackedModel.of(shallow, keep=True))
@@ -126,8 +126,8 @@ def disagreement(model: Any, encoder: Encoder) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(given, expected, strict=True))
 
 
-def _undressed(model: Any) -> Any:
-    """The model with plain linear layers in place of 4-bit ones."""
+def with_plain_linears(model: Any) -> Any:
+    """The model with plain linear layers in place of 4-bit ones; it is changed."""
     from vlrank.engines.packed_model import dequantised
 
     for parent in list(model.modules()):

@@ -38,7 +38,15 @@ from vlrank.prompting.modes import ModeSpec
 from vlrank.prompting.prior import log_prior
 from vlrank.reranking.fusion import best_weight, fused_table
 from vlrank.reranking.plan import Setup, Users, open_setup, users_to_rank
-from vlrank.reranking.ranker import AGREEMENT, Ranking, UserLists, agreement, open_prompts, open_ranker
+from vlrank.reranking.ranker import (
+    AGREEMENT,
+    Ranking,
+    UserLists,
+    agreement,
+    describe_agreement,
+    open_prompts,
+    open_ranker,
+)
 from vlrank.reranking.windows import windows
 from vlrank.runtime import ray_session
 from vlrank.storage import writable
@@ -349,11 +357,8 @@ def _facts(setup: Setup, users: Users, result: BulkResult, rows: pl.DataFrame) -
         prompts = f"{int(rows['prompts'].sum()):,} prompts in {requests:,} requests"
         lines["requests"] = f"{prompts}, {hit_rate:.1%} of their tokens from the cache"
     if compared := int(rows["compared"].sum()):
-        first, common, ten, tau = (int(rows[name].sum()) for name in AGREEMENT[1:])
-        lines["rankings in 8 bits"] = (
-            f"{compared} users compared with bfloat16: {first / compared:.1%} the same first item, "
-            f"{common / ten:.1%} of the first ten, Kendall's tau {tau / compared / 1e6:.3f}"
-        )
+        sums = {name: int(rows[name].sum()) for name in AGREEMENT}
+        lines["rankings in 8 bits"] = f"{compared} users compared with bfloat16: {describe_agreement(sums)}"
     return lines
 
 

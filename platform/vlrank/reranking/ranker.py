@@ -92,6 +92,15 @@ def agreement(pairs: Iterable[tuple[Ranking | Exception, Ranking | Exception]]) 
     return sums
 
 
+def describe_agreement(sums: Mapping[str, int]) -> str:
+    """The sums of `agreement` as shares, for people; at least one user was compared."""
+    compared, first, common, ten, tau = (sums[name] for name in AGREEMENT)
+    return (
+        f"{first / compared:.1%} the same first item, {common / ten:.1%} of the first ten, "
+        f"Kendall's tau {tau / compared / 1e6:.3f}"
+    )
+
+
 class NoCandidates(ValueError):
     """Nothing to rank: no candidates, or none that the mode can show."""
 

@@ -1,4 +1,4 @@
-"""``vlrank export``: candidates or rankings for other programs, with the ids of the raw data."""
+"""``vlrank lists``: candidates or rankings for other programs, with the ids of the raw data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 import polars as pl
 import pyarrow as pa
 
-from vlrank.config import ExportConfig
+from vlrank.config import ListsConfig
 from vlrank.console import Summary
 from vlrank.data.candidates_io import check_output, long_table, write_rankings
 from vlrank.data.dataset import Dataset
@@ -19,7 +19,7 @@ from vlrank.storage import fetch, location
 _LONG = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("score", pa.float32()), ("rank", pa.int64())])
 
 
-def run(config: ExportConfig) -> Summary:
+def run(config: ListsConfig) -> Summary:
     """Write one split of some lists.
 
     Raises:
@@ -36,10 +36,10 @@ def run(config: ExportConfig) -> Summary:
         write_rankings(table.with_columns(source=pl.lit(location(config.lists).stem)), config.out, dataset=dataset)
     items = int(table["item_ids"].list.len().sum())
     lines = {"lists": f"{len(table):,} of {config.split} users, {items:,} items", "ids": "those of the raw data"}
-    return Summary(f"export: {config.lists}", lines, config.out, {"users": len(table), "items": items})
+    return Summary(f"lists: {config.lists}", lines, config.out, {"users": len(table), "items": items})
 
 
-def _lists(config: ExportConfig, dataset: Dataset) -> pl.DataFrame:
+def _lists(config: ListsConfig, dataset: Dataset) -> pl.DataFrame:
     if config.lists in dataset.candidate_names():
         return dataset.candidates(config.lists)
     path = location(config.lists)
@@ -47,6 +47,6 @@ def _lists(config: ExportConfig, dataset: Dataset) -> pl.DataFrame:
         known = ", ".join(dataset.candidate_names()) or "none"
         raise UserError(
             f"{config.lists!r} is neither candidates of {dataset.path} (which are {known}) nor a file",
-            f"Example: vlrank export {shlex.quote(str(dataset.path))} --lists als --out als.tsv",
+            f"Example: vlrank lists {shlex.quote(str(dataset.path))} --lists als --out als.tsv",
         )
     return read_candidates(fetch(path), dataset, split=config.split).table
