@@ -11,6 +11,7 @@ import psutil
 import pytest
 from hypothesis import settings
 
+from tests.vision_families import FAMILIES, family_folder
 from vlrank.config import PrepareConfig
 from vlrank.data.dataset import Dataset, write_dataset
 from vlrank.demo.shop import make_shop
@@ -91,6 +92,13 @@ def tiny_vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     tokenizer = train_tokenizer(_corpus())
     return save_model(tmp_path_factory.mktemp("models") / "vision", vision_model(tokenizer), tokenizer)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of each vision family, named after its model_type, with random weights."""
+    folder: Path = tmp_path_factory.mktemp("families") / request.param
+    return family_folder(request.param, folder, _corpus())
 
 
 def _corpus() -> list[str]:

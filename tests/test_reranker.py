@@ -220,7 +220,7 @@ def test_mistakes_are_named(reranker: Qwen3VLReranker, tiny_text_model: Path) ->
         Qwen3VLReranker(mode="captions")
     with pytest.raises(UserError, match="mode is unknown"):
         Qwen3VLReranker.load(tiny_text_model)
-    with pytest.raises(UserError, match="no image processor"):
+    with pytest.raises(UserError, match="needs a model of a vision family"):
         Qwen3VLReranker(mode="raw_image", model=tiny_text_model).rerank([], [7, 8], META)
 
 

@@ -77,7 +77,9 @@ class Case:
         torch.testing.assert_close(loss, self.loss, rtol=TOLERANCE, atol=TOLERANCE)
         assert gradients.keys() == self.gradients.keys()
         for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, self.gradients[name], rtol=TOLERANCE, atol=TOLERANCE, msg=name)
+            expected = self.gradients[name]
+            atol = TOLERANCE * max(1.0, float(expected.abs().max()))  # entries that cancel keep the others' rounding
+            torch.testing.assert_close(gradient, expected, rtol=TOLERANCE, atol=atol, msg=name)
 
     def differs(self, losses: Any) -> bool:
         loss, _ = self.measure(losses)
@@ -85,10 +87,10 @@ class Case:
 
 
 def make_case(folder: Path, shop: Dataset, mode: str) -> Case:
-    from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     spec = mode_spec(mode)
-    kind = Qwen3VLForConditionalGeneration if spec.family == "vision" else AutoModelForCausalLM
+    kind = AutoModelForImageTextToText if spec.family == "vision" else AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     encoder = Encoder.load(folder, spec, RankingConfig(max_image_pixels=64 * 64))
     if encoder.image_processor is not None:  # several tokens per picture, or two-dimensional positions go unnoticed

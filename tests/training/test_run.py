@@ -181,8 +181,10 @@ def test_a_mode_without_its_column_names_the_command(settings: Make, shop: Datas
 def test_wrong_models_are_refused(
     settings: Make, tiny_text_model: Path, tiny_vision_model: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="needs a Qwen3-VL model"):
+    with pytest.raises(UserError, match="needs a model of a vision family") as caught:
         run(settings("caption", model=str(tiny_text_model)))
+    for family in ("Qwen2.5-VL", "Qwen3-VL", "Qwen3.5"):
+        assert family in str(caught.value.remedy)
     with pytest.raises(UserError, match="needs a causal language model"):
         run(settings("semantic_summary_small", model=str(tiny_vision_model)))
     with pytest.raises(UserError, match=r"no config\.json"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from vlrank.config import Mode, RankingConfig
 from vlrank.data.tables import read_json
+from vlrank.engines.families import check_architecture
 from vlrank.errors import UserError
 from vlrank.prompting.modes import Family, mode_spec
 from vlrank.storage import BucketPath, Location, fetch_model, location
@@ -52,7 +54,7 @@ def open_model(model: str | Location, mode: str | None = None) -> ModelFolder:
         mode: Needed for models that were not trained by vlrank; must agree with ``vlrank.json`` otherwise.
 
     Raises:
-        UserError: nothing usable there.
+        UserError: nothing usable there, or a model that the mode is not for.
     """
     path = location(model)
     if path.is_dir():
@@ -66,6 +68,8 @@ def open_model(model: str | Location, mode: str | None = None) -> ModelFolder:
         raise UserError(f"model folder {model} does not exist", "Give a run folder of `vlrank train` or a checkpoint.")
     else:
         spec = mode_spec(mode) if mode else None
+        if spec is not None and (config := known_config(str(model))):
+            check_architecture(config, str(model), spec)
         return ModelFolder(
             str(model), str(model), spec.name if spec else None, RankingConfig(), spec.family if spec else "text"
         )
@@ -88,6 +92,8 @@ def open_model(model: str | Location, mode: str | None = None) -> ModelFolder:
             f"{path / 'vlrank.json'} has ranking settings of another version: {error.errors()[0]['msg']}"
         ) from None
     name = trained_for or mode
+    if name is not None and trained_for is None and (config := known_config(base)):
+        check_architecture(config, base, mode_spec(name))
     return ModelFolder(
         str(path), base, mode_spec(name).name if name else None, ranking, _family(base, details), details
     )
@@ -153,6 +159,21 @@ def model_config(model: str, revision: str | None = None) -> dict[str, Any]:
             "Check the name and the network, or give a local folder with --model.",
         ) from None
     return config
+
+
+def known_config(model: str) -> dict[str, Any] | None:
+    """``config.json`` of a model folder, or of a hub model in this machine's cache; None where neither is at hand."""
+    file = location(model) / "config.json"
+    if file.is_file():
+        return read_json(file)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+    except HFValidationError:
+        return None
+    return read_json(Path(cached)) if isinstance(cached, str) else None
 
 
 def on_this_node(model: ModelFolder) -> ModelFolder:

@@ -32,7 +32,7 @@ def why_not_packed(model: Any, attention: str, longest: float) -> str | None:
     """The layers for which prompts of this model must not share a row; None where packing is exact.
 
     Args:
-        model: A causal language model or Qwen3-VL, plain or PEFT, where it will run.
+        model: A causal language model or a vision model, plain or PEFT, where it will run.
         attention: Name of a packed attention function, registered with transformers.
         longest: Tokens of the longest prompt: a longer window limits nothing.
     """
@@ -136,7 +136,7 @@ def _difference(model: Any, attention: str) -> str | None:
     rotary = 4 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1
 
     def states(ids: torch.Tensor, places: torch.Tensor, **packed: Any) -> list[torch.Tensor]:
-        # [4, 1, T] for Qwen3-VL, [1, T] otherwise
+        # [4, 1, T] for vision models, [1, T] otherwise
         positions = places.expand(4, 1, -1) if rotary == 4 else places.unsqueeze(0)
         with _outputs_of_layers(model) as outputs:
             inner(input_ids=ids, position_ids=positions, use_cache=False, **packed)

@@ -91,7 +91,7 @@ class PackedScorer:
         feature_bytes: tuple[int, int] = (2**30, 2**30),
     ) -> None:
         self.model, self.row_tokens, self._prefix_bytes = model, row_tokens, prefix_bytes
-        self.features = PictureFeatures(model.visual, *feature_bytes) if model.visual is not None else None
+        self.features = PictureFeatures(model.family, model.visual, *feature_bytes) if model.family else None
         self.exact: PackedScorer | None = None
         self._kernel = kernel_for(*model.sizes[:3], model.device, model.dtype)
         self._prefixes: OrderedDict[bytes, _Prefix] = OrderedDict()

@@ -30,8 +30,9 @@ def score_rows(model: Any, encoder: Encoder, batch: Sequence[Encoded]) -> list[F
     """Log-probabilities of every label of every prompt, through one forward pass over one packed row.
 
     Args:
-        model: A causal language model or Qwen3-VL whose attention goes through transformers' interface, plain, PEFT or
-            sharded. It is put into eval mode for the call. Compiled layers run as they are: rows differ in length.
+        model: A causal language model or a vision model whose attention goes through transformers' interface, plain,
+            PEFT or sharded. It is put into eval mode for the call. Compiled layers run as they are: rows differ in
+            length.
         encoder: Made the prompts; prepares their pictures, or returns their features where the model accepts them.
         batch: Prompts, all in one pass.
 

@@ -1,4 +1,4 @@
-"""Qwen3, Qwen2, Llama and Qwen3-VL as packed rows need them: merged weights, few products, no logits.
+"""Qwen3, Qwen2, Llama, Qwen3-VL and Qwen2.5-VL as packed rows need them: merged weights, few products, no logits.
 
 The forward pass is that of transformers' models, operation by operation. What differs is where it saves work: adapters
 are merged, query, key and value share one product as gate and up do, and the last layer ends at the places to read.
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding, linear, silu
 
+from vlrank.engines.families import vision_family
+from vlrank.engines.families.family import VisionFamily
 from vlrank.engines.packable import varying_rotation
 from vlrank.engines.packed_attention import RowAttention, sent
 from vlrank.engines.resources import beyond_packed
@@ -116,10 +118,10 @@ class PackedModel:
         scaling: Factor of attention scores.
         embeddings: [vocabulary, hidden].
         rotary: transformers' module, hidden states and positions -> cos and sin.
-        axes: 3 where positions are Qwen3-VL's (time, row, column), else 1.
+        axes: 3 where positions are a vision model's (time, row, column), else 1.
         layers, norm: The language model.
         head: The output embeddings; their rows are taken to float32 where they are read.
-        visual: transformers' vision tower, or None.
+        family, visual: Of a vision model, and its tower as transformers has it; else None.
         before, after: `before_attention` and `after_attention`, compiled on GPUs.
     """
 
@@ -131,6 +133,7 @@ class PackedModel:
     layers: list[Layer]
     norm: torch.Tensor
     head: Matrix
+    family: VisionFamily | None
     visual: Any
     before: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = before_attention
     after: Callable[..., torch.Tensor] = after_attention
@@ -169,6 +172,7 @@ class PackedModel:
             layers=layers,
             norm=text.norm.weight.detach(),
             head=_matrix(head, embeddings.weight.dtype),
+            family=vision_family(plain.config) if hasattr(inner, "visual") else None,
             visual=getattr(inner, "visual", None),
         )
 
@@ -251,8 +255,6 @@ def check(config: Any) -> None:
     text = config.get_text_config()
     if text.hidden_act != "silu":
         raise Unsuited(f"its activation is {text.hidden_act}, not silu")
-    if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
-        raise Unsuited("some of its layers attend to a sliding window")
     if why := varying_rotation(text):
         raise Unsuited(f"it has {why}")
 

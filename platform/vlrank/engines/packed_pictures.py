@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vlrank.engines.families.family import VisionFamily
 from vlrank.engines.packed_attention import Kernel, kernel_for, sent
 from vlrank.prompting.encoding import Encoder, Grid
 
@@ -31,12 +32,14 @@ class PictureFeatures:
     patches, elsewhere every picture has a pass of its own.
 
     Args:
-        visual: transformers' Qwen3-VL tower.
+        family: Of the model.
+        visual: transformers' tower.
         on_device: Bytes kept on the tower's device; the rest goes to the host's memory.
         on_host: Bytes kept there (pinned on GPU machines); beyond it the pictures used longest ago are dropped.
     """
 
-    def __init__(self, visual: Any, on_device: int, on_host: int) -> None:
+    def __init__(self, family: VisionFamily, visual: Any, on_device: int, on_host: int) -> None:
+        self._family = family
         self._visual, self._room, self._host_room = visual, on_device, on_host
         weight = next(visual.parameters())
         self._device, self._dtype = weight.device, weight.dtype
@@ -124,7 +127,7 @@ class PictureFeatures:
             output = self._visual(
                 pixels.to(self._dtype), grid_thw=sent(np.asarray(shapes), self._device), return_dict=True
             )
-        whole = torch.cat([output.pooler_output, *output.deepstack_features], dim=-1)
+        whole = self._family.features(output)
         return [part.clone() for part in whole[: sum(lengths)].split(lengths)]
 
     def _keep(self, path: str, features: torch.Tensor) -> None:

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlrank.config import EngineConfig
-from vlrank.data.tables import read_json
-from vlrank.engines.models import ModelFolder
+from vlrank.engines.models import ModelFolder, known_config
 from vlrank.errors import UserError
 from vlrank.installation import install_command
 from vlrank.runtime import CAPACITY, cluster_gpus, cluster_resources
-from vlrank.storage import location
 
 RESTARTS = 5
 """How often Ray restarts a crashed engine. Without a bound Ray Data restarts it forever; five survive an accident."""
@@ -56,13 +54,16 @@ def engine_name(config: EngineConfig) -> Literal["vllm", "transformers"]:
     return name
 
 
-PACKED_ARCHITECTURES = ("qwen3", "qwen2", "llama", "qwen3_vl")
+PACKED_ARCHITECTURES = ("qwen3", "qwen2", "llama", "qwen3_vl", "qwen2_5_vl")
 """``model_type`` of the models that the packed engine computes."""
 
 
 def beyond_packed(config: Mapping[str, Any]) -> str | None:
     """Why the packed engine cannot rank with a model, as far as its ``config.json`` tells; None where it can."""
     kind, quantised = config.get("model_type"), config.get("quantization_config")
+    text = config.get("text_config") or config
+    if other := next((name for name in text.get("layer_types") or () if name != "full_attention"), None):
+        return f"it has {other.replace('_', ' ')} layers"
     if kind not in PACKED_ARCHITECTURES:
         return f"its architecture is {kind}, not one of {', '.join(PACKED_ARCHITECTURES)}"
     if quantised and not (quantised.get("load_in_4bit") or quantised.get("_load_in_4bit")):
@@ -78,12 +79,16 @@ def ranking_engine(config: EngineConfig, model: ModelFolder) -> Literal["packed"
     """
     if config.name == "packed":
         return "packed"
-    file = location(model.base) / "config.json"
-    known = read_json(file) if file.is_file() else {}
     needs_vllm = config.tensor_parallel_size > 1 or config.engine_kwargs
-    if config.name != "auto" or needs_vllm or (known and beyond_packed(known)):
+    if config.name != "auto" or needs_vllm or left_by_packed(config, model):
         return engine_name(config)
     return "packed"
+
+
+def left_by_packed(config: EngineConfig, model: ModelFolder) -> str | None:
+    """Why ``auto`` does not rank with the packed engine, as far as the model's config.json at hand tells."""
+    known = known_config(model.base) if config.name == "auto" else None
+    return beyond_packed(known) if known else None
 
 
 # ---- CPUs and GPUs ---------------------------------------------------------------------------------------------------

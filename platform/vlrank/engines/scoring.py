@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from vlrank.config import EngineConfig
 from vlrank.engines.models import ModelFolder
-from vlrank.engines.resources import engine_name, ranking_engine
+from vlrank.engines.resources import engine_name, left_by_packed, ranking_engine
 from vlrank.errors import UserError
 from vlrank.prompting.encoding import Encoded, Encoder
 
@@ -46,19 +46,21 @@ def open_scorer(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
         UserError: the engine is not installed, or the model cannot be loaded.
     """
     name = ranking_engine(config, model)
+    if why := left_by_packed(config, model):
+        _say(model, name, why)
     if name == "packed":
         from vlrank.engines.packed_load import open_packed
         from vlrank.engines.packed_model import Unsuited
 
         try:
             return open_packed(model, config, encoder)
-        except Unsuited as why:
+        except Unsuited as error:
             if config.name == "packed":
                 raise UserError(
-                    f"engine.name=packed cannot rank with {model.path}: {why}", "Set engine.name=auto."
-                ) from why
+                    f"engine.name=packed cannot rank with {model.path}: {error}", "Set engine.name=auto."
+                ) from error
             name = engine_name(config)
-            print(f"{model.path} is ranked by {name}, not by packed: {why}", file=sys.stderr, flush=True)
+            _say(model, name, str(error))
     if name == "vllm":
         from vlrank.engines.vllm_scorer import VllmScorer
 
@@ -66,3 +68,7 @@ def open_scorer(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
     from vlrank.engines.transformers_scorer import TransformersScorer
 
     return TransformersScorer(model, config)
+
+
+def _say(model: ModelFolder, engine: str, why: str) -> None:
+    print(f"{model.path} is ranked by {engine}, not by packed: {why}", file=sys.stderr, flush=True)

@@ -31,7 +31,7 @@ def score_labels(model: Any, encoder: Encoder, batch: Sequence[Encoded], *, tree
     call. Layers with a window, chunks or a recurrent state cannot see a tree: their models read one row per node.
 
     Args:
-        model: A causal language model or Qwen3-VL, plain or PEFT, on any device.
+        model: A causal language model or a vision model, plain or PEFT, on any device.
         encoder: Made the prompts; prepares their pictures.
         batch: Prompts; all in one pass, so the caller chooses how many fit.
         tree: False scores plain continuations instead, one row per node: for models that ignore 4D masks.

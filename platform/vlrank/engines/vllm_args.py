@@ -148,7 +148,9 @@ def cache_plan(model: ModelFolder, args: Mapping[str, Any], memory: int | None) 
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     element = 4 if args["dtype"] == "float32" else 1 if "fp8" in str(args.get("kv_cache_dtype")) else 2
     ranks = args["tensor_parallel_size"]
-    per_token = 2 * config["num_hidden_layers"] * heads * width * element // ranks
+    kinds = config.get("layer_types") or ["attention"] * config["num_hidden_layers"]
+    caching = sum("linear" not in kind and kind not in ("conv", "mamba") for kind in kinds)  # others keep one state
+    per_token = 2 * max(1, caching) * heads * width * element // ranks
     if memory is None:
         cache = int(float(vllm_env(0)["VLLM_CPU_KVCACHE_SPACE"]) * GIB)
     else:

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from vlrank.config import EngineConfig
 from vlrank.engines.adapters import check_adapter
 from vlrank.engines.failures import root_cause
+from vlrank.engines.families import vision_family
 from vlrank.engines.models import ModelFolder
 from vlrank.engines.resources import EngineDied, gpu_memory, gpu_share, has_gpu, vllm_env
 from vlrank.engines.vllm_args import PICTURE_SHARE, scoring_args, without_pattern
@@ -349,7 +350,7 @@ def _label_params(trie: LabelTrie, read: Read) -> Any:
 def _keep_pictures(vllm_config: VllmConfig, config: EngineConfig) -> None:
     """Room for encoded pictures on the GPU: vLLM's own is one step's tokens, a few hundred pictures."""
     model = vllm_config.model_config.hf_config
-    width = model.get_text_config().hidden_size * (1 + len(model.vision_config.deepstack_visual_indexes))
+    width = vision_family(model).width(model.vision_config)
     share = PICTURE_SHARE * gpu_share(config)
     tokens = int(share * gpu_memory()) // (2 * width)
     scheduler = vllm_config.scheduler_config

@@ -111,7 +111,7 @@ class Encoder:
     ) -> None:
         if spec.pixels and image_processor is None:
             raise UserError(
-                f"mode {spec.name} shows pictures, but the model has no image processor", "Use a Qwen3-VL model."
+                f"mode {spec.name} shows pictures, but the model has no image processor", "Use a vision model."
             )
         self.tokenizer, self.spec, self.ranking, self.image_processor = tokenizer, spec, ranking, image_processor
         self._tries: dict[int, LabelTrie] = {}
@@ -120,7 +120,7 @@ class Encoder:
         self._pixels = _Recent(self._prepare, cached_pictures)
         self.image_token_id: int | None = None
         if image_processor is not None:
-            self.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+            self.image_token_id = _placeholder(tokenizer, image_processor)
             repeats = image_processor.temporal_patch_size * image_processor.patch_size**2
             self._mean, self._std = (
                 np.repeat(np.asarray(values, dtype=np.float32) / np.float32(image_processor.rescale_factor), repeats)
@@ -155,7 +155,7 @@ class Encoder:
             except (OSError, ValueError, KeyError) as error:
                 raise UserError(
                     f"model {folder} has no image processor for mode {spec.name}: {str(error).splitlines()[0]}",
-                    "Use a Qwen3-VL model folder with preprocessor_config.json.",
+                    "Use a vision model's folder with preprocessor_config.json.",
                 ) from None
         check_tokenizer(tokenizer, folder, pictures=spec.pixels)
         return cls(tokenizer, spec, ranking, processor, **kwargs)
@@ -244,7 +244,7 @@ class Encoder:
     def picture_size(self) -> dict[str, int]:
         """Minimum and maximum pixels of a prepared picture, as image processors take them (``size``)."""
         size = self.image_processor.size
-        # Qwen3-VL's own minimum, 256x256, would undo the scaling down to ``max_image_pixels``.
+        # A model's own minimum (Qwen3-VL's is 256x256) would undo the scaling down to ``max_image_pixels``.
         least = min(size["shortest_edge"], self.ranking.max_image_pixels)
         return {"shortest_edge": least, "longest_edge": size["longest_edge"]}
 
@@ -300,7 +300,7 @@ class Encoder:
         return image if size == image.size else image.resize(size, Resampling.BICUBIC)
 
     def positions(self, encoded: Encoded) -> npt.NDArray[np.int64]:
-        """Rotary positions [3, T] (time, row, column) as Qwen3-VL's ``get_rope_index``; equal rows for text.
+        """Rotary positions [3, T] (time, row, column) as the models' ``get_rope_index``; equal rows for text.
 
         The next token after the prompt has position ``positions.max() + 1`` in all rows.
         """
@@ -329,7 +329,7 @@ class Encoder:
         if ids.count(self.image_token_id) != len(grids):  # type: ignore[arg-type]
             raise UserError(
                 f"the chat template shows {ids.count(self.image_token_id)} of {len(grids)} pictures",  # type: ignore[arg-type]
-                "Use a Qwen3-VL model folder with its own chat_template.jinja.",
+                "Use a vision model's folder with its own chat_template.jinja.",
             )
         expanded, left = [], iter(grids)
         for token in ids:
@@ -338,6 +338,26 @@ class Encoder:
 
     def _prepare(self, path: str) -> npt.NDArray[np.float32]:
         return self.normalised(self.patches(path))
+
+
+def _placeholder(tokenizer: Any, image_processor: Any) -> int:
+    """Id of a visual token's placeholder.
+
+    Raises:
+        UserError: tokenizer or image processor are not of Qwen's vision models, whose pictures are prepared here.
+    """
+    token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    unknown = token is None or token == tokenizer.unk_token_id
+    lacking = [
+        name for name in ("patch_size", "merge_size", "temporal_patch_size") if not hasattr(image_processor, name)
+    ]
+    if unknown or lacking:
+        what = f"a {type(image_processor).__name__} without {lacking[0]}" if lacking else "no token <|image_pad|>"
+        raise UserError(
+            f"pictures cannot be prepared for this model: it has {what}",
+            "Use the folder of a Qwen2.5-VL, Qwen3-VL or Qwen3.5 with its tokenizer and preprocessor_config.json.",
+        )
+    return int(token)
 
 
 def _shrunk(width: int, height: int, max_pixels: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ class ModeSpec:
         name: As in configs and on the command line.
         shows: The key of `ItemMeta` that a candidate shows beside its text.
         label: How the shown text is introduced in an item's line; empty for pictures.
-        family: ``vision`` models are Qwen3-VL, ``text`` models any causal language model.
+        family: ``vision`` models are those of `vlrank.engines.families`, ``text`` models any causal language model.
         remedy: The command that makes what the mode shows.
     """
 

@@ -18,7 +18,9 @@ from transformers.models.qwen3.modeling_qwen3 import rotate_half
 
 from vlrank.engines.structure import core, decoder_layers
 
-_KNOWN = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("qwen3", "qwen3_vl", "llama"))
+_KNOWN = tuple(
+    f"transformers.models.{name}.modeling_{name}" for name in ("qwen3", "qwen3_vl", "qwen2", "qwen2_5_vl", "llama")
+)
 """Modules whose decoder layers compute what `LastLayer` computes. Unsloth replaces functions in them."""
 
 _FEW = 8
@@ -32,7 +34,7 @@ class AnswerHead:
     the last layer, and where that is not possible right before the head: the same numbers, for padded and packed rows.
 
     Args:
-        model: A causal language model or Qwen3-VL, plain or PEFT.
+        model: A causal language model or a vision model, plain or PEFT.
         last_layer: Narrow the last layer too, where its class is known; without it the head alone.
     """
 

@@ -110,7 +110,7 @@ def use_packed_attention(model: Any, longest: float = math.inf) -> None:
     """Switch a model's language layers to `packed_attention`; the vision tower keeps its own.
 
     Args:
-        model: A plain causal language model or Qwen3-VL.
+        model: A plain causal language model or a vision model.
         longest: Tokens of the longest prompt.
 
     Raises:
@@ -138,7 +138,7 @@ def compile_layers(model: Any, backend: str | Callable[..., Any] = "inductor", *
     """Compile each decoder layer in place (regional compilation): one graph for all layers, small start-up.
 
     Args:
-        model: A plain causal language model or Qwen3-VL.
+        model: A plain causal language model or a vision model.
         backend: Of ``torch.compile``.
         dynamic: For padded batches, whose shapes change.
 

@@ -66,7 +66,7 @@ class Steps(Dataset[Step]):
             that the encoder makes, so that there are two shapes at most.
         pass_tokens: Tokens of a padded micro-batch at most, padding included; a longer prompt goes alone.
         rank, world: Which share of each step.
-        vision: Whether the model is a Qwen3-VL.
+        vision: Whether it is a vision model.
         pad_id: Any token id that is no picture placeholder.
         pictures: Loads pictures.
         loss: See `answer_row`.

@@ -4,7 +4,7 @@ A micro-batch is a dict of tensors:
 
 ==================  =======================================================================================
 ``input_ids``       int64 [B, T]; the last token of an answer is predicted and never read, so it is left out
-``position_ids``    int64 [B, T] for text models; [4, B, T] for Qwen3-VL: text positions, then time, row, column
+``position_ids``    int64 [B, T] for text models; [4, B, T] for vision models: text positions, then time, row, column
 ``answer_index``    int64 [n]: places in the flattened [B * T] whose next token is learned
 ``targets``         int64 [n]: those next tokens
 ``pixel_values``    float [patches, patch values], or cached features [visual tokens, (1 + D) * hidden]
@@ -124,7 +124,7 @@ def end_to_end(
 
     Args:
         rows: What to pack.
-        vision: Whether positions are Qwen3-VL's [4, 1, T].
+        vision: Whether positions are a vision model's [4, 1, T].
         pad_id: Fills the row up to ``length``; the padding is a document of its own.
         length: T; None packs without filling.
         documents: Rows that a packed row may hold: ``cu_seqlens`` is padded by empty documents to a static shape.

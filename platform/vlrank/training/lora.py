@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Projections that share an input, in the order in which Qwen3, Qwen3-VL and Llama call them."""
+"""Projections that share an input, in the order in which Qwen's models and Llama call them."""
 
 GROUPS_OF_LAST = (("q_proj",), ("k_proj", "v_proj"), *GROUPS[1:])
 """The same for a last layer with queries at a few places only (`vlrank.training.answers.LastLayer`)."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from packaging.version import Version
-
 from vlrank.config import TrainConfig
 from vlrank.data.tables import read_json
+from vlrank.engines.families import check_architecture, vision_family
+from vlrank.engines.models import known_config
 from vlrank.engines.structure import core
 from vlrank.engines.weights import check_whole, load_whole
 from vlrank.errors import UserError
@@ -93,6 +93,8 @@ def resolve_base(config: TrainConfig) -> Base:
         name = str(_model_folder(location(name), spec))
     elif Path(name).exists() or name.startswith(("/", "./", "../", "~")):
         name = str(_model_folder(Path(name).expanduser().resolve(), spec))
+    elif config_at_hand := known_config(name):
+        check_architecture(config_at_hand, name, spec)
     check_chat_template(name, pictures=spec.pixels)
     if method == "full" and ("bnb-4bit" in name or _stored_quantised(name)):
         raise UserError(
@@ -137,13 +139,7 @@ def _model_folder(given: Location, spec: ModeSpec) -> Location:
         raise UserError(f"model folder {folder} has no config.json", "Give a Hugging Face name or a model folder.")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise UserError(f"model folder {folder} has no tokenizer", "Copy tokenizer.json of its base model into it.")
-    kind = read_json(folder / "config.json").get("model_type")
-    if (kind == "qwen3_vl") != (spec.family == "vision"):
-        wanted = "a Qwen3-VL model" if spec.family == "vision" else "a causal language model"
-        raise UserError(
-            f"mode {spec.name} needs {wanted}, but {folder} is a {kind}",
-            f"Set `model` to {wanted}, or choose another mode.",
-        )
+    check_architecture(read_json(folder / "config.json"), str(folder), spec)
     return folder
 
 
@@ -159,7 +155,7 @@ def load_trainable(config: TrainConfig, base: Base, device: torch.device) -> Tra
         UserError: the model cannot be found or lacks a tokenizer or image processor.
     """
     import torch
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
 
     from vlrank.prompting.encoding import Encoder
     from vlrank.training.answers import AnswerHead
@@ -168,6 +164,7 @@ def load_trainable(config: TrainConfig, base: Base, device: torch.device) -> Tra
     dtype = weight_dtype(config, base)
     torch.manual_seed(config.seed)  # adapters start at random
     try:
+        check_architecture(AutoConfig.from_pretrained(base.name).to_dict(), base.name, spec)
         model = (_load_unsloth if base.unsloth else _load_transformers)(config, base, device, dtype)
         encoder = Encoder.load(base.name, spec, config.ranking)
         processor = AutoProcessor.from_pretrained(base.name) if base.family == "vision" else encoder.tokenizer
@@ -203,9 +200,9 @@ def weight_dtype(config: TrainConfig, base: Base) -> torch.dtype:
 
 def model_class(base: Base) -> Any:
     """What transformers loads the base model as."""
-    from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return Qwen3VLForConditionalGeneration if base.family == "vision" else AutoModelForCausalLM
+    return AutoModelForImageTextToText if base.family == "vision" else AutoModelForCausalLM
 
 
 def _load_transformers(config: TrainConfig, base: Base, device: torch.device, dtype: torch.dtype) -> Any:
@@ -304,7 +301,7 @@ def exact_4bit_on_cpu(model: Any) -> None:
 
 
 def accept_features(model: Any) -> int:
-    """Let ``pixel_values`` of a Qwen3-VL be cached features of its (frozen) vision tower; pixels are still accepted.
+    """Let ``pixel_values`` of a vision model be cached features of its (frozen) tower; pixels are still accepted.
 
     Returns:
         Width of a feature row: the tower's output and the deepstack features behind it.
@@ -312,14 +309,9 @@ def accept_features(model: Any) -> int:
     Raises:
         ValueError: pixels and features have the same width and could not be told apart.
     """
-    import transformers
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
-
-    chunked = Version(transformers.__version__) >= Version("5.18")  # deepstack features too come as a chunk per picture
     inner = core(model).model
-    config = core(model).config.vision_config
-    hidden, layers = config.out_hidden_size, len(config.deepstack_visual_indexes)
-    width = hidden * (1 + layers)
+    family, config = vision_family(core(model).config), core(model).config.vision_config
+    width = family.width(config)
     if width == config.in_channels * config.temporal_patch_size * config.patch_size**2:
         raise ValueError("vision features are as wide as a patch of pixels: set cache_vision: false")
     compute: Callable[..., Any] = inner.get_image_features
@@ -330,10 +322,7 @@ def accept_features(model: Any) -> int:
         if pixel_values.shape[-1] != width:
             return compute(pixel_values, image_grid_thw, **kwargs)
         # One chunk for all pictures: the caller concatenates them anyway, and splitting would wait for the GPU.
-        output, *deepstack = pixel_values.split(hidden, dim=-1)
-        return BaseModelOutputWithDeepstackFeatures(
-            pooler_output=(output,), deepstack_features=[(layer,) for layer in deepstack] if chunked else deepstack
-        )
+        return family.output(pixel_values, config)
 
     inner.get_image_features = get_image_features
     return width
@@ -373,4 +362,4 @@ def image_features(model: Any, encoder: Encoder, paths: Sequence[str]) -> torch.
     grids = torch.tensor([encoder.grid(path) for path in paths], device=device)
     with torch.no_grad():
         output = inner.visual(pixels.to(inner.visual.dtype), grid_thw=grids, return_dict=True)
-    return torch.cat([output.pooler_output, *output.deepstack_features], dim=-1)
+    return vision_family(core(model).config).features(output)

@@ -88,7 +88,7 @@ def compute_features(model: Any, encoder: Encoder, paths: Sequence[str], folder:
     """The features of ``paths``: read from ``folder``, or computed and committed there by one rename.
 
     Args:
-        model: A Qwen3-VL whose vision tower does not change.
+        model: A vision model whose tower does not change.
         encoder: Of that model.
         paths: Pictures, each once.
         folder: Named after everything the features depend on, see `vlrank.training.model.tower_key`.

@@ -8,8 +8,10 @@ import yaml
 
 from vlrank.config import TrainConfig
 from vlrank.data.tables import atomic_write_text
+from vlrank.engines.families import check_architecture
 from vlrank.engines.resources import GIB
 from vlrank.errors import UserError
+from vlrank.prompting.modes import mode_spec
 from vlrank.storage import Location
 from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.memory import UNBOUNDED, MemoryPlan, Work, free_gpu_memory, make_plan, shape_of, work_of
@@ -86,9 +88,10 @@ def foreseen_work(config: TrainConfig, base: Base) -> Work:
             f"model {base.name} cannot be loaded: {str(error).splitlines()[0]}",
             "Check `model`: a Hugging Face name this machine can reach, or a local folder.",
         ) from error
+    check_architecture(architecture.to_dict(), base.name, mode_spec(config.mode))  # of a name, for the first time
     kind = model_class(base)
     with torch.device("meta"):
-        model = kind(architecture) if base.family == "vision" else kind.from_config(architecture)
+        model = kind.from_config(architecture)
         model = adapt(config, base, model)
     longest = config.ranking.max_prompt_tokens + ANSWER_ROOM
     packed = config.packing is not False and not base.unsloth
