@@ -823,7 +823,8 @@ def parse_overrides(overrides: Sequence[str], verbatim: Collection[str] = ()) ->
 
     Args:
         overrides: ``key=value`` words.
-        verbatim: Keys whose values are taken as they are, if they hold a brace and are not in quotes.
+        verbatim: Keys, also of a stage in a recipe, whose values are taken as they are if they hold a brace and are
+            not in quotes.
 
     Raises:
         UserError: an override without ``=`` or with an unreadable value.
@@ -834,7 +835,7 @@ def parse_overrides(overrides: Sequence[str], verbatim: Collection[str] = ()) ->
         if not equals or not key:
             raise UserError(f"override {override!r} is not of the form key=value", "Example: vlrank train ... lr=1e-4")
         try:
-            as_it_is = key in verbatim and "{" in text and text[0] not in "\"'"
+            as_it_is = key.rpartition(".")[2] in verbatim and "{" in text and text[0] not in "\"'"
             value: Any = text if as_it_is else yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"the value of override {override!r} cannot be read as YAML") from None

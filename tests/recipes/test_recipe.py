@@ -79,7 +79,7 @@ def test_names_become_places_below_one_folder_and_settings_reach_their_stages(tm
         ("- rerank: fused", "- rerank: a.b", "cannot be named 'a.b'"),
         ("mode: caption", "mode: caption\n  model: model", "in a circle: model -> model"),
         ("mode: caption", "mode: caption\n  out: x", "sets `out`, which its name decides"),
-        ("seed: 5", "sead: 5", "`common` sets `sead`, which no stage of the recipe has, did you mean `seed`"),
+        ("seed: 5", "sead: 5", "`common` sets `sead`, which no stage has, did you mean `seed`"),
         ("{raw: null", "{raws: null", "uses ${raw}, did you mean `raws`"),
         ("{raw: null", "{raw: null, raw: 1", "line 3: the key `raw` is given twice"),
         ("out: made\n", "", "`out` is required"),
@@ -149,6 +149,22 @@ def test_an_override_of_nothing_is_refused_with_what_there_is(tmp_path: Path) ->
         recipe(RECIPE, "raw=/data", "model=3", folder=tmp_path)
     with pytest.raises(UserError, match=r"the setting `raw` has no value, and stage `beauty` .*\nAdd raw=VALUE"):
         recipe(RECIPE, folder=tmp_path)
+
+
+def test_the_settings_of_a_stage_may_hold_braces_and_a_list_mixes_earlier_ones(tmp_path: Path) -> None:
+    text = RECIPE.replace(
+        "- train: model", "- retrieve: als\n  method: als\n- retrieve: both\n  method: ensemble:knn,als\n- train: model"
+    )
+    steps = {
+        step.name: step
+        for step in steps_of(recipe(text, "raw=/data", "beauty.text={title:.40} [{brand}]", folder=tmp_path))
+    }
+    assert getattr(steps["beauty"].config, "text") == "{title:.40} [{brand}]"  # noqa: B009
+    assert {"knn", "als"} <= set(steps["both"].needs)
+    with pytest.raises(
+        UserError, match=r"stage `both` \(retrieve\): `method: kn` is no stage of the recipe, did you mean `knn`"
+    ):
+        recipe(text.replace("ensemble:knn", "ensemble:kn"), "raw=/data", folder=tmp_path)
 
 
 def test_a_job_gets_the_same_recipe_with_absolute_paths(tmp_path: Path) -> None:

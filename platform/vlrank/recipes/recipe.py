@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from vlrank.config import Config, merge, validate, with_mode_defaults
+from vlrank.config import Config, PrepareConfig, merge, validate, with_mode_defaults
 from vlrank.errors import UserError
 from vlrank.paths import absolute_paths
 from vlrank.stages import STAGES, Stage
@@ -40,6 +40,7 @@ class RunConfig(Config):
     """``vlrank run``: run the stages of a recipe in order; each does only what is missing."""
 
     file_argument: ClassVar[str] = "RECIPE.yaml"
+    verbatim = PrepareConfig.verbatim
 
     out: ConfigLocation = Field(..., description="Folder for everything that the recipe makes.")
     settings: dict[str, Any] = Field(
@@ -229,10 +230,10 @@ def _entries(config: RunConfig) -> dict[str, tuple[str, dict[str, Any]]]:
         keys = STAGES[stage][0].model_fields
         shared = {key: value for key, value in config.common.items() if key in keys}
         entries[name] = stage, _filled(merge(shared, own), config.settings, _title(name, stage))
-    known = {key for stage, _ in entries.values() for key in STAGES[stage][0].model_fields}
+    known = {key for config_type, *_ in STAGES.values() for key in config_type.model_fields}
     for key in config.common:
         if key not in known:
-            raise UserError(f"`common` sets `{key}`, which no stage of the recipe has{_near(key, sorted(known))}")
+            raise UserError(f"`common` sets `{key}`, which no stage has{_near(key, sorted(known))}")
     return entries
 
 

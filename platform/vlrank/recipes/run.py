@@ -18,6 +18,7 @@ from vlrank.data.tables import atomic_write_json, atomic_write_text, read_json
 from vlrank.errors import UserError, user_error_in
 from vlrank.options import check_out
 from vlrank.recipes.recipe import RunConfig, Step, absolute_recipe, steps_of
+from vlrank.retrieval.sequential.data import METHODS as SEQUENTIAL
 from vlrank.runtime import ray_session
 from vlrank.stages import STAGES, lazy
 from vlrank.storage import Location, is_url
@@ -134,11 +135,13 @@ def _one_session(steps: Sequence[Step]) -> AbstractContextManager[None]:
 
 def _ray_of(stage: str, config: Any) -> RayConfig | None:
     """Where a stage works, if it works on Ray."""
-    on_ray = config.use_image and config.pictures.workers if stage == "prepare" else stage in _ON_RAY
+    if stage == "prepare":
+        on_ray = config.use_image and config.pictures.workers
+    elif stage == "retrieve":
+        on_ray = config.method in SEQUENTIAL
+    else:
+        on_ray = stage != "evaluate"
     return config.ray if on_ray else None
-
-
-_ON_RAY = ("generate", "train", "tune", "rerank")
 
 
 def _with_times(config: Config, times: dict[str, float]) -> Config:
