@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from vlrank.config import EngineConfig
 from vlrank.data.items import ItemMeta
 from vlrank.data.tables import read_json
+from vlrank.engines.compiled import keep_compiled
 from vlrank.engines.models import ModelFolder
 from vlrank.engines.packed import PackedScorer
 from vlrank.engines.packed_model import PackedModel, Unsuited, check
@@ -25,7 +25,7 @@ from vlrank.engines.structure import core
 from vlrank.engines.transformers_scorer import load_model, score_labels
 from vlrank.prompting.encoding import Encoded, Encoder
 from vlrank.prompting.prompts import build_prompt
-from vlrank.storage import cache_folder, location
+from vlrank.storage import location
 
 ROW_TOKENS = 65536
 """Length of a GPU's rows. Long rows waste little at their ends; 64 thousand tokens of a 2B model take 4 GiB."""
@@ -47,8 +47,8 @@ def open_packed(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
         UserError: it cannot be loaded.
     """
     cuda = torch.cuda.is_available()
-    if cuda:
-        _keep_compiled()
+    if cuda and not keep_compiled():
+        print("compiling for this GPU, which is kept for later runs: about half a minute", flush=True)
     total = torch.cuda.get_device_properties(0).total_memory * gpu_share(config) if cuda else 0.0
     if cuda and _bytes_needed(model.base) > total:
         raise Unsuited("its weights do not fit one GPU")
@@ -85,16 +85,6 @@ def _bytes_needed(base: str) -> float:
         return 0.0
     quantised = "quantization_config" in read_json(location(base) / "config.json")
     return weights_bytes(base) * (4 if quantised else 1) + 2**31  # 4-bit weights become bfloat16
-
-
-def _keep_compiled() -> None:
-    """Let compilers keep what they make on this node, for later processes."""
-    folder = cache_folder() / "compiled"
-    if not folder.is_dir():
-        print("compiling for this GPU, which is kept for later runs: about half a minute", flush=True)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder / "attention"))
 
 
 def disagreement(model: Any, encoder: Encoder) -> float:

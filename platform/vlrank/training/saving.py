@@ -62,6 +62,7 @@ class Saver:
         self._trainer, self.committed = trainer, committed
         self._running: Future[None] | None = None
         self._copies: dict[str, torch.Tensor] = {}
+        self._still: dict[str, torch.Tensor] = {}  # copies of what training does not change
         self._state_at = time.monotonic()
 
     def begin(self) -> Write | None:
@@ -183,17 +184,29 @@ class Saver:
         self, weights: dict[str, torch.Tensor] | None, draft: Draft | None
     ) -> tuple[dict[str, torch.Tensor] | None, Draft | None, bool]:
         """Copies on the host, and True; where these find no room, what was given, and False."""
-        frozen = {name for name, p in self._trainer.model.named_parameters() if not p.requires_grad}
-        tensors = {} if draft is None else {f"state{name}": value for name, value in draft.tensors.items()}
-        if self._trainer.config.parallel == "ddp":  # else they have been gathered on the host
-            tensors |= {name: value for name, value in (weights or {}).items() if name not in frozen}
+        state = {} if draft is None else {f"state{name}": value for name, value in draft.tensors.items()}
+        changing, still = self._to_copy(weights or {})
+        tensors = {**state, **changing, **({} if self._still else still)}
         needed = sum(value.nbytes for name, value in tensors.items() if name not in self._copies)
         if needed > 0.8 * free_host_memory():
             return weights, draft, False
         copied = self._copied(tensors)
+        self._still = self._still or {name: copied[name] for name in still}
         if draft is not None:
             draft = replace(draft, tensors={name: copied[f"state{name}"] for name in draft.tensors})
-        return weights and {name: copied.get(name, value) for name, value in weights.items()}, draft, True
+        if weights is not None:
+            weights = {**weights, **self._still, **{name: copied[name] for name in changing}}
+        return weights, draft, True
+
+    def _to_copy(self, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What training changes, and what it does not and a checkpoint holds all the same: a frozen vision tower."""
+        if self._trainer.config.parallel == "fsdp2":  # gathered on the host
+            return {}, {}
+        trained = {weight.data_ptr() for weight in self._trainer.model.parameters() if weight.requires_grad}
+        changing = {name: value for name, value in weights.items() if value.data_ptr() in trained}
+        if self._trainer.base.method == "lora":
+            return changing, {}
+        return changing, {name: value for name, value in weights.items() if name not in changing}
 
     def _copied(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies in memory that is taken once for all checkpoints; tied weights get one."""

@@ -19,6 +19,7 @@ from vlrank.config import TrainConfig
 from vlrank.console import quiet_libraries
 from vlrank.data.items import ItemMeta
 from vlrank.data.picture import PictureMissing, UnreadablePicture
+from vlrank.engines.compiled import keep_compiled
 from vlrank.engines.structure import core
 from vlrank.errors import UserError
 from vlrank.storage import (
@@ -240,6 +241,8 @@ def start_process(config: TrainConfig, base: Base, device: Any) -> None:
     elif not base.maybe_quantised:
         maybe_8bit = "8bit" in config.optim or (on_gpu and base.method == "full")
         hide_extras(bitsandbytes=not (base.in_4bit or maybe_8bit))
+    if on_gpu:
+        keep_compiled()  # Unsloth has removed the setting from the environment
     from transformers import set_seed
 
     set_seed(config.seed)
