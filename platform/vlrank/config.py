@@ -718,7 +718,7 @@ class EvaluateConfig(Config):
 
 
 class ExportConfig(Config):
-    """``vlrank export``: write a trained model as a folder to publish, which transformers and vLLM load."""
+    """``vlrank export``: write a trained model as a folder to publish."""
 
     positional: ClassVar[str] = "run"
 

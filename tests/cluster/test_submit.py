@@ -17,8 +17,9 @@ import ray
 from ray._private.runtime_env.packaging import _dir_travel
 
 from vlrank import submit
-from vlrank.config import RetrieveConfig
+from vlrank.config import PrepareConfig, RetrieveConfig
 from vlrank.errors import UserError
+from vlrank.recipes.recipe import RunConfig, steps_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +84,20 @@ def test_a_head_that_has_just_started_is_waited_for(head: Head) -> None:
     name, fresh = send(head)
     assert fresh
     assert [job["submission_id"] for job in head.submitted] == [name]
+
+
+def test_a_recipe_is_one_job_with_its_paths_taken_from_the_shared_folder(head: Head) -> None:
+    stages = [{"prepare": "shop", "reviews": ["${raw}/r.csv"]}, {"retrieve": "knn", "dataset": "shop"}]
+    recipe = RunConfig(out="made", settings={"raw": "raw"}, stages=stages)
+    name, _ = submit.submit("run", recipe, address=head.url, workdir="/data")
+    (job,) = head.submitted
+    assert name.startswith("vlrank-run-")
+    assert job["entrypoint"] == "python -m vlrank.jobs run job.yaml"
+    sent = RunConfig(**json.loads(job["metadata"]["config"]))
+    assert [step.config for step in steps_of(sent)] == [
+        PrepareConfig(reviews=("/data/raw/r.csv",), out="/data/made/shop"),
+        RetrieveConfig(dataset="/data/made/shop", name="knn"),
+    ]
 
 
 def test_a_cluster_without_an_agent_is_given_up_with_a_message(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ _MADE_BY = {
 
 
 class RunConfig(Config):
-    """``vlrank run``: run the stages of a recipe in order; each does only what is missing."""
+    """``vlrank run``: run the stages of a recipe, one after the other."""
 
     file_argument: ClassVar[str] = "RECIPE.yaml"
     verbatim = PrepareConfig.verbatim

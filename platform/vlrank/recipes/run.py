@@ -58,11 +58,11 @@ def run(config: RunConfig) -> Summary:
             if last.failure:
                 left = ", ".join(other.name for other in steps[number:]) or "nothing"
                 failure = f"{step.title}: {last.failure}\nNot run: {left}."
-                return Summary(f"run: stopped at {step.name}", lines, last.output, last.counts, failure)
+                return Summary(f"run: {config.out}, stopped at {step.name}", lines, last.output, last.counts, failure)
     spent = time.perf_counter() - started
     earlier = f" ({duration(sum(times.values()))} in all runs)" if sum(times.values()) > spent + 1 else ""
     lines["total"] = duration(spent) + earlier
-    return Summary(f"run: {len(steps)} stages", lines, last.output, last.counts)
+    return Summary(f"run: {config.out}", lines, last.output, last.counts)
 
 
 def dry_run(config: RunConfig) -> Summary:
@@ -90,17 +90,19 @@ def dry_run(config: RunConfig) -> Summary:
         made = step.done.is_file() if step.done is not None else plan.counts.get("pending") == 0 and not waiting
         if made:
             done.add(step.name)
-        known += plan.counts.get("estimated_seconds", 0)
+        else:
+            known += plan.counts.get("estimated_seconds", 0)
         lines[f"{step.stage} {step.name}"] = _state(step, made, waiting, plan, times)
-    lines["estimated"] = f"{duration(known)} for the stages that can say" if known else "no stage can say yet"
+    if len(done) < len(steps):
+        lines["estimated"] = f"{duration(known)} for the stages that can say" if known else "no stage can say yet"
     if isinstance(config.out, Path):
         lines["disk"] = f"{_free_gb(config.out):,.1f} GB free at {config.out}"
-    return Summary(f"run (dry run): {len(steps)} stages, {len(done)} done", lines, config.out)
+    return Summary(f"run (dry run): {len(done)} of {len(steps)} stages done", lines, config.out)
 
 
 def _state(step: Step, made: bool, waiting: Sequence[str], plan: Summary, times: dict[str, float]) -> str:
     state = "done" if made else f"after {', '.join(waiting)}" if waiting else "to do"
-    if seconds := plan.counts.get("estimated_seconds"):
+    if not made and (seconds := plan.counts.get("estimated_seconds")):
         state += f", about {duration(seconds)}"
     if step.name in times:
         state += f" ({duration(times[step.name])} so far)"
