@@ -126,6 +126,12 @@ def test_every_wrong_stage_is_named_at_once(tmp_path: Path) -> None:
         ("out: o\nstages: []", "`stages`"),
         ("out: o\nstages: [{}]", "stage 1 of the recipe is empty"),
         ("out: o\nstages: [train]", "`stages.0`"),
+        ("out: o\nstages: [{train: [a]}]", "cannot be named ['a']"),
+        ("out: o\nstages: [{train: {mode: caption}}]", "Write `- train: NAME`"),
+        ("out: o\nsettings: [a]\nstages: [{train: a}]", "`settings`"),
+        ("out: o\ncommon: 3\nstages: [{train: a}]", "`common`"),
+        ("out: o\nstages: {train: a}", "`stages`"),
+        ("out: 3\nstages: [{train: a}]", "`out`"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_one_message_and_exit_code_2(

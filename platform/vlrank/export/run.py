@@ -38,6 +38,8 @@ def run(config: ExportConfig) -> Summary:
         raise UserError("quantization needs the package compressed-tensors", install_command("compressed-tensors"))
     if config.out.exists() and any(config.out.iterdir()):
         raise UserError(f"{config.out} exists and is not empty", "Choose another --out.")
+    if model.is_adapter and not config.merge and location(model.base).is_dir():
+        announce("Note:", f"the adapter names its base model {model.base}, which others do not have", "yellow")
     metrics = _metrics(config.evaluation)
     settings, result = _of_run(location(model.path))
     dataset = _dataset(config, settings)

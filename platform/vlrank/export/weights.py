@@ -131,14 +131,14 @@ def _copy_processing(model: ModelFolder, target: Path) -> None:
 def _save_in_8_bits(model: Any, target: Path) -> None:
     """FP8 (E4M3) as llm-compressor's ``FP8_DYNAMIC`` has it: a scale per output channel, activations scaled per token.
 
-    Embeddings, output head and vision tower stay as they are.
+    Embeddings, output head, vision tower and the routers of experts stay as they are.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
     from compressed_tensors.quantization.utils import calculate_qparams
 
     scheme = preset_name_to_scheme("FP8_DYNAMIC", ["Linear"])
-    ignored = ["lm_head", "re:.*visual.*", "re:.*vision.*"]
+    ignored = ["lm_head", "re:.*visual.*", "re:.*vision.*", "re:.*mlp.gate$"]
     apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=ignored))
     for module in model.modules():
         if getattr(module, "quantization_scheme", None) is not None:

@@ -62,7 +62,8 @@ class RunConfig(Config):
             return values
         kept = {key: value for key, value in values.items() if key in cls.model_fields}
         entries = [dict(entry) if isinstance(entry, dict) else entry for entry in values["stages"]]
-        named = {_name_of(entry): entry for entry in entries if isinstance(entry, dict) and entry}
+        whole = [entry for entry in entries if isinstance(entry, dict) and entry]
+        named = {_name_of(entry): entry for entry in whole if isinstance(_name_of(entry), str)}
         settings = values.get("settings") or {}
         for key, value in values.items():
             if key in kept:
@@ -74,7 +75,7 @@ class RunConfig(Config):
             elif key in named:
                 raise ValueError(f"`{key}` is a stage: its settings are given as {key}.KEY=VALUE, got {key}={value}")
             else:
-                known = [*cls.model_fields, *settings, *map(str, named)]
+                known = [*cls.model_fields, *settings, *named]
                 raise ValueError(f"unknown key `{key}`{_near(key, known)}; this recipe has {', '.join(known)}")
         return kept | {"stages": entries}
 
@@ -209,15 +210,16 @@ def _entries(config: RunConfig) -> dict[str, tuple[str, dict[str, Any]]]:
                 f"stage {number} of the recipe has `{stage}`, which is no stage{_near(stage, list(STAGES))}",
                 f"A stage begins with `- STAGE: NAME`; stages are {', '.join(STAGES)}.",
             )
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UserError(
+                f"stage {number} of the recipe ({stage}) cannot be named {name!r}",
+                f"Write `- {stage}: NAME`, of letters, digits, '_' and '-', and the settings below it.",
+            )
         if name in config.settings or name in RunConfig.model_fields:
             what = "a setting" if name in config.settings else "a key of every recipe"
             raise UserError(
                 f"stage {number} of the recipe ({stage}) is named `{name}`, as {what}",
                 "Choose another name: NAME=VALUE could mean both.",
-            )
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise UserError(
-                f"stage {number} of the recipe ({stage}) cannot be named {name!r}", "Use letters, digits, '_' and '-'."
             )
         if name in entries:
             raise UserError(
