@@ -5,7 +5,8 @@
 ``MODELS`` as for bench/train.py. Every cell runs in a process of its own, which may take as much memory as a card has
 (``torch.cuda.set_per_process_memory_fraction``): settings at their defaults, a few steps at the mode's batch size, one
 validation, and steps again, on prompts of about 1,100 tokens with some of the longest length. ``--seconds`` bounds a
-cell, ``--deadline`` the whole run; what is done is written after each cell. ``--cells caption-full`` selects by name.
+cell, ``--deadline`` the whole run; what is done is written after each cell, beside what the file holds already.
+``--cells caption-full`` selects by name, ``--models`` keeps the random weights for the next run.
 A cell says "refused" where no plan fits, with the message.
 """
 
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cards", type=int, nargs="*", default=list(CARDS), help="GiB")
     parser.add_argument("--cells", nargs="*", default=[""], help="names of mode-method")
+    parser.add_argument("--models", type=Path, help="folder of the random weights, made where they are missing")
     parser.add_argument("--seconds", type=float, default=150, help="for one cell")
     parser.add_argument("--deadline", type=float, default=3000, help="for the whole run")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script on a CPU")
@@ -65,7 +67,10 @@ def table(args: argparse.Namespace) -> None:
     """Each cell in a subprocess; prints and stores the table."""
     begun = time.monotonic()
     results: dict[str, dict[str, Any]] = {}
-    models = Path(tempfile.mkdtemp())  # random weights, made once by the first cell of a family
+    if args.out and args.out.is_file():
+        results = json.loads(args.out.read_text(encoding="utf-8"))
+    scratch = Path(tempfile.mkdtemp())
+    models = args.models or scratch  # random weights, made once by the first cell of a family
     for name in (name for name in WORK if any(name == cell or not cell for cell in args.cells)):
         for card in args.cards:
             left = args.deadline - (time.monotonic() - begun)
@@ -74,6 +79,7 @@ def table(args: argparse.Namespace) -> None:
             command = [sys.executable, __file__, "--child", name, "--card", str(card)]
             command += ["--config-dir", str(args.config_dir), *(["--tiny"] if args.tiny else [])]
             environment = {**os.environ, "BENCH_MODELS": str(models)}
+            environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "compiled"))
             try:
                 done = subprocess.run(
                     command, capture_output=True, text=True, timeout=min(args.seconds, left), env=environment
@@ -86,7 +92,7 @@ def table(args: argparse.Namespace) -> None:
             print(f"{name:36} {card:3} GiB  {json.dumps(found)[:160]}", flush=True)
             if args.out:
                 args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(models, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def cell(name: str, card: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -52,12 +52,13 @@ def main(shape: Shape, variants: list[str], description: str) -> None:
     parser.add_argument("--summary_words", type=int, default=shape.summary_words)
     parser.add_argument("--history", type=int, default=shape.history)
     parser.add_argument("--side", type=int, default=shape.side)
+    parser.add_argument("--mode", default=shape.mode, help="as which mode the model ranks")
     parser.add_argument("--variant", action="append", help=f"repeatable; default {' '.join(variants)}")
     parser.add_argument("--engine_kwargs", default="{}", help="JSON, passed to vLLM in all variants")
     parser.add_argument("--timeout", type=int, default=900, help="seconds per variant")
     parser.add_argument("--child", nargs=3, metavar=("VARIANT", "DATASET", "MODEL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    shape = Shape(shape.mode, options.words, options.summary_words, options.history, options.side)
+    shape = Shape(options.mode, options.words, options.summary_words, options.history, options.side)
     if options.child:
         variant, dataset, model = options.child
         print(json.dumps(run_variant(shape, variant, Path(dataset), Path(model), json.loads(options.engine_kwargs))))

@@ -47,6 +47,19 @@ def test_patching_twice_adds_one_hook_and_importing_removes_it() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_tokenizer_without_pytorch_makes_the_same_tokens(tiny_text_model: Path) -> None:
+    code = (
+        "import sys; from vlrank import compat; {}\n"
+        "from transformers import AutoTokenizer\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(tiny_text_model)!r})\n"
+        "print(tokenizer('1. a red mug\\n12')['input_ids'], sys.modules.get('torch') is None)"
+    )
+    whole, light = (python(code.format(hide)).stdout.strip() for hide in ("", "compat.hide_torch()"))
+    assert whole.endswith("False")
+    assert light.endswith("True")
+    assert whole.split("]")[0] == light.split("]")[0]
+
+
 def test_a_cuda_torch_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray._private import services
@@ -117,3 +118,13 @@ def test_a_slow_node_is_waited_for_and_a_dead_one_is_not(monkeypatch: pytest.Mon
     with patient_start(60, lambda: False), pytest.raises(ChildProcessError):
         services.get_node("address", "id")
     assert services.get_node is get_node
+
+
+@pytest.mark.stack
+def test_a_session_works_without_rays_api_server() -> None:
+    started = services.start_api_server
+    with ray_session(RayConfig(address="local", num_cpus=2)):
+        commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+        assert ray.get(ray.remote(lambda: 3).remote()) == 3
+    assert not [command for command in commands if "dashboard/dashboard.py" in command]
+    assert services.start_api_server is started

@@ -8,9 +8,12 @@
 2. **Unsloth beside vLLM.** Unsloth imports vLLM's compiled module where vLLM is installed, and that kills the process
    on a CPU without AVX-512. Training never needs vLLM: `hide_vllm` makes it look absent before Unsloth is imported.
 3. **What nobody asked for.** transformers' Trainer and PEFT import torchao, datasets and bitsandbytes wherever they are
-   installed, and these much of PyTorch's compiler: more than half of a training worker's imports. `hide_extras`.
+   installed, and these much of PyTorch's compiler: more than half of a worker's imports (`hide_extras`). Tokenizers
+   import PyTorch, although they do not use it (`hide_torch`).
 4. **Sharded weights without GPUs.** accelerate refuses what PyTorch can: `shard_on_cpus`.
 5. **Ray on a busy machine.** ``ray.init`` gives its node 30 seconds to register, whatever is set: `patient_start`.
+6. **Ray's API server.** ``include_dashboard=False`` starts it nevertheless, and ``ray.init`` waits for it:
+   `without_api_server`.
 """
 
 from __future__ import annotations
@@ -115,7 +118,7 @@ def hide_vllm() -> None:
 
 
 def hide_extras(*, bitsandbytes: bool) -> None:
-    """Make torchao and datasets look absent in this process, which only trains; call before ``import transformers``.
+    """Make torchao and datasets look absent in this process of our own; call before ``import transformers``.
 
     Not for a user's own process, which may want them, and not where weights are quantised by torchao.
 
@@ -124,6 +127,12 @@ def hide_extras(*, bitsandbytes: bool) -> None:
     """
     for name in ("torchao", "datasets", *(["bitsandbytes"] if bitsandbytes else [])):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+def hide_torch() -> None:
+    """Make PyTorch look absent in this process, which only needs tokenizers; call before ``import transformers``."""
+    if "transformers" not in sys.modules:
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 
 def shard_on_cpus() -> None:
@@ -172,6 +181,22 @@ def patient_start(seconds: float, running: Callable[[], bool]) -> Iterator[None]
         yield
     finally:
         services.get_node = get_node
+
+
+@contextmanager
+def without_api_server() -> Iterator[None]:
+    """Let `ray.init` inside the block start a node without the API server, which serves the dashboard and ``ray job``.
+
+    Nothing of a session that ends with its command asks for it.
+    """
+    from ray._private import services
+
+    start = services.start_api_server
+    services.start_api_server = lambda *arguments, **options: ("", None)
+    try:
+        yield
+    finally:
+        services.start_api_server = start
 
 
 if __name__ == "__main__":

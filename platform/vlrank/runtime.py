@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from vlrank.compat import patient_start
+from vlrank.compat import patient_start, without_api_server
 from vlrank.errors import UserError
 from vlrank.supervisor import end_if_lost, running, watch
 
@@ -82,7 +82,7 @@ def _start_here(cpus: int, **options: Any) -> None:
         os.environ.setdefault(name, str(_START_S))
     folder = ray_folder()
     try:
-        with patient_start(_START_S, lambda: all(running(process) for process in ray_processes())):
+        with without_api_server(), patient_start(_START_S, _ray_is_alive):
             # "local" on purpose: without it a stale address file of an earlier cluster makes ray.init fail.
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder), **options)
     except Exception as error:
@@ -98,6 +98,10 @@ def _start_here(cpus: int, **options: Any) -> None:
 
 _START_S = 120
 """How long Ray's processes may take to start; Ray's own 10 and 30 seconds are too short for a busy machine."""
+
+
+def _ray_is_alive() -> bool:
+    return all(running(process) for process in ray_processes())
 
 
 def _first_line(error: BaseException) -> str:

@@ -91,6 +91,12 @@ def left_by_packed(config: EngineConfig, model: ModelFolder) -> str | None:
     return beyond_packed(known) if known else None
 
 
+def maybe_quantised(base: str) -> bool:
+    """Whether the stored weights of a base model may be quantised; known only where its config.json is at hand."""
+    known = known_config(base)
+    return not known or "quantization_config" in known
+
+
 # ---- CPUs and GPUs ---------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ import polars as pl
 import pyarrow as pa
 
 from vlrank.bulk import ENGINE_SECONDS, ERROR, ERROR_TYPE, TOKENS_IN, BulkResult, Shards, run_bulk
+from vlrank.compat import hide_extras, hide_torch
 from vlrank.config import EngineConfig, RankingConfig, RerankConfig, Split
 from vlrank.console import Summary, announce
 from vlrank.data.candidates_io import write_rankings
@@ -33,8 +34,8 @@ from vlrank.data.quarantine import quarantine_folder
 from vlrank.data.schemas import RANKINGS
 from vlrank.data.tables import atomic_write_json
 from vlrank.engines.models import ModelFolder, on_this_node
-from vlrank.engines.resources import EngineDied, engine_actor
-from vlrank.prompting.modes import ModeSpec
+from vlrank.engines.resources import EngineDied, engine_actor, maybe_quantised, ranking_engine
+from vlrank.prompting.modes import ModeSpec, mode_spec
 from vlrank.prompting.prior import log_prior
 from vlrank.reranking.fusion import best_weight, fused_table
 from vlrank.reranking.plan import Setup, Users, open_setup, users_to_rank
@@ -217,6 +218,8 @@ class _PromptWorker:
 
     def __init__(self, job: _Job) -> None:
         self.job = job
+        if not mode_spec(str(job.folder.mode)).pixels:
+            hide_torch()
         self.prompts = open_prompts(on_this_node(job.folder), Dataset.open(job.dataset).item_meta())
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -234,6 +237,8 @@ class _Worker:
 
     def __init__(self, job: _Job) -> None:
         self.job = job
+        if ranking_engine(job.engine, job.folder) == "packed":
+            hide_extras(bitsandbytes=not maybe_quantised(job.folder.base))
         self.ranker = open_ranker(job.folder, job.engine, Dataset.open(job.dataset).item_meta())
         self.counted = _engine_counts(self.ranker.engine)
         self.counting = threading.Lock()

@@ -14,6 +14,7 @@ from vlrank.config import TrainConfig
 from vlrank.data.tables import read_json
 from vlrank.engines.families import check_architecture, vision_family
 from vlrank.engines.models import known_config
+from vlrank.engines.resources import maybe_quantised
 from vlrank.engines.structure import core
 from vlrank.engines.weights import check_whole, load_whole
 from vlrank.errors import UserError
@@ -53,8 +54,8 @@ class Base:
 
     @property
     def maybe_quantised(self) -> bool:
-        """Whether the stored weights may be quantised; known only of local folders."""
-        return not (Path(self.name) / "config.json").is_file() or _stored_quantised(self.name)
+        """See `resources.maybe_quantised`."""
+        return maybe_quantised(self.name)
 
 
 @dataclass(slots=True)
