@@ -61,21 +61,21 @@ def open_packed(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
         raise Unsuited(f"its scores differ from those of transformers by {apart:.2g} nat")
     packed = PackedModel.of(loaded)
     del loaded
+    served = packed.float8() if config.quantization == "fp8" else packed
     settings: dict[str, Any] = {}
     if cuda:
-        packed.compile()
+        served.compile()
         settings = {
             "row_tokens": config.row_tokens or ROW_TOKENS,
             "prefix_bytes": int(0.4 * total),
             "feature_bytes": (int(0.2 * total), 16 * 2**30),
         }
         torch.cuda.empty_cache()
-    if config.quantization == "fp8":
-        scorer = PackedScorer(packed.float8(), **settings)
+    scorer = PackedScorer(served, **settings)
+    if served is not packed:
+        # For a sample, which is too small to be worth compiling for.
         few = {"prefix_bytes": settings["prefix_bytes"] // 8, "feature_bytes": (2**30, 2**30)}
-        scorer.exact = PackedScorer(packed, **settings | few)  # for a sample
-    else:
-        scorer = PackedScorer(packed, **settings)
+        scorer.exact = PackedScorer(packed, **settings | few)
     return scorer
 
 
