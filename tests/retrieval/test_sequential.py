@@ -136,6 +136,8 @@ def test_no_prefix_of_a_history_leaks_what_comes_after_it() -> None:
     one, other = model(torch.tensor([[1, 2, 3, 4]])), model(torch.tensor([[1, 2, 3, 9]]))
     assert torch.equal(one[:, :3], other[:, :3])
     assert not torch.equal(one[:, 3], other[:, 3])
+    # And what is learned there is what a list is made from: the state of the prefix alone.
+    torch.testing.assert_close(one[:, 1], model(torch.tensor([[1, 2]]))[:, -1])
 
 
 @pytest.mark.parametrize("filtered", [False, True])

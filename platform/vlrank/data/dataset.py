@@ -7,6 +7,7 @@ DATASET/
   images/ab/<sha256>.jpg   pictures, named by their content
   captions/*.parquet       schemas.GENERATED, as are semantic_summaries/*.parquet
   candidates/NAME.parquet  schemas.CANDIDATES
+  retrievers/NAME/         weights of a trained retriever, safetensors
   quarantine/STAGE/*.parquet
 """
 

@@ -62,14 +62,14 @@ def plan(dataset: Dataset, config: RetrieveConfig) -> dict[str, object]:
     """What `retrieve` would train, for a dry run."""
     data, task = SequenceData.of(dataset, config.method), Task.of(config, dataset)
     settings, count = task.settings, len(samples(data.train, task.method, task.settings.max_length)[0])
+    weights = (dataset.n_items + settings.max_length) * settings.hidden + settings.layers * 12 * settings.hidden**2
     softmax = f"{settings.negatives:,} drawn items, logQ-corrected" if settings.negatives else "all items"
     lines: dict[str, object] = {
         "samples per epoch": count,
         "steps per epoch": -(-count // settings.batch_size),
         "epochs": f"at most {settings.epochs}, {settings.patience} without a gain",
         "softmax over": softmax,
-        "parameters": (dataset.n_items + settings.max_length) * settings.hidden
-        + settings.layers * 12 * settings.hidden**2,
+        "parameters": f"about {weights:,}",
     }
     return lines | ({"cold items": cold} if (cold := _cold(data)) else {})
 
@@ -162,9 +162,9 @@ def train_and_list(settings: Mapping[str, Any]) -> dict[str, Any]:
     from vlrank.retrieval.sequential.training import Training, read_tensors, write_tensors
 
     task, data, folder = ray.get(settings["task"]), ray.get(settings["data"]), location(settings["folder"])
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(task.settings.cpus)
     try:
-        torch.set_num_threads(task.settings.cpus)
-        device = ray.train.torch.get_device()
         training = Training(task, data, folder, device)
         before = len(training.history)
 
@@ -185,6 +185,12 @@ def train_and_list(settings: Mapping[str, Any]) -> dict[str, Any]:
         lists = {
             split: training.ranker.top(histories, settings["top_k"]) for split, histories in data.histories.items()
         }
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{task.method}: the memory of {device} is full",
+            "Lower sequential.batch_size or sequential.hidden, or have the softmax over fewer items: "
+            "sequential.negatives=4096.",
+        ) from error
     except Exception as error:
         error.add_note(traceback.format_exc())  # for `ray_train.worker_error`: exceptions travel without a traceback
         raise

@@ -102,6 +102,7 @@ class SequenceModel(nn.Module):
     def __init__(self, n_items: int, model: SequentialConfig, *, filtered: bool) -> None:
         super().__init__()
         self.max_length = model.max_length
+        self.from_start = not filtered
         self.items = nn.Embedding(n_items + 1, model.hidden, padding_idx=0)
         self.positions = nn.Embedding(model.max_length, model.hidden)
         self.norm = nn.LayerNorm(model.hidden)
@@ -113,18 +114,27 @@ class SequenceModel(nn.Module):
         """States after each item, float [B, T, H].
 
         Args:
-            items: int64 [B, T], T at most ``max_length``: oldest first, 0 before a sequence's first item. The last
-                place is the most recent one for all, so position embeddings count from the end.
+            items: int64 [B, T], T at most ``max_length``: oldest first, 0 before a sequence's first item.
         """
         length = items.shape[1]
         real = items > 0
         causal = torch.ones(length, length, dtype=torch.bool, device=items.device).tril()
         itself = torch.eye(length, dtype=torch.bool, device=items.device)  # places without an item read something too
         allowed = (causal & real[:, None, :] | itself)[:, None]
-        x = self.dropout(self.norm(self.items(items) + self.positions.weight[-length:]))
+        x = self.dropout(self.norm(self.items(items) + self._positions(real)))
         for block in self.blocks:
             x = block(x, real, allowed)
         return x
+
+    def _positions(self, real: Tensor) -> Tensor:
+        """Position embeddings, float [T, H] or [B, T, H].
+
+        SASRec counts from a sequence's first item: a state that is learned amid a history is then the very state that
+        its prefix has when lists are made. BSARec learns from prefixes and counts from their end, as its authors do.
+        """
+        if self.from_start:
+            return self.positions((real.cumsum(1) - 1).clamp(min=0))
+        return self.positions.weight[-real.shape[1] :]
 
     def scores(self, states: Tensor) -> Tensor:
         """Scores of all items for states [N, H]: float [N, n_items + 1]; column 0 means nothing."""
