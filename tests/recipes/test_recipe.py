@@ -65,6 +65,18 @@ def test_names_become_places_below_one_folder_and_settings_reach_their_stages(tm
     assert {step.name: set(step.needs) for step in steps}["fused"] == {"beauty", "model", "knn", "test"}
 
 
+def test_a_run_that_starts_from_another_is_the_same_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = RECIPE.replace("- rerank: test", "- train: second\n  mode: caption\n  model: model\n- rerank: test")
+    models = []
+    for folder, out in ((tmp_path, "made"), (tmp_path.parent, f"{tmp_path.name}/made")):
+        monkeypatch.chdir(folder)
+        steps = steps_of(recipe(text, "raw=/data", f"out={out}", folder=tmp_path))
+        models.append(next(step.config.model_dump()["model"] for step in steps if step.name == "second"))
+    assert models == [str(tmp_path / "made" / "model")] * 2
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -112,8 +124,9 @@ def test_lists_of_another_dataset_are_refused(tmp_path: Path) -> None:
 
 def test_every_wrong_stage_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        recipe(RECIPE, "raw=/data", "model.epochs=0", "fused.fusion_weight=3", folder=tmp_path)
+        recipe(RECIPE, "raw=/data", "model.epochs=0", "model.rl=1", "fused.fusion_weight=3", folder=tmp_path)
     assert "stage `model` (train): config key `epochs`" in str(caught.value)
+    assert "stage `model` (train): unknown config key `rl`" in str(caught.value)
     assert "stage `fused` (rerank): fusion_weight must be between 0 and 1" in str(caught.value)
 
 

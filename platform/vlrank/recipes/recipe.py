@@ -133,7 +133,8 @@ def steps_of(config: RunConfig) -> list[Step]:
         try:
             checked = validate(STAGES[stage][0], with_mode_defaults(STAGES[stage][0], values))
         except UserError as error:
-            problems.append(UserError(f"{_title(name, stage)}: {error.problem}", error.remedy))
+            lines = [f"{_title(name, stage)}: {line}" for line in error.problem.splitlines()]
+            problems.append(UserError("\n".join(lines), error.remedy))
             continue
         steps.append(Step(stage, name, settings, checked, needs[name], *_result(config.out, stage, name, checked)))
     if problems:
@@ -369,13 +370,16 @@ def _own_place(out: Location, stage: str, name: str) -> dict[str, Any]:
 def _with_places(settings: Mapping[str, Any], places: Mapping[str, Location]) -> dict[str, Any]:
     """Settings with the places of earlier stages instead of their names."""
 
-    def placed(value: Any) -> Any:
+    def placed(key: str, value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return [placed(one) for one in value]
-        return str(places[value]) if isinstance(value, str) and value in places else value
+            return [placed(key, one) for one in value]
+        if not isinstance(value, str) or value not in places:
+            return value
+        # The run that another starts from is one of its settings: the same from wherever the recipe is started.
+        return str(places[value].resolve() if key == "model" else places[value])
 
     by_place = _MADE_BY.keys() - {"candidates", "method"}
-    values = {key: placed(value) if key in by_place else value for key, value in settings.items()}
+    values = {key: placed(key, value) if key in by_place else value for key, value in settings.items()}
     if isinstance(settings.get("train"), Mapping):
         values["train"] = _with_places(settings["train"], places)
     return values
