@@ -87,7 +87,8 @@ def dry_run(config: RunConfig) -> Summary:
             with _naming(step):
                 plan = lazy(STAGES[step.stage][2] or "")(step.config)
         plan.show()
-        made = step.done.is_file() if step.done is not None else plan.counts.get("pending") == 0 and not waiting
+        pending = plan.counts.get("pending")  # what a bulk stage has left to do, also where its output is there
+        made = not waiting and (step.done.is_file() and not pending if step.done is not None else pending == 0)
         if made:
             done.add(step.name)
         else:
