@@ -297,9 +297,12 @@ class SequentialConfig(Config):
     lr: float | None = Field(
         None, gt=0, description="Learning rate of Adam. Default: 0.001 for sasrec, 0.0005 for bsarec."
     )
-    batch_size: int = Field(
-        256, ge=1, description="Samples per step: parts of histories (sasrec) or their prefixes (bsarec)."
+    samples: Literal["prefixes", "histories"] = Field(
+        "prefixes",
+        description="Learn the next item of every prefix of a history, one sample each, or of all places of a history "
+        "at once: faster, and for sasrec only.",
     )
+    batch_size: int = Field(256, ge=1, description="Samples per step.")
     epochs: int = Field(200, ge=1, description="Passes over the training part, at most.")
     patience: int = Field(10, ge=1, description="Stop after this many epochs without a better validation NDCG@10.")
     val_users: int = Field(25_000, ge=1, description="Validation users, a seeded sample that stays the same.")

@@ -81,6 +81,15 @@ def test_a_pattern_that_popularity_cannot_see_is_found(circle: Dataset, tmp_path
     assert recall_at_1(circle, popular) < 0.2
 
 
+def test_all_places_of_a_history_teach_the_pattern_too(circle: Dataset, tmp_path: Path) -> None:
+    training = trained(circle, tmp_path, samples="histories", batch_size=16)
+    training.run(lambda history: None)
+    users = SequenceData.of(circle, "sasrec").histories["test"]
+    assert recall_at_1(circle, training.ranker.top(users, 5)) > 0.9
+    with pytest.raises(UserError, match="reads what comes after"):
+        trained(circle, tmp_path, "bsarec", samples="histories")
+
+
 def test_a_sampled_softmax_finds_the_pattern_too(circle: Dataset, tmp_path: Path) -> None:
     training = trained(circle, tmp_path, negatives=16)
     training.run(lambda history: None)
@@ -131,8 +140,8 @@ def test_training_stops_when_validation_does_not_improve(circle: Dataset, tmp_pa
 
 
 def test_no_prefix_of_a_history_leaks_what_comes_after_it() -> None:
-    # SASRec learns from all positions at once: a later item must not change an earlier state.
-    model = SequenceModel(9, SequentialConfig(hidden=8, max_length=6), filtered=False).eval()
+    # Where all places are learned at once a later item must not change an earlier state.
+    model = SequenceModel(9, SequentialConfig(hidden=8, max_length=6, samples="histories"), filtered=False).eval()
     one, other = model(torch.tensor([[1, 2, 3, 4]])), model(torch.tensor([[1, 2, 3, 9]]))
     assert torch.equal(one[:, :3], other[:, :3])
     assert not torch.equal(one[:, 3], other[:, 3])
@@ -140,11 +149,11 @@ def test_no_prefix_of_a_history_leaks_what_comes_after_it() -> None:
     torch.testing.assert_close(one[:, 1], model(torch.tensor([[1, 2]]))[:, -1])
 
 
-@pytest.mark.parametrize("filtered", [False, True])
-def test_empty_places_change_nothing(filtered: bool) -> None:
+@pytest.mark.parametrize(("filtered", "kind"), [(False, "prefixes"), (False, "histories"), (True, "prefixes")])
+def test_empty_places_change_nothing(filtered: bool, kind: Any) -> None:
     # Batches are as wide as their longest sample: a user's scores must not depend on who else is in the batch.
     torch.manual_seed(0)
-    model = SequenceModel(9, SequentialConfig(hidden=8, max_length=8), filtered=filtered).eval()
+    model = SequenceModel(9, SequentialConfig(hidden=8, max_length=8, samples=kind), filtered=filtered).eval()
     alone, padded = model(torch.tensor([[4, 5, 6]])), model(torch.tensor([[0, 0, 0, 4, 5, 6]]))
     torch.testing.assert_close(alone[:, -1], padded[:, -1])
 
@@ -165,9 +174,11 @@ def test_the_filter_keeps_low_frequencies_as_the_paper_has_it() -> None:
 
 def test_every_target_is_learned_once_per_epoch() -> None:
     train = Lists.from_dict({1: [1, 2, 3, 4, 5, 6], 2: [7], 3: [8, 9]})
-    starts, ends = samples(train, "bsarec", 3)
+    starts, ends = samples(train, SequentialConfig(max_length=3, c=1))
     assert sorted(zip(starts.tolist(), ends.tolist(), strict=True)) == [(0, 1), (0, 2), (0, 3), (1, 4), (2, 5), (7, 8)]
-    starts, ends = samples(train, "sasrec", 3)  # pieces of three: the targets are 2..3 of the first, 4..6 of the second
+    starts, ends = samples(
+        train, SequentialConfig(max_length=3, c=1, samples="histories")
+    )  # pieces of three: the targets are 2..3 of the first, 4..6 of the second
     assert sorted(zip(starts.tolist(), ends.tolist(), strict=True)) == [(0, 2), (2, 5), (7, 8)]
     rows = batches(np.arange(1000) % 37, 16, np.random.default_rng(0))
     assert sorted(np.concatenate(rows).tolist()) == list(range(1000))

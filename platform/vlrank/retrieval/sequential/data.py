@@ -96,6 +96,11 @@ class Task:
     def of(cls, config: RetrieveConfig, dataset: Dataset) -> Task:
         """What ``config`` asks for, with everything decided that it leaves open."""
         settings = config.sequential
+        if config.method == "bsarec" and settings.samples == "histories":
+            raise UserError(
+                "bsarec cannot learn from all places of a history at once: its filter reads what comes after them",
+                "Leave sequential.samples at prefixes, or use sasrec.",
+            )
         lr = settings.lr or (1e-3 if config.method == "sasrec" else 5e-4)
         negatives = settings.negatives or (_NEGATIVES if dataset.n_items > _FULL_SOFTMAX else None)
         settings = settings.model_copy(update={"lr": lr, "negatives": negatives})
@@ -110,14 +115,15 @@ class Task:
         return cls(config.method, settings, config.seed, fingerprint)
 
 
-def samples(train: Lists, method: str, max_length: int) -> tuple[Ints, Ints]:
+def samples(train: Lists, settings: SequentialConfig) -> tuple[Ints, Ints]:
     """(starts, ends), int64 [S]: inputs are ``train.items[start:end]``, the item at ``end`` is the last target.
 
-    SASRec takes each history once, in pieces of ``max_length`` from its end; BSARec takes every prefix.
+    Every prefix of a history, or each history once, in pieces of ``max_length`` from its end.
     """
+    whole, max_length = settings.samples == "histories", settings.max_length
     first, last = train.offsets[:-1], train.offsets[1:] - 1  # the item at `last` is a target only
     inputs = (last - first).clip(0)
-    counts, step = (-(-inputs // max_length), max_length) if method == "sasrec" else (inputs, 1)
+    counts, step = (-(-inputs // max_length), max_length) if whole else (inputs, 1)
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # [2, 3] -> 0, 1, 0, 1, 2
     ends = np.repeat(last, counts) - step * number
     return np.maximum(np.repeat(first, counts), ends - max_length), ends

@@ -61,7 +61,7 @@ def retrieve(dataset: Dataset, config: RetrieveConfig, name: str) -> tuple[dict[
 def plan(dataset: Dataset, config: RetrieveConfig) -> dict[str, object]:
     """What `retrieve` would train, for a dry run."""
     data, task = SequenceData.of(dataset, config.method), Task.of(config, dataset)
-    settings, count = task.settings, len(samples(data.train, task.method, task.settings.max_length)[0])
+    settings, count = task.settings, len(samples(data.train, task.settings)[0])
     weights = (dataset.n_items + settings.max_length) * settings.hidden + settings.layers * 12 * settings.hidden**2
     softmax = f"{settings.negatives:,} drawn items, logQ-corrected" if settings.negatives else "all items"
     lines: dict[str, object] = {

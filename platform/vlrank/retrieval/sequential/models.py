@@ -102,7 +102,7 @@ class SequenceModel(nn.Module):
     def __init__(self, n_items: int, model: SequentialConfig, *, filtered: bool) -> None:
         super().__init__()
         self.max_length = model.max_length
-        self.from_start = not filtered
+        self.from_start = model.samples == "histories"
         self.items = nn.Embedding(n_items + 1, model.hidden, padding_idx=0)
         self.positions = nn.Embedding(model.max_length, model.hidden)
         self.norm = nn.LayerNorm(model.hidden)
@@ -129,8 +129,8 @@ class SequenceModel(nn.Module):
     def _positions(self, real: Tensor) -> Tensor:
         """Position embeddings, float [T, H] or [B, T, H].
 
-        SASRec counts from a sequence's first item: a state that is learned amid a history is then the very state that
-        its prefix has when lists are made. BSARec learns from prefixes and counts from their end, as its authors do.
+        They count from a sequence's last item, as in the papers. What learns from all places of a history counts from
+        its first item: a state amid the history is then the very state that its prefix has when lists are made.
         """
         if self.from_start:
             return self.positions((real.cumsum(1) - 1).clamp(min=0))

@@ -1,10 +1,9 @@
 """Training of SASRec and BSARec, and the ranking of the whole catalogue by them.
 
-SASRec learns from all positions of a history at once, with the cross-entropy over the whole catalogue (Klenitskiy and
-Vasilev 2023, arXiv 2309.07602). BSARec's filter reads a history in both directions, so every prefix is a sample of its
-own, and only the item behind the prefix is learned (Shin et al. 2024, arXiv 2312.10325). Both stop by the NDCG@10 of
-validation users, all items ranked but those of the history. Large catalogues take a sampled softmax with the logQ
-correction (Bengio and Senécal 2008).
+Every prefix of a history is a sample whose next item is learned, with the cross-entropy over the whole catalogue
+(Klenitskiy and Vasilev 2023, arXiv 2309.07602). SASRec can learn from all places of a history at once instead; BSARec
+cannot, as its filter reads in both directions. Both stop by the NDCG@10 of validation users, all items ranked but those
+of the history. Large catalogues take a sampled softmax with the logQ correction (Bengio and Senécal 2008).
 
 After each epoch ``state.safetensors`` is replaced, whole: weights, Adam's moments, best weights, evaluations.
 Every epoch draws from a seed of its own, so on a CPU a run that was killed ends with the weights of an unbroken one.
@@ -116,7 +115,7 @@ class Training:
         self._best = _copy(self.model.state_dict())
         self._optimizer = torch.optim.Adam(self.model.parameters(), lr=task.settings.lr or 1e-3)
         self._items = torch.from_numpy(data.train.items.astype(np.int64)).to(device)
-        self._starts, self._ends = samples(data.train, task.method, task.settings.max_length)
+        self._starts, self._ends = samples(data.train, task.settings)
         draws = torch.from_numpy(np.where(data.popularity > 0, data.popularity**0.75, 0))
         self._q = (draws / draws.sum()).float().to(device)
         order = np.random.default_rng(task.seed).permutation(len(data.targets["val"]))
@@ -162,7 +161,7 @@ class Training:
             starts, ends = (torch.from_numpy(side[rows]).to(self.device) for side in (self._starts, self._ends))
             inputs, places = windows(self._items, starts, ends, int(lengths[rows].max()))
             states = self.model(inputs)
-            if self.task.method == "sasrec":
+            if settings.samples == "histories":
                 learned = inputs > 0
                 states, targets = states[learned], self._items[places[learned] + 1]
             else:
