@@ -539,7 +539,7 @@ class TrainConfig(Config):
     )
     resume: Literal["auto", "never"] = Field(
         "auto",
-        description="`auto` resumes from the last checkpoint in --out; `never` deletes the run in --out and starts "
+        description="`auto` resumes from the last state saved in --out; `never` deletes the run in --out and starts "
         "again.",
     )
     report_to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(

@@ -105,6 +105,7 @@ def test_a_stopped_run_goes_on_to_the_bit(changes: dict[str, Any], settings: Mak
     # A kept checkpoint holds the weights once, in the model's type, and nothing that only a resumed run needs.
     kept = config.out / "home" / "checkpoint-9"
     (weights,) = kept.glob("*.safetensors")
+    assert weights.stat().st_mode == (kept / "vlrank.json").stat().st_mode, "others may read what they may list"
     assert {value.dtype for value in load_file(weights).values()} == {next(iter(expected.values())).dtype}
     assert not [file.name for file in config.out.rglob("*") if file.suffix in (".bin", ".pt", ".pth", ".pkl")]
     assert not [file.name for file in kept.iterdir() if "optim" in file.name or "state" in file.name]

@@ -140,6 +140,8 @@ class Saver:
             name_dtype(folder / "config.json", dtype)
         self._trainer.processing_class.save_pretrained(folder)
         write_checkpoint_facts(folder, config, base)
+        for file in folder.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
+            file.chmod((folder / CHECKPOINT_FILE).stat().st_mode)
 
     # ---- the state --------------------------------------------------------------------------------------------------
 
