@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from vlrank.config import TrainConfig, load_config
 from vlrank.training import timeline as timeline_file
+from vlrank.training import worker
 from vlrank.training.run import _timeline
 from vlrank.training.timeline import Timeline, as_result
 
@@ -72,13 +74,18 @@ def test_a_clock_that_is_behind_takes_no_time_away(clock: Clock) -> None:
     assert min(worker.seconds.values()) >= 0
 
 
+def config_of(out: Path, **changes: object) -> TrainConfig:
+    return load_config(TrainConfig, dataset=out / "data", out=out, mode="caption", **changes)
+
+
 def test_a_resumed_run_adds_up_its_attempts(clock: Clock, tmp_path: Path) -> None:
     first = Timeline(phase="learning")
     clock.now += 30
     first.count(300, 3000)
     (tmp_path / "progress.json").write_text(json.dumps({"step": 3, "timeline": first.handed_on()}))
     clock.now += 1000  # killed; nobody works
-    second = _timeline(tmp_path)
+    assert _timeline(config_of(tmp_path, resume="never")).earlier == []
+    second = _timeline(config_of(tmp_path))
     second.enter("learning")
     clock.now += 10
     second.count(50, 500)
@@ -91,4 +98,19 @@ def test_a_resumed_run_adds_up_its_attempts(clock: Clock, tmp_path: Path) -> Non
 @pytest.mark.parametrize("left", ["", "{", "{}", '{"timeline": null}'])
 def test_what_a_kill_left_half_written_is_no_attempt(tmp_path: Path, left: str) -> None:
     (tmp_path / "progress.json").write_text(left)
-    assert _timeline(tmp_path).earlier == []
+    assert _timeline(config_of(tmp_path)).earlier == []
+
+
+def test_the_worker_after_a_failed_one_goes_on_with_its_time(clock: Clock, tmp_path: Path) -> None:
+    driver = Timeline(phase="Ray")
+    given = driver.handed_on()
+    progress = tmp_path / "progress.json"
+    progress.write_text(json.dumps({"timeline": given}))
+    clock.now += 5
+    first = worker._timeline(config_of(tmp_path), given, rank=0)
+    assert first.seconds == {"Ray": 5.0}
+    clock.now += 20
+    progress.write_text(json.dumps({"timeline": first.handed_on()}))
+    clock.now += 8  # it fails, and another one starts
+    second = worker._timeline(config_of(tmp_path), given, rank=0)
+    assert second.seconds == {"Ray": 5.0, "imports": 20.0, "restart": 8.0}

@@ -192,7 +192,7 @@ def _run_folder_callback(folder: Location) -> Any:
 
 def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Summary:
     config = config.model_copy(update={"out": config.out.resolve(), "dataset": config.dataset.resolve()})
-    timeline = _timeline(config.out)
+    timeline = _timeline(config)
     base = resolve_base(config)
     _check_reporters(config)
     run_samples = choose_samples(config, data)
@@ -210,6 +210,8 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
         )
         if dataset is not None:
             atomic_write_json(config.out / _DATA_FILE, dataset.manifest["files"])
+        # The attempts before this one are known from here on, whatever becomes of it.
+        atomic_write_json(config.out / PROGRESS_FILE, {"timeline": timeline.handed_on()})
         with _watch(config, config.epochs * -(-len(run_samples.samples) // config.batch_size)):
             outcome: dict[str, Any] | None = fit_trainer(trainer).return_value
             if outcome is not None:
@@ -239,13 +241,13 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
     return _summary(config, base, result)
 
 
-def _timeline(out: Location) -> Timeline:
+def _timeline(config: TrainConfig) -> Timeline:
     """A new attempt's timeline, behind those of the attempts before it."""
     from_enter = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()  # else part of a longer command
     earlier: list[Any] = []
     with suppress(OSError, ValueError, UserError):
-        last = json.loads((out / PROGRESS_FILE).read_text(encoding="utf-8")).get("timeline")
-        earlier = [*last["earlier"], last["attempt"]] if last else []
+        last = json.loads((config.out / PROGRESS_FILE).read_text(encoding="utf-8")).get("timeline")
+        earlier = [*last["earlier"], last["attempt"]] if last and config.resume == "auto" else []
     return Timeline(command_started() if from_enter else None, earlier=earlier)
 
 
@@ -346,7 +348,6 @@ def _watch(config: TrainConfig, total: int) -> Iterator[None]:
     """Show progress and a line per evaluation while the block runs."""
     done = threading.Event()
     pause = PROGRESS_S if isinstance(config.out, BucketPath) else 0.3
-    (config.out / PROGRESS_FILE).unlink(missing_ok=True)
     seen = len(read_history(config.out))
 
     def follow() -> None:

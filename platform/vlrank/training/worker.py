@@ -95,7 +95,7 @@ def _timeline(config: TrainConfig, given: Mapping[str, Any], rank: int) -> Timel
     if rank == 0:
         with suppress(OSError, ValueError, UserError):
             last = json.loads((config.out / PROGRESS_FILE).read_text(encoding="utf-8")).get("timeline") or {}
-    if last and last["attempt"]["began"] == given["attempt"]["began"]:
+    if last and last["attempt"]["began"] == given["attempt"]["began"] and last["phase"] != "Ray":
         timeline = Timeline.taken_over(last, "restart")
     else:
         timeline = Timeline.taken_over(given)
