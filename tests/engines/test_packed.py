@@ -397,6 +397,38 @@ def test_an_adapter_is_merged(text: tuple[PackedScorer, Encoder, Any], tiny_text
     scorer.close()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 128, "use_rslora": True},
+        {"target_modules": "all-linear"},
+        {"modules_to_save": ["norm", "input_layernorm"]},
+        {"bias": "all"},
+        {"rank_pattern": {"v_proj": 7}, "alpha_pattern": {"v_proj": 3}},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_adapters_as_other_programs_make_them_are_merged(
+    text: tuple[PackedScorer, Encoder, Any], tiny_text_model: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plain, encoder, _ = text
+    torch.manual_seed(1)
+    lora = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **options})
+    model = get_peft_model(load_model(open_model(tiny_text_model)), lora).eval()
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and "lora_" not in name:  # copies of the base's
+            torch.nn.init.normal_(weight, mean=float(weight.detach().mean()), std=0.3)
+    model.save_pretrained(tmp_path)
+    encoded = encoder.encode([], text_items(12))
+    scorer = open_packed(open_model(tmp_path), PACKED, encoder)
+    [scores] = scored(scorer, encoder, [encoded])
+    np.testing.assert_allclose(scores, brute_force(model, encoder, encoded), atol=1e-4)
+    assert np.abs(scores - scored(plain, encoder, [encoded])[0]).max() > 1e-3
+    scorer.close()
+
+
 def test_an_adapter_that_cannot_be_merged_is_served_by_transformers(
     text: tuple[PackedScorer, Encoder, Any], tiny_text_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -262,6 +262,40 @@ def test_a_models_own_generation_settings_change_nothing(
     assert texts[0] == texts[1]
 
 
+def test_a_vision_model_that_was_not_tried_is_mentioned(
+    dataset: Dataset, tiny_vision_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Engines write with any model that they load; what was tried is a shorter list."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_vision_model, other)
+    file = other / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "llava"}))
+    for model, said in ((tiny_vision_model, False), (other, True)):
+        assert pipeline._plan(config(dataset, model)).job.sees
+        printed = " ".join("".join(capsys.readouterr()).split())
+        assert ("is a llava; texts were tried with Qwen2.5-VL, Qwen3-VL, Qwen3.5 alone" in printed) == said
+
+
+def test_a_tokenizer_without_a_padding_token_writes_the_same(tiny_text_model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_text_model, bare)
+    file = bare / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["pad_token"]
+    file.write_text(json.dumps(settings))
+    texts = []
+    for model in (tiny_text_model, bare):
+        job = Job(load_prompt("semantic_summary/v1", "semantic_summary"), str(model), "m", sees=False, max_tokens=8)
+        rows = np.empty(2, dtype=object)
+        rows[:] = [{"item_id": n, "text": "mug " * n, "picture": None, "picture_hash": ""} for n in (1, 9)]
+        for row in rows:
+            row |= prepare(row, job)
+        written = TransformersGenerator(job)({DATA: rows})[DATA]
+        assert not any(row[FAILED] for row in written)
+        texts.append([row["generated_text"] for row in written])
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.stack
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize(("what", "render_workers"), [("caption", 2), ("semantic_summary", 0)])

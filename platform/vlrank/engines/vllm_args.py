@@ -13,7 +13,7 @@ from typing import Any
 
 from vlrank.config import EngineConfig
 from vlrank.engines.adapters import lora_rank
-from vlrank.engines.models import ModelFolder, model_config
+from vlrank.engines.models import ModelFolder, known_config, model_config
 from vlrank.engines.resources import GIB, WORKSPACE, gpu_share, kv_cache_bytes, vllm_env, weights_bytes
 from vlrank.prompting.modes import mode_spec
 
@@ -91,8 +91,7 @@ def _args(
     utilization = config.gpu_memory_utilization * share
     args: dict[str, Any] = {
         "model": model.base,
-        # A CPU computes in float32, as it does with transformers; vLLM's "auto" would round a float32 model.
-        "dtype": config.dtype if memory or config.dtype != "auto" else "float32",
+        "dtype": config.dtype if memory or config.dtype != "auto" else _cpu_dtype(model.base),
         "max_model_len": max_model_len,
         "tensor_parallel_size": config.tensor_parallel_size,
         "gpu_memory_utilization": utilization,
@@ -113,6 +112,16 @@ def _args(
     if model.is_adapter:
         args |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(Path(model.path))}
     return {**args, **own, **config.engine_kwargs}
+
+
+def _cpu_dtype(base: str) -> str:
+    """float32, as a CPU computes with transformers: "auto" would round a float32 model.
+
+    vLLM's gated delta layers compute in bfloat16 alone on CPUs ("CPU GDN attention requires BF16").
+    """
+    config = known_config(base) or {}
+    kinds = (config.get("text_config") or config).get("layer_types") or ()
+    return "bfloat16" if "linear_attention" in kinds else "float32"
 
 
 def without_pattern(folder: str) -> str:

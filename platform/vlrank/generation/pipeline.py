@@ -23,6 +23,7 @@ from vlrank.data.dataset import GENERATED_FOLDERS, Dataset
 from vlrank.data.quarantine import quarantine_folder
 from vlrank.data.tables import file_sha256
 from vlrank.engines.adapters import check_adapter
+from vlrank.engines.families import VISION_FAMILIES
 from vlrank.engines.models import model_config
 from vlrank.engines.resources import engine_gpus, engine_name
 from vlrank.engines.vllm_args import context_length
@@ -177,6 +178,10 @@ def _plan(config: GenerateConfig) -> _Work:
             f"model {config.model} cannot see pictures, and prompt {prompt.prompt_id} shows one",
             "Choose a Qwen3-VL model, e.g. --model Qwen/Qwen3-VL-2B-Instruct.",
         )
+    kind = model_config(model, config.revision).get("model_type")
+    if sees and kind not in VISION_FAMILIES:
+        tried = ", ".join(family.name for family in VISION_FAMILIES.values())
+        announce("Note:", f"{config.model} is a {kind}; texts were tried with {tried} alone", "yellow")
     if note := check_chat_template(model, pictures=sees and prompt.image != "none"):
         announce("Note:", note, "yellow")
     if prompt.json_schema is not None and engine_name(config.engine) != "vllm":
