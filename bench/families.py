@@ -197,7 +197,10 @@ def child(family: str, part: str, home: Path) -> dict[str, Any]:
     os.environ.update(vllm_env(has_gpu()))
     folder, pictures = home / family, home / "pictures"
     if not folder.exists():
-        family_folder(family, folder, corpus())
+        # vLLM's kernel for CPUs takes no other width of gated delta heads than the published models'.
+        wide = {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
+        wide |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+        family_folder(family, folder, corpus(), **(wide if family == "qwen3_5" and part != "packed" else {}))
     pictures.mkdir(exist_ok=True)
     if part == "texts":
         return texts(folder, make_shop(home / f"shop-{family}", n_items=8, n_users=8))

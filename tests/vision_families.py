@@ -17,11 +17,12 @@ THINKING_TEMPLATE = CHAT_TEMPLATE.removesuffix("{% endif -%}") + (
 """As Qwen3.5's: without thoughts the model answers behind a closed block of them."""
 
 
-def family_folder(kind: str, folder: Path, texts: list[str]) -> Path:
+def family_folder(kind: str, folder: Path, texts: list[str], **text_changes: Any) -> Path:
     """A model folder of family ``kind``: its files are those of the published models, its weights are random.
 
     Qwen2.5-VL names its pictures' bounds ``min_pixels`` and ``max_pixels`` and keeps its template in
     chat_template.json; Qwen3-VL is made as the 8B is, with untied embeddings and three deepstack layers.
+    ``text_changes`` are of the language model's configuration.
     """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -58,7 +59,7 @@ def family_folder(kind: str, folder: Path, texts: list[str]) -> Path:
         "initializer_range": 0.1,
     }
     config = AutoConfig.for_model(
-        kind, text_config=sizes | text, vision_config=tower | vision, tie_word_embeddings=tied, **tokens
+        kind, text_config=sizes | text | text_changes, vision_config=tower | vision, tie_word_embeddings=tied, **tokens
     )
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)

@@ -110,7 +110,9 @@ def test_what_was_trained_ranks_as_validation_does(
     assert not any(".visual." in name for name in learned)
     unpacked = "prompts are not packed: qwen3_5_text has linear attention layers"
     assert said.count(unpacked) == (family_model.name in RECURRENT)
-    trainer.save_model(str(tmp_path / "checkpoint"))
+    write = trainer.saver.begin()
+    assert write is not None
+    write.to(tmp_path / "checkpoint", lambda: None)
     folder = open_model(tmp_path / "checkpoint")
     assert (folder.mode, folder.is_adapter) == (mode, method == "lora")
     encoder = Encoder.load(folder.path, mode_spec(mode), trainer.config.ranking)
