@@ -12,7 +12,13 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
 from vlrank.config import ExportConfig
 from vlrank.data.dataset import Dataset
@@ -28,9 +34,9 @@ Run = Callable[..., Path]
 def adapter_run(tiny_text_model: Path, tiny_vision_model: Path, shop: Dataset, tmp_path: Path) -> Run:
     """A run folder as training leaves it, whose adapter has random weights; keywords are LoRA's."""
 
-    def make(mode: str = "semantic_summary_small", **lora: Any) -> Path:
+    def make(mode: str = "semantic_summary_small", base: Path | None = None, **lora: Any) -> Path:
         vision = mode != "semantic_summary_small"
-        base = tiny_vision_model if vision else tiny_text_model
+        base = base or (tiny_vision_model if vision else tiny_text_model)
         kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
         torch.manual_seed(0)
         targets = {"target_modules": r".*(language_model|model).*layers.*(q_proj|up_proj|down_proj)"} | lora
@@ -146,6 +152,20 @@ def test_in_8_bits_transformers_loads_it_and_the_card_says_how_rankings_change(
     assert "FP8" in (out / "README.md").read_text()
     apart = (logits(AutoModelForCausalLM.from_pretrained(out)) - of_run(folder)).abs().mean()
     assert apart < 0.1 * of_run(folder).abs().mean()
+
+
+def test_a_base_in_4_bits_becomes_whole(adapter_run: Run, tiny_text_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    AutoModelForCausalLM.from_pretrained(tiny_text_model, quantization_config=nf4).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_text_model).save_pretrained(tmp_path / "base")
+    folder, out = adapter_run(base=tmp_path / "base"), tmp_path / "out"
+    run(ExportConfig(run=str(folder), out=out, sample=0))
+    plain = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert plain.dtype == torch.bfloat16
+    assert not hasattr(plain.config, "quantization_config")
+    apart = (logits(plain) - of_run(folder)).abs().mean()
+    assert apart < 0.03 * of_run(folder).abs().mean()
 
 
 def test_an_adapter_alone_and_another_number_format(adapter_run: Run, tmp_path: Path) -> None:

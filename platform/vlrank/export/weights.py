@@ -68,10 +68,8 @@ def merged_model(model: ModelFolder) -> Any:
         UserError: the model cannot be loaded, or PEFT cannot merge its adapter.
     """
     loaded = load_model(replace(model, path=model.base), "float32", device="cpu")
-    if hasattr(loaded.config, "quantization_config"):
-        loaded = torch.nn.Module.float(with_plain_linears(loaded))
-        del loaded.config.quantization_config
-        loaded.hf_quantizer, loaded.is_quantized, loaded.is_loaded_in_4bit = None, False, False
+    if getattr(loaded, "hf_quantizer", None) is not None:
+        loaded = _dequantised(loaded)
     if not model.is_adapter:
         return loaded
     from peft import PeftModel
@@ -86,6 +84,25 @@ def merged_model(model: ModelFolder) -> Any:
             f"the adapter {model.path} cannot be merged: {str(error).splitlines()[0]}", "Publish it alone: --no_merge."
         ) from error
     return loaded
+
+
+def _dequantised(model: Any) -> Any:
+    """The model in float32 as if it had never been in 4 bits: it is cast, merged and saved like any other."""
+    quantizer = model.hf_quantizer
+    model = torch.nn.Module.float(with_plain_linears(model))
+    quantizer.remove_quantization_config(model)
+    # How weights were read is turned round when they are saved; what reads 4-bit weights cannot be.
+    kept = [one for one in getattr(model, "_weight_conversions", None) or [] if _reversible(one)]
+    model._weight_conversions = kept
+    return model
+
+
+def _reversible(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _adapts_embeddings(adapter: Path) -> bool:
