@@ -127,6 +127,11 @@ def main() -> None:
     for variant in options.methods:
         further = [] if variant.startswith("ensemble:") else options.settings
         name, line = command(options.data, variant, options.top_k, further)
+        parts = variant.removeprefix("ensemble:").split(",") if variant.startswith("ensemble:") else []
+        if lost := [row["method"] for row in results["methods"] if row["method"] in parts and "failed" in row]:
+            # The dataset may hold lists of an earlier run by that name.
+            results["methods"].append({"method": variant, "failed": f"no lists of {', '.join(lost)}"})
+            continue
         print(f"{variant} ...", flush=True)
         code, seconds, output = timed(line, options.limit_s)
         row: dict[str, Any] = {"method": variant, "command": " ".join(line[1:]), "seconds": round(seconds, 1)}
