@@ -6,6 +6,8 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -317,6 +319,18 @@ def test_vllm_and_transformers_give_the_same_rows(
     assert tables[0].height == 18
     assert tables[0].equals(tables[1]), pl.concat([tables[0], tables[1]]).unique(keep="none")
     assert quarantines[0].equals(quarantines[1])
+
+
+@pytest.mark.stack
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_writes_another_familys_texts_as_transformers_does(tmp_path: Path) -> None:
+    """Qwen2.5-VL: windows in the tower, other patches, other bounds of pictures."""
+    program, out = Path(__file__).resolve().parents[2] / "bench" / "families.py", tmp_path / "result.json"
+    command = [sys.executable, str(program), "--out", str(out), "--families", "qwen2_5_vl", "--parts", "texts"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    cell = json.loads(out.read_text())["cells"]["qwen2_5_vl: texts"]
+    alike = {"texts": 6, "equal": 6, "equal prompt tokens": 6}
+    assert cell == {"caption": alike, "semantic_summary": alike}
 
 
 def table_folder(dataset: Dataset, what: str) -> Path:

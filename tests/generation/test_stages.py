@@ -252,6 +252,17 @@ def test_engines_get_what_the_config_says_and_own_arguments_win() -> None:
     assert engine_args(SIZED, EngineConfig(), memory=None)["enforce_eager"] is True
 
 
+def test_gated_delta_layers_compute_in_bfloat16_on_a_cpu(tmp_path: Path) -> None:
+    """vLLM's kernel for them takes nothing else there, and an engine would die at its first prompt."""
+    job = dataclasses.replace(SIZED, model=str(tmp_path))
+    for kinds, dtype in ((["full_attention"], "float32"), (["linear_attention", "full_attention"], "bfloat16")):
+        text = {"layer_types": kinds, "max_position_embeddings": 4096}
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "text_config": text}))
+        assert engine_args(job, EngineConfig(), memory=None)["dtype"] == dtype
+        assert engine_args(job, EngineConfig(dtype="float16"), memory=None)["dtype"] == "float16"
+        assert engine_args(job, EngineConfig(), memory=80 * GIB)["dtype"] == "auto"
+
+
 def test_engines_on_half_a_gpu_take_half_its_memory() -> None:
     engine = EngineConfig(gpus=0.5, engine_kwargs={"kv_cache_memory_bytes": GIB})
     assert engine_args(SIZED, engine, memory=80 * GIB)["gpu_memory_utilization"] == pytest.approx(0.45)
