@@ -100,13 +100,18 @@ def test_what_was_trained_ranks_as_validation_does(
     """Adapters in raw_image, all weights in caption, packed rows wanted: through checkpoints to a ranking."""
     method = {"raw_image": "lora", "caption": "full", "semantic_summary": "lora"}[mode]
     said: list[str] = []
-    short = {"epochs": 1, "negatives": 3, "val_users": 4, "packing": True}
+    short: dict[str, Any] = {"epochs": 1, "negatives": 3, "val_users": 4, "packing": True}
+    if delta := family_model.name in RECURRENT and mode == "semantic_summary":
+        short["lora"] = {"target_modules": ["q_proj", "in_proj_qkv", "in_proj_z", "out_proj", "down_proj"]}
     config = settings(mode, model=str(family_model), method=method, **short)
     trainer = trainer_of(config, told_shop, said)
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     trainer.train()
     learned = {name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])}
     assert learned
+    assert any(".linear_attn." in name for name in learned) == (
+        delta or (family_model.name in RECURRENT and method == "full")
+    )
     assert not any(".visual." in name for name in learned)
     unpacked = "prompts are not packed: qwen3_5_text has linear attention layers"
     assert said.count(unpacked) == (family_model.name in RECURRENT)
