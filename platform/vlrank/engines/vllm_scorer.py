@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,36 @@ class _Score:
     future: Future[Float32]
     flat: Float32
     waiting: int
+
+
+@dataclass(slots=True)
+class _Work:
+    """What the driver has to do.
+
+    Attributes:
+        waiting: Prompts of which nothing has been sent.
+        running: Requests by name.
+        unresolved: Prompts that are waiting, in flight, or in no container when something raises.
+        count: Requests so far, which name the next one.
+        closing: No more prompts will come.
+    """
+
+    waiting: deque[_Score] = field(default_factory=deque)
+    running: dict[str, tuple[_Score, Read]] = field(default_factory=dict)
+    unresolved: set[_Score] = field(default_factory=set)
+    count: int = 0
+    closing: bool = False
+
+    @property
+    def in_flight(self) -> int:
+        """Prompts that have been sent and not answered."""
+        return len(self.unresolved) - len(self.waiting)
+
+    def accept(self, job: _Score) -> None:
+        """Put a prompt into the queue."""
+        self.unresolved.add(job)
+        job.future.add_done_callback(lambda _: self.unresolved.discard(job))
+        self.waiting.append(job)
 
 
 @dataclass(slots=True)
@@ -258,79 +288,75 @@ class VllmScorer:
 
     def _drive(self) -> None:
         """Feed and step vLLM until `close`; the only thread that touches it."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        engine = self.vllm
-        running: dict[str, tuple[_Score, Read]] = {}
-        waiting: deque[_Score] = deque()
-        unresolved: set[_Score] = set()  # waiting, in flight, or in no container when something raises
-        count = 0
-        closing = False
-
-        def accept(job: _Score) -> None:
-            unresolved.add(job)
-            job.future.add_done_callback(lambda _: unresolved.discard(job))
-            waiting.append(job)
-
-        def add(job: _Score, read: Read) -> None:
-            nonlocal count
-            count += 1
-            try:
-                prompt, params = self._input(job, read), _label_params(job.trie, read)
-                further = read is not plan_reads(job.trie)[0]
-                engine.add_request(str(count), prompt, params, lora_request=self.lora, priority=-further)
-            except EngineDeadError:
-                raise
-            except Exception as error:  # too long, unreadable picture, ...: this prompt's own fault
-                if not job.future.done():
-                    job.future.set_exception(error)
-                return
-            running[str(count)] = (job, read)
-
+        work = _Work()
         try:
-            while not (closing and not waiting and not running):
-                while True:
-                    try:
-                        job = self._inbox.get(block=not (waiting or running or closing))
-                    except queue.Empty:
-                        break
-                    if job is None:
-                        closing = True
-                    else:
-                        accept(job)
-                while waiting and len(unresolved) - len(waiting) < self.in_flight:
-                    job = waiting.popleft()
-                    add(job, plan_reads(job.trie)[0])
-                if not running:
-                    continue
-                for output in engine.step():
-                    if not output.finished:
-                        continue
-                    job, read = running.pop(output.request_id)
-                    self.requests += 1
-                    self.prompt_tokens += len(output.prompt_token_ids)
-                    self.cached_tokens += output.num_cached_tokens or 0
-                    if job.future.done():  # another of its reads has failed
-                        continue
-                    try:
-                        _store(job, read, output)
-                    except ValueError as error:
-                        job.future.set_exception(error)
-                        continue
-                    job.waiting -= 1
-                    reads = plan_reads(job.trie)
-                    if read is reads[0]:
-                        for more in reads[1:]:
-                            add(job, more)
-                    if job.waiting == 0:
-                        job.future.set_result(job.trie.log_probs(job.flat))
+            while not (work.closing and not work.waiting and not work.running):
+                self._accept(work)
+                while work.waiting and work.in_flight < self.in_flight:
+                    job = work.waiting.popleft()
+                    self._send(work, job, plan_reads(job.trie)[0])
+                if work.running:
+                    for output in self.vllm.step():
+                        if output.finished:
+                            self._finish(work, output)
         except BaseException as error:  # callers must not wait for answers that will not come
             died = EngineDied(f"vLLM's engine has died: {type(error).__name__}: {error}")
             died.__cause__ = error
-            for job in list(unresolved):
+            for job in list(work.unresolved):
                 job.future.set_exception(died)
-            while not closing and (late := self._inbox.get()) is not None:
+            while not work.closing and (late := self._inbox.get()) is not None:
                 late.future.set_exception(died)
+
+    def _accept(self, work: _Work) -> None:
+        """Take what callers have put into the inbox; wait for it where there is nothing else to do."""
+        while True:
+            try:
+                job = self._inbox.get(block=not (work.waiting or work.running or work.closing))
+            except queue.Empty:
+                return
+            if job is None:
+                work.closing = True
+            else:
+                work.accept(job)
+
+    def _send(self, work: _Work, job: _Score, read: Read) -> None:
+        """Give a read to vLLM as a request."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        work.count += 1
+        name = str(work.count)
+        try:
+            prompt, params = self._input(job, read), _label_params(job.trie, read)
+            further = read is not plan_reads(job.trie)[0]
+            self.vllm.add_request(name, prompt, params, lora_request=self.lora, priority=-further)
+        except EngineDeadError:
+            raise
+        except Exception as error:  # too long, unreadable picture, ...: this prompt's own fault
+            if not job.future.done():
+                job.future.set_exception(error)
+            return
+        work.running[name] = (job, read)
+
+    def _finish(self, work: _Work, output: Any) -> None:
+        """Take a request's answer; the first one of a prompt is followed by its further reads."""
+        job, read = work.running.pop(output.request_id)
+        self.requests += 1
+        self.prompt_tokens += len(output.prompt_token_ids)
+        self.cached_tokens += output.num_cached_tokens or 0
+        if job.future.done():  # another of its reads has failed
+            return
+        try:
+            _store(job, read, output)
+        except ValueError as error:
+            job.future.set_exception(error)
+            return
+        job.waiting -= 1
+        reads = plan_reads(job.trie)
+        if read is reads[0]:
+            for more in reads[1:]:
+                self._send(work, job, more)
+        if job.waiting == 0:
+            job.future.set_result(job.trie.log_probs(job.flat))
 
 
 @lru_cache(maxsize=512)

@@ -68,68 +68,89 @@ def read_candidates(path: Path, dataset: Dataset, *, split: Split = "test", ids:
 def _map_ids(
     raw: pl.DataFrame, dataset: Dataset, ours: bool | None, path: Path
 ) -> tuple[pl.DataFrame, list[dict[str, str]]]:
+    """Lists with the dataset's ids, and what was left out of them."""
+    named, unknown_splits = _with_splits(raw)
+    named = _with_scores(named)
+    if ours is None:
+        ours = _are_ours(named, dataset)
+    matched, unknown_users = _with_users(named, _ids(dataset.sequences(), "user_id", "source_user", ours))
+    lists, unknown_items = _with_items(matched, _ids(dataset.items(), "item_id", "source_id", ours))
+    rejected = [*unknown_splits, *unknown_users, *unknown_items]
+    table = matched.drop("scores").join(lists, on="row", how="inner").sort("split", "user_id")
+    if table.is_empty():
+        if named.is_empty():
+            raise UserError(f"{path}: {rejected[0]['message']}", "Call the splits val and test.")
+        side = "items" if len(matched) else "users"
+        first_ones = (matched["items"].explode() if len(matched) else named["user"]).head(3).to_list()
+        shown = excerpt(", ".join(repr(value) for value in first_ones))
+        raise UserError(
+            f"{path}: no list could be matched to {dataset.path}, none of its {side} is known (the first are {shown})",
+            "Say whose ids they are: ids=source (those of the raw data) or ids=vlrank (user_id, item_id).",
+        )
+    return table.select("split", "user_id", "item_ids", "scores"), rejected
+
+
+def _with_splits(raw: pl.DataFrame) -> tuple[pl.DataFrame, list[dict[str, str]]]:
+    """Rows of val and test, numbered, and the others."""
     raw = raw.with_row_index("row").with_columns(
         pl.col("split").str.to_lowercase().replace({"valid": "val", "validation": "val", "dev": "val"})
     )
-    split_ok = pl.col("split").is_in(["val", "test"])
+    known = pl.col("split").is_in(["val", "test"])
     rejected = [
         _reject(user, "UnknownSplit", f"split {split!r} is neither val nor test")
-        for user, split in raw.filter(~split_ok.fill_null(False)).select("user", "split").iter_rows()
+        for user, split in raw.filter(~known.fill_null(False)).select("user", "split").iter_rows()
     ]
-    raw = raw.filter(split_ok).with_columns(pl.col("scores").cast(pl.List(pl.Float32)))
-    raw = raw.with_columns(
+    return raw.filter(known), rejected
+
+
+def _with_scores(lists: pl.DataFrame) -> pl.DataFrame:
+    lists = lists.with_columns(pl.col("scores").cast(pl.List(pl.Float32)))
+    return lists.with_columns(
         scores=pl.when(pl.col("scores").list.len() == pl.col("items").list.len())
         .then("scores")
         # Without scores the order alone counts: falling scores keep it when sorted by score.
         .otherwise(pl.int_ranges(0, -pl.col("items").list.len().cast(pl.Int64), -1).cast(pl.List(pl.Float32)))
     )
-    integer_items = isinstance(inner := raw.schema["items"], pl.List) and inner.inner.is_integer()
-    if ours is None:
-        ours = bool(raw["our_names"].all()) and raw.schema["user"].is_integer() and integer_items
-        if not ours:
-            ours = not _known(raw["user"], dataset.sequences()["source_user"]) and _numbers(
-                raw["user"], dataset.n_users
-            )
-    users = _ids(dataset.sequences(), "user_id", "source_user", ours)
-    items = _ids(dataset.items(), "item_id", "source_id", ours)
-    matched = raw.with_columns(pl.col("user").cast(pl.String)).join(
+
+
+def _are_ours(lists: pl.DataFrame, dataset: Dataset) -> bool:
+    """Whether the ids are the dataset's own numbers, not those of the raw data."""
+    integer_items = isinstance(inner := lists.schema["items"], pl.List) and inner.inner.is_integer()
+    if bool(lists["our_names"].all()) and lists.schema["user"].is_integer() and integer_items:
+        return True
+    unknown = not _known(lists["user"], dataset.sequences()["source_user"])
+    return unknown and _numbers(lists["user"], dataset.n_users)
+
+
+def _with_users(lists: pl.DataFrame, users: pl.DataFrame) -> tuple[pl.DataFrame, list[dict[str, str]]]:
+    """The first list of every known user and split, and the others."""
+    matched = lists.with_columns(pl.col("user").cast(pl.String)).join(
         users, left_on="user", right_on="key", how="left", maintain_order="left"
     )
-    unknown = matched.filter(pl.col("user_id").is_null())
-    rejected += [_reject(user, "UnknownUser", "not a user of the dataset") for user in unknown["user"].unique().sort()]
+    unknown = matched.filter(pl.col("user_id").is_null())["user"].unique().sort()
+    rejected = [_reject(user, "UnknownUser", "not a user of the dataset") for user in unknown]
     matched = matched.filter(pl.col("user_id").is_not_null())
     first = pl.struct("split", "user_id").is_first_distinct()
     rejected += [_reject(user, "DuplicateUser", "another list came first") for user in matched.filter(~first)["user"]]
-    matched = matched.filter(first)
+    return matched.filter(first), rejected
+
+
+def _with_items(lists: pl.DataFrame, items: pl.DataFrame) -> tuple[pl.DataFrame, list[dict[str, str]]]:
+    """``row``, ``item_ids`` and ``scores`` of the known items, and the unknown ones."""
     pairs = (
-        matched.select("row", "items", "scores")
+        lists.select("row", "items", "scores")
         .filter(pl.col("items").list.len() > 0)
         .explode("items", "scores")
         .with_columns(pl.col("items").cast(pl.String))
         .join(items, left_on="items", right_on="key", how="left", maintain_order="left")
     )
     strangers = pairs.filter(pl.col("item_id").is_null()).group_by("items").len().sort("items")
-    rejected += [
+    rejected = [
         _reject(item, "UnknownItem", f"not an item of the dataset; left out of {count} lists")
         for item, count in strangers.iter_rows()
     ]
-    lists = (
-        pairs.filter(pl.col("item_id").is_not_null())
-        .group_by("row", maintain_order=True)
-        .agg(item_ids=pl.col("item_id"), scores=pl.col("scores"))
-    )
-    table = matched.drop("scores").join(lists, on="row", how="inner").sort("split", "user_id")
-    if table.is_empty():
-        side = "items" if len(matched) else "users"
-        first_ones = (matched["items"].explode() if len(matched) else raw["user"]).head(3).to_list()
-        shown = excerpt(", ".join(repr(value) for value in first_ones))
-        if raw.is_empty():
-            raise UserError(f"{path}: {rejected[0]['message']}", "Call the splits val and test.")
-        raise UserError(
-            f"{path}: no list could be matched to {dataset.path}, none of its {side} is known (the first are {shown})",
-            "Say whose ids they are: ids=source (those of the raw data) or ids=vlrank (user_id, item_id).",
-        )
-    return table.select("split", "user_id", "item_ids", "scores"), rejected
+    known = pairs.filter(pl.col("item_id").is_not_null()).group_by("row", maintain_order=True)
+    return known.agg(item_ids=pl.col("item_id"), scores=pl.col("scores")), rejected
 
 
 def _ids(table: pl.DataFrame, ours: str, source: str, by_ours: bool) -> pl.DataFrame:
