@@ -1,6 +1,7 @@
 """Shared by all tests: the small shop, tiny models, a world of two tastes, the research data beside the checkout."""
 
 import os
+import signal
 import subprocess
 import uuid
 from collections.abc import Generator, Iterator
@@ -25,6 +26,10 @@ SESSION = "VLRANK_TEST_SESSION"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Under nohup, or in the background of a script, signals are ignored, and processes that tests start inherit that.
+    for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
     if not hasattr(config, "workerinput"):  # xdist's workers inherit the controller's mark
         os.environ[SESSION] = uuid.uuid4().hex
 

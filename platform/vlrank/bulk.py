@@ -287,59 +287,85 @@ def _run(
     held: Held,
     first_rows: _FirstRows | None,
 ) -> dict[str, Any]:
-    import ray.data
-    from ray.util.annotations import RayDeprecationWarning
-    from ray.util.metrics import Counter
-
     quiet_data().raise_original_map_exception = True  # a UserError of a stage has to arrive as one
-
     run = _next_run(shards)
     plan = shards.folder / f"{_PLAN}{run}"
     n_shards = _write_plan(pending, plan, shard_rows)
-    counts: dict[str, int] = dict.fromkeys(("done", "quarantined", TOKENS_IN, TOKENS_OUT), 0)
-    retry: list[Any] = []
-    # For dashboards (ray_vlrank_rows_total in Prometheus): what share of the rows goes to quarantine.
-    exported: Any = Counter("vlrank_rows", "Rows that came out of a bulk stage", tag_keys=("stage", "outcome"))
-    # A quarter of a CPU keeps the first and the last step apart from the stages (Ray Data fuses steps of equal
-    # resources, and a fused commit would see the stages' batches, not the shards) and leaves the CPUs to the stages.
-    light: dict[str, Any] = {"num_cpus": 0.25, "batch_size": None}
+    commit = partial(_commit, shards=shards, run=run)
     try:
-        dataset = ray.data.range(n_shards, override_num_blocks=n_shards)
-        dataset = dataset.map_batches(partial(_read_shards, plan=plan), batch_format="pyarrow", **light)
-        with warnings.catch_warnings():
-            # Ray 2.60 announces that 2.64 will not take max_restarts any more, and has no other bound yet.
-            warnings.simplefilter("ignore", RayDeprecationWarning)
-            dataset = stages(dataset)
-        # Stages that carry pictures return small blocks (Ray Data cuts them at 128 MB on the way), and batches may join
-        # some: make them shards again.
-        dataset = dataset.repartition(target_num_rows_per_block=shard_rows, strict=True)
-        commit = partial(_commit, shards=shards, run=run)
-        dataset = dataset.map_batches(commit, batch_format="pyarrow", zero_copy_batch=True, **light)
-        start, working_since = time.monotonic(), math.inf
+        dataset = _pipeline(plan, n_shards, stages, commit, shard_rows)
+        tally = _Tally(shards.stage)
         with progress(description, pending.height) as bar:
             for row in dataset.iter_rows():
                 held()
                 if first_rows:
                     first_rows.see(row)
-                for name in counts:
-                    counts[name] += int(row[name])
-                for outcome in ("done", "quarantined"):
-                    if row[outcome]:
-                        exported.inc(int(row[outcome]), tags={"stage": shards.stage, "outcome": outcome})
-                if row[ENGINE_SECONDS] > 0:
-                    working_since = min(working_since, time.monotonic() - row[ENGINE_SECONDS])
-                retry.extend(pa.ipc.open_stream(row["retry"]).read_all()["key"].to_pylist())
-                seconds = time.monotonic() - start
-                items, tokens = counts["done"] + counts["quarantined"] + len(retry), counts[TOKENS_OUT]
-                rates = f"{items / seconds:,.1f} items/s" + (f", {tokens / seconds:,.0f} tokens/s" if tokens else "")
-                bar.advance(int(row["rows"]), note=rates)
+                tally.add(row)
+                bar.advance(int(row["rows"]), note=tally.rates())
     except Exception as error:
         held()  # a run that has taken over removes this one's plan, whatever error that makes
         raise explained(error) from error
     finally:
         plan.unlink(missing_ok=True)
-    working = time.monotonic() - working_since if working_since < math.inf else 0.0
-    return {**counts, "retry": tuple(retry), "working_seconds": working}
+    return tally.result()
+
+
+def _pipeline(
+    plan: Location, n_shards: int, stages: Stages, commit: Callable[[pa.Table], pa.Table], shard_rows: int
+) -> ray.data.Dataset:
+    """From the plan through the stages to commits; one row with counts for each committed shard."""
+    import ray.data
+    from ray.util.annotations import RayDeprecationWarning
+
+    # A quarter of a CPU keeps the first and the last step apart from the stages (Ray Data fuses steps of equal
+    # resources, and a fused commit would see the stages' batches, not the shards) and leaves the CPUs to the stages.
+    light: dict[str, Any] = {"num_cpus": 0.25, "batch_size": None}
+    dataset = ray.data.range(n_shards, override_num_blocks=n_shards)
+    dataset = dataset.map_batches(partial(_read_shards, plan=plan), batch_format="pyarrow", **light)
+    with warnings.catch_warnings():
+        # Ray 2.60 announces that 2.64 will not take max_restarts any more, and has no other bound yet.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        dataset = stages(dataset)
+    # Stages that carry pictures return small blocks (Ray Data cuts them at 128 MB on the way), and batches may join
+    # some: make them shards again.
+    dataset = dataset.repartition(target_num_rows_per_block=shard_rows, strict=True)
+    return dataset.map_batches(commit, batch_format="pyarrow", zero_copy_batch=True, **light)
+
+
+class _Tally:
+    """Counts of what a run has committed so far."""
+
+    def __init__(self, stage: str) -> None:
+        from ray.util.metrics import Counter
+
+        self.stage = stage
+        self.counts: dict[str, int] = dict.fromkeys(("done", "quarantined", TOKENS_IN, TOKENS_OUT), 0)
+        self.retry: list[Any] = []
+        self.start, self.working_since = time.monotonic(), math.inf
+        # For dashboards (ray_vlrank_rows_total in Prometheus): what share of the rows goes to quarantine.
+        self.exported: Any = Counter("vlrank_rows", "Rows that came out of a bulk stage", tag_keys=("stage", "outcome"))
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take in the counts of a shard."""
+        for name in self.counts:
+            self.counts[name] += int(row[name])
+        for outcome in ("done", "quarantined"):
+            if row[outcome]:
+                self.exported.inc(int(row[outcome]), tags={"stage": self.stage, "outcome": outcome})
+        if row[ENGINE_SECONDS] > 0:
+            self.working_since = min(self.working_since, time.monotonic() - row[ENGINE_SECONDS])
+        self.retry.extend(pa.ipc.open_stream(row["retry"]).read_all()["key"].to_pylist())
+
+    def rates(self) -> str:
+        """Items and tokens per second, for the progress bar."""
+        seconds = time.monotonic() - self.start
+        items, tokens = self.counts["done"] + self.counts["quarantined"] + len(self.retry), self.counts[TOKENS_OUT]
+        return f"{items / seconds:,.1f} items/s" + (f", {tokens / seconds:,.0f} tokens/s" if tokens else "")
+
+    def result(self) -> dict[str, Any]:
+        """Fields of `BulkResult`."""
+        working = time.monotonic() - self.working_since if self.working_since < math.inf else 0.0
+        return {**self.counts, "retry": tuple(self.retry), "working_seconds": working}
 
 
 class _FirstRows:
