@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -85,3 +87,34 @@ def _end(processes: list[psutil.Process]) -> None:
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(processes, timeout=60)
+
+
+def two_shards(folder: Path, *arguments: object) -> Program:
+    """`vlrank`, a bulk stage of which commits two shards and waits then, in the middle, to be killed.
+
+    Args:
+        folder: For notes.
+        arguments: Of the command; Ray starts on this machine.
+    """
+    return Program(sys.executable, "-c", _TWO_SHARDS, *arguments, "ray.address=local", env={"NOTES": str(folder)})
+
+
+_TWO_SHARDS = """
+from vlrank import bulk
+from vlrank.cli import main
+
+def commit(block, shards, run):
+    import os, time
+    from vlrank import bulk  # in a worker, where it is not replaced
+    for number in range(2):
+        try:
+            os.close(os.open(os.path.join(os.environ["NOTES"], f"shard{number}"), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        return bulk._commit(block, shards, run)
+    while True:
+        time.sleep(1)
+
+bulk._commit = commit
+main()
+"""

@@ -22,7 +22,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from tests.processes import Program
+from tests.processes import Program, two_shards
 from vlrank import storage
 from vlrank.cli import cli
 from vlrank.config import RayConfig, RerankConfig, load_config
@@ -394,15 +394,15 @@ def start(*arguments: object) -> Program:
 
 @pytest.mark.stack
 def test_captions_that_were_committed_before_a_crash_are_not_made_again(
-    cluster: None, shop_url: BucketPath, tiny_vision_model: Path, another_node: Callable[[], None]
+    cluster: None, shop_url: BucketPath, tiny_vision_model: Path, another_node: Callable[[], None], tmp_path: Path
 ) -> None:
     arguments = (
         *("generate", shop_url, "--what", "caption", "--model", tiny_vision_model, "--max_tokens", 24),
         *("--image_side", 64, "--no_quality", "--shard_rows", 4, "engine.name=transformers", "engine.batch_size=2"),
     )
     folder = shop_url / "captions"
-    process = start(*arguments)
-    process.wait_for(lambda: len(list(folder.glob("*.parquet"))) >= 2)
+    process = two_shards(tmp_path, *arguments)
+    process.wait_for(lambda: len(list(folder.glob("*.parquet"))) >= 2, "the second shard")
     process.lose_power()
     before = {name: digest(folder / name) for name in names(folder) if name.endswith(".parquet")}
     kept = sum(read_parquet(folder / name, GENERATED).height for name in before)

@@ -1,7 +1,6 @@
 """Bulk jobs must come out whole, once, and the same however often they were interrupted."""
 
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tests.processes import Program
+from tests.processes import two_shards
 from vlrank.config import EngineConfig, RankingConfig, RayConfig, RerankConfig, Split, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
@@ -333,36 +332,15 @@ def test_a_bad_picture_costs_its_user_and_can_be_retried(
     assert pl.read_parquet(tmp_path / "r.parquet").height == 6
 
 
-_TWO_SHARDS = """
-from vlrank import bulk
-from vlrank.cli import main
-
-def commit(block, shards, run):
-    import os, time
-    from vlrank import bulk  # in a worker, where it is not replaced
-    for number in range(2):
-        try:
-            os.close(os.open(shards.folder.parent / f"ticket{number}", os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            continue
-        return bulk._commit(block, shards, run)
-    while True:  # the run cannot end before it is killed
-        time.sleep(1)
-
-bulk._commit = commit
-main()
-"""
-
-
 @pytest.mark.stack
 def test_killed_and_resumed_equals_unbroken(cluster: None, dataset: Dataset, model: Path, tmp_path: Path) -> None:
     unbroken, out = tmp_path / "unbroken.parquet", tmp_path / "r.parquet"
     run(config(dataset, model, unbroken, limit=40, engine=EngineConfig()))
     arguments = [
         *("rerank", dataset.path, "--model", model, "--out", out, "limit=40", "shard_rows=2", "prompt_workers=2"),
-        *("ray.address=local", "ray.num_cpus=8"),
+        "ray.num_cpus=8",
     ]
-    process = Program(sys.executable, "-c", _TWO_SHARDS, *arguments)
+    process = two_shards(tmp_path, *arguments)
     shards = tmp_path / "r.parquet.shards" / "test"
     process.wait_for(lambda: len(list(shards.glob("[!.]*.parquet"))) >= 2, "the second shard")
     process.lose_power()
