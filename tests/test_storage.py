@@ -381,8 +381,9 @@ def cluster(server: str) -> Iterator[None]:
 
 
 @pytest.fixture
-def shop_url(bucket: BucketPath, shop: Dataset) -> BucketPath:
+def shop_url(bucket: BucketPath, shop: Dataset, monkeypatch: pytest.MonkeyPatch) -> BucketPath:
     """The small shop, in a bucket."""
+    monkeypatch.setattr(storage, "LEASE_S", 15.0)  # a busy machine may hold a run up for some seconds
     assert isinstance(shop.path, Path)
     upload_tree(shop.path, bucket / "shop", last="manifest.json")
     return bucket / "shop"
