@@ -77,7 +77,8 @@ def test_blocks_of_any_size_give_the_same_lines(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block: int
 ) -> None:
     content = b"\n".join(lines)
-    assume(not content.startswith((b"\xff\xfe", b"\xfe\xff", *rawfiles._MAGIC)))  # UTF-16, or compressed
+    utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff")) or 0 in content[:2]
+    assume(not utf_16 and not content.startswith((*rawfiles._MAGIC, *rawfiles._FOREIGN)))
     path = tmp_path_factory.mktemp("f") / "f.json"
     path.write_bytes(content)
     before = rawfiles._BLOCK_BYTES
