@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+from vlrank import supervisor
+
 COMMAND = """
 import os, signal, subprocess, sys, time
 import psutil
@@ -108,6 +110,26 @@ def start(tmp_path: Path) -> Iterator[Any]:
             if isinstance(process, subprocess.Popen) or process.is_running():
                 process.kill()
         each.process.wait()
+
+
+def test_a_signal_that_comes_while_the_command_is_forked_prints_no_traceback() -> None:
+    code = """
+import os, signal
+from vlrank import supervisor
+
+fork = os.fork
+
+def forked():
+    child = fork()
+    os.kill(os.getpid(), signal.SIGTERM if child else signal.SIGINT)
+    return child
+
+os.fork = forked
+supervisor.supervised(lambda: None, lambda status, message: print(f"{status}: {message}", flush=True))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert done.stdout == f"interrupted: {supervisor.INTERRUPTED}\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

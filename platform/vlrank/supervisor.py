@@ -88,6 +88,7 @@ def _tell(**message: Any) -> None:
 
 def _run(work: Callable[[], Any]) -> NoReturn:
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # one may be waiting since the fork
         _run_once(work)
     except KeyboardInterrupt:  # another signal, while the first one ends the command
         os._exit(130)
@@ -132,7 +133,7 @@ class _Supervisor:
         self._reader, self._writer = os.pipe()
 
     def fork(self) -> bool:
-        """Whether this is the child."""
+        """Whether this is the child, in which signals are blocked until `_run`."""
         global _supervisor
         before = {number: signal.getsignal(number) for number in _SIGNALS}
         for number, handler in before.items():
@@ -158,7 +159,8 @@ class _Supervisor:
             os.close(self._writer)
             os.set_blocking(self._reader, False)
             self._child = child
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        if child:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         if child and early:
             os.kill(child, signal.SIGINT)
         return child == 0
