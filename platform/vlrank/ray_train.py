@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vlrank.errors import user_error_in
@@ -120,3 +121,23 @@ def ray_storage(folder: Location) -> dict[str, Any]:
     if isinstance(folder, BucketPath):
         return {"storage_path": folder.in_file_system, "storage_filesystem": folder.file_system}
     return {"storage_path": str(folder)}
+
+
+@contextmanager
+def followed(look: Callable[[bool], None], seconds: float) -> Iterator[None]:
+    """Call ``look`` every so many seconds while the block runs, and once after it, with True; from one thread."""
+    done = threading.Event()
+
+    def follow() -> None:
+        finished = False
+        while not finished:
+            finished = done.wait(seconds)
+            look(finished)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=10)  # a bucket may not answer

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from vlrank.engines.models import best_checkpoint
 from vlrank.engines.resources import GIB
 from vlrank.errors import UserError
 from vlrank.prompting.chat_template import check_chat_template
-from vlrank.ray_train import fit_trainer, ray_storage, with_failure_policy
+from vlrank.ray_train import fit_trainer, followed, ray_storage, with_failure_policy
 from vlrank.runtime import cluster_gpus, cluster_resources, ray_session
 from vlrank.storage import BucketPath, Location, fetch_model, listing, location, remove_tree, writable
 from vlrank.supervisor import command_started
@@ -346,45 +345,35 @@ def check_resources(config: TrainConfig, have: Mapping[str, float]) -> None:
 @contextmanager
 def _watch(config: TrainConfig, total: int) -> Iterator[None]:
     """Show progress and a line per evaluation while the block runs."""
-    done = threading.Event()
-    pause = PROGRESS_S if isinstance(config.out, BucketPath) else 0.3
-    seen = len(read_history(config.out))
+    shown, at, warned = len(read_history(config.out)), 0, False
+    said: set[str] = set()
+    history: list[dict[str, Any]] = []
+    with progress(f"train {config.mode}", total=total) as bar:
 
-    def follow() -> None:
-        shown, at, warned = seen, 0, False
-        said: set[str] = set()
-        history: list[dict[str, Any]] = []
-        with progress(f"train {config.mode}", total=total) as bar:
-            while True:
-                finished = done.wait(pause)
-                with suppress(OSError, ValueError, UserError):
-                    facts = json.loads((config.out / PROGRESS_FILE).read_text(encoding="utf-8"))
-                    bar.advance(facts.get("step", 0) - at, note=_progress_note(facts))
-                    at = facts.get("step", 0)
-                    for line in facts.get("said", []):
-                        if line not in said:
-                            announce("Note:", line, "yellow")
-                            said.add(line)
-                with suppress(UserError):  # a bucket that does not answer for once
-                    history = read_history(config.out)
-                for i, line in enumerate(history[shown:], shown + 1):
-                    mark = " [BEST]" if improves([earlier["selection"] for earlier in history[:i]]) else ""
-                    console.print(epoch_line(line, config.epochs) + mark)
-                    if line.get("guessing") and not warned:
-                        announce("Note:", _GUESSES, "yellow")
-                        warned = True
-                shown = len(history)
-                if finished:
-                    bar.advance((history[-1]["step"] if history else at) - at, note="")
-                    return
+        def look(finished: bool) -> None:
+            nonlocal shown, at, warned, history
+            with suppress(OSError, ValueError, UserError):
+                facts = json.loads((config.out / PROGRESS_FILE).read_text(encoding="utf-8"))
+                bar.advance(facts.get("step", 0) - at, note=_progress_note(facts))
+                at = facts.get("step", 0)
+                for line in facts.get("said", []):
+                    if line not in said:
+                        announce("Note:", line, "yellow")
+                        said.add(line)
+            with suppress(UserError):  # a bucket that does not answer for once
+                history = read_history(config.out)
+            for i, line in enumerate(history[shown:], shown + 1):
+                mark = " [BEST]" if improves([earlier["selection"] for earlier in history[:i]]) else ""
+                console.print(epoch_line(line, config.epochs) + mark)
+                if line.get("guessing") and not warned:
+                    announce("Note:", _GUESSES, "yellow")
+                    warned = True
+            shown = len(history)
+            if finished:
+                bar.advance((history[-1]["step"] if history else at) - at, note="")
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(timeout=5)
+        with followed(look, PROGRESS_S if isinstance(config.out, BucketPath) else 0.3):
+            yield
 
 
 def _progress_note(facts: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ anything else starts from the first epoch.
 from __future__ import annotations
 
 import json
-import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ from vlrank.data.dataset import Dataset
 from vlrank.data.lists import Lists
 from vlrank.data.tables import atomic_write_text, disk_errors, read_json_lines
 from vlrank.errors import UserError
-from vlrank.ray_train import fit_trainer, ray_storage, with_failure_policy
+from vlrank.ray_train import fit_trainer, followed, ray_storage, with_failure_policy
 from vlrank.retrieval.sequential.data import SequenceData, Task, samples
 from vlrank.runtime import cluster_resources, ray_session
 from vlrank.storage import BucketPath, Location, exclusive, location, remove_tree
@@ -122,28 +121,20 @@ def _run_worker(config: RetrieveConfig, task: Task, data: SequenceData, folder: 
 @contextmanager
 def _watch(task: Task, folder: Location) -> Iterator[None]:
     """Show the epochs while the block runs."""
-    done, pause = threading.Event(), 5.0 if isinstance(folder, BucketPath) else 0.3
+    shown = 0
+    with progress(f"train {task.method}", total=task.settings.epochs) as bar:
 
-    def follow() -> None:
-        shown = 0
-        with progress(f"train {task.method}", total=task.settings.epochs) as bar:
-            finished = False
-            while not finished:
-                finished = done.wait(pause)
-                history: list[dict[str, Any]] = []
-                with suppress(OSError, UserError):
-                    history = read_json_lines(folder / _HISTORY)
-                for line in history[shown:]:
-                    bar.advance(1, note=f"loss {line['loss']:.3f}, val NDCG@10 {line['ndcg']:.4f}")
-                shown = max(shown, len(history))
+        def look(finished: bool) -> None:
+            nonlocal shown
+            history: list[dict[str, Any]] = []
+            with suppress(OSError, UserError):
+                history = read_json_lines(folder / _HISTORY)
+            for line in history[shown:]:
+                bar.advance(1, note=f"loss {line['loss']:.3f}, val NDCG@10 {line['ndcg']:.4f}")
+            shown = max(shown, len(history))
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(timeout=10)
+        with followed(look, 5.0 if isinstance(folder, BucketPath) else 0.3):
+            yield
 
 
 def train_and_list(settings: Mapping[str, Any]) -> dict[str, Any]:
