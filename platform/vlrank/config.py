@@ -499,7 +499,10 @@ class TrainConfig(Config):
         description="Tokens of a packed row. Default: as many as a step fills well, in at most half of the free GPU "
         "memory.",
     )
-    compile: bool | None = Field(None, description="Compile each decoder layer. Default: true on a GPU with packing.")
+    compile: bool | None = Field(
+        None,
+        description="Compile each decoder layer. Default: true on a GPU with packing; Unsloth has kernels of its own.",
+    )
     cache_vision: bool = Field(
         True, description="Compute the features of a frozen vision tower once per picture and keep them."
     )

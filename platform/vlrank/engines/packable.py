@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from itertools import accumulate
 from typing import Any
@@ -42,7 +42,18 @@ def why_not_packed(model: Any, attention: str, longest: float) -> str | None:
     small = small_copy(model)
     if small is None:
         return f"{config.model_type} layers of which no small copy can be made to compare"
-    return _difference(small, attention) or _difference(model, attention)
+    return _difference(small, attention, _bounds(small)) or _difference(model, attention, _bounds(model))
+
+
+def why_not_packed_by_unsloth(model: Any, longest: float) -> str | None:
+    """`why_not_packed` for a model whose layers Unsloth computes: on its device alone, where Unsloth's kernels run.
+
+    Positions must be rotated the same in a row of any length: Unsloth chooses the rotation by the length of the row.
+    """
+    config = core(model).config.get_text_config()
+    if kind := other_layers(config, longest) or varying_rotation(config) or _altered_scores(config):
+        return kind
+    return _difference(model, None, {"packed_seq_lengths": torch.tensor(_LENGTHS, dtype=torch.int32)})
 
 
 def other_layers(config: Any, longest: float) -> str | None:
@@ -122,17 +133,28 @@ def small_copy(model: Any) -> Any:
     return copy
 
 
-def _difference(model: Any, attention: str) -> str | None:
+def _bounds(model: Any) -> dict[str, Any]:
+    """What packed attention functions take, for a row of `_LENGTHS`."""
+    device = next(language_model(model).parameters()).device
+    bounds = torch.tensor([0, *accumulate(_LENGTHS)], dtype=torch.int32, device=device)
+    return {"packed_cu_seqlens": bounds, "packed_longest": max(_LENGTHS)}
+
+
+def _difference(model: Any, attention: str | None, documents: dict[str, Any]) -> str | None:
     """The first layer whose hidden states differ between prompts in one row and each alone.
 
     By more than 1e-4 of their norm at any place in float32; by more than a tenth on average in a lower precision, where
     another order of the same arithmetic makes up to a few hundredths.
+
+    Args:
+        model: See `why_not_packed`.
+        attention: Name of the attention function of the row; None for the model's own.
+        documents: Arguments of the model that say where the prompts of the row are.
     """
     inner, config = language_model(model), core(model).config.get_text_config()
     device = next(inner.parameters()).device
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, config.vocab_size, (1, n), generator=generator).to(device) for n in _LENGTHS]
-    bounds = torch.tensor([0, *accumulate(_LENGTHS)], dtype=torch.int32, device=device)
     rotary = 4 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1
 
     def states(ids: torch.Tensor, places: torch.Tensor, **packed: Any) -> list[torch.Tensor]:
@@ -148,13 +170,8 @@ def _difference(model: Any, attention: str) -> str | None:
     try:
         with torch.no_grad():
             alone = [states(ids, at) for ids, at in zip(prompts, places, strict=True)]
-            with _attention(config, attention):
-                row = states(
-                    torch.cat(prompts, dim=1),
-                    torch.cat(places),
-                    packed_cu_seqlens=bounds,
-                    packed_longest=max(_LENGTHS),
-                )
+            with _attention(config, attention) if attention else nullcontext():
+                row = states(torch.cat(prompts, dim=1), torch.cat(places), **documents)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model makes of arguments that it was not written for

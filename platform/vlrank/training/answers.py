@@ -185,16 +185,20 @@ def _narrowable(model: Any) -> bool:
     )
 
 
+_OWN = ("answer_index", "targets", "cu_seqlens", "longest", "lengths")
+"""Entries of a micro-batch that models do not take under this name."""
+
+
 def token_losses(model: Any, head: AnswerHead, batch: dict[str, Any]) -> torch.Tensor:
     """Cross-entropy in float32 of each learned token of a micro-batch, [n].
 
     ``use_cache`` is off in every pass: with a cache, packed documents would see each other.
     """
-    inputs: dict[str, Any] = {
-        name: value for name, value in batch.items() if name not in ("answer_index", "targets", "cu_seqlens", "longest")
-    }
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in _OWN}
     if "cu_seqlens" in batch:
         inputs |= {"packed_cu_seqlens": batch["cu_seqlens"], "packed_longest": batch["longest"]}
+    if "lengths" in batch:
+        inputs["packed_seq_lengths"] = torch.from_numpy(batch["lengths"])
     with head.at(batch["answer_index"]):
         logits = model(**inputs, use_cache=False).logits[0]
     return nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="none")

@@ -118,7 +118,7 @@ def use_packed_attention(model: Any, longest: float = math.inf) -> None:
     """
     config = model.config.get_text_config()
     device = next(model.parameters()).device
-    flash4 = device.type == "cuda" and varlen.flash4_agrees(*_heads(config), device)
+    flash4 = device.type == "cuda" and varlen.flash4_agrees(*heads_of(config), device)
     name = f"{NAME}_flash4" if flash4 else NAME
     ALL_ATTENTION_FUNCTIONS.register(name, partial(packed_attention, flash4=True) if flash4 else packed_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, _no_mask)
@@ -127,7 +127,7 @@ def use_packed_attention(model: Any, longest: float = math.inf) -> None:
     config._attn_implementation = name
 
 
-def _heads(config: Any) -> tuple[int, int, int]:
+def heads_of(config: Any) -> tuple[int, int, int]:
     """Query heads, key heads and the width of a head."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

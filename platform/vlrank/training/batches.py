@@ -64,6 +64,7 @@ class Steps(Dataset[Step]):
         micro_batch_size: Rows side by side at most; ignored when packing.
         pack_tokens: Length of packed rows, or None to pad. A step with a longer prompt gets rows for the longest prompt
             that the encoder makes, so that there are two shapes at most.
+        for_unsloth: Packed rows end with their last prompt, and name lengths as Unsloth takes them.
         pass_tokens: Tokens of a padded micro-batch at most, padding included; a longer prompt goes alone.
         rank, world: Which share of each step.
         vision: Whether it is a vision model.
@@ -88,11 +89,13 @@ class Steps(Dataset[Step]):
         pictures: Pictures | None,
         loss: Literal["answer", "all"] = "answer",
         pass_tokens: int | None = None,
+        for_unsloth: bool = False,
     ) -> None:
         self.samples, self.item_meta, self.encoder = samples, item_meta, encoder
         self.batch_size, self.micro_batch_size, self.pack_tokens = batch_size, micro_batch_size, pack_tokens
         self.rank, self.world, self.loss, self.pass_tokens = rank, world, loss, pass_tokens
         self._halvings = torch.zeros((), dtype=torch.int64).share_memory_()  # loader processes see it
+        self.for_unsloth = for_unsloth
         self._form: dict[str, Any] = {"vision": vision, "pad_id": pad_id, "pictures": pictures}
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -177,6 +180,8 @@ class Steps(Dataset[Step]):
         if max(lengths) > budget:
             budget = max(longest, *lengths) if part == 1 else -(-max(lengths) // 128) * 128
         groups = pack(lengths, budget)
+        if self.for_unsloth:  # its kernels take rows of any length
+            return groups, [end_to_end([rows[i] for i in chosen], lengths=True, **self._form) for chosen in groups]
         form = self._form | {"documents": min(self.batch_size, budget), "longest": min(budget, longest)}
         return groups, [end_to_end([rows[i] for i in chosen], length=budget, **form) for chosen in groups]
 

@@ -11,6 +11,7 @@ A micro-batch is a dict of tensors:
 ``image_grid_thw``  int64 [pictures, 3]
 ``cu_seqlens``      int32 [documents + 1], packed rows only: where documents begin and end
 ``longest``         int, packed rows only: no document is longer
+``lengths``         int32 NumPy array [documents], instead of these two for Unsloth, which wants it on the host
 ==================  =======================================================================================
 
 Rows are padded on the right and no attention mask is passed: attention is causal, so padding is never seen.
@@ -119,6 +120,7 @@ def end_to_end(
     documents: int | None = None,
     longest: int | None = None,
     pictures: Pictures | None = None,
+    lengths: bool = False,
 ) -> MicroBatch:
     """Rows packed back to back into one row [1, T].
 
@@ -130,6 +132,7 @@ def end_to_end(
         documents: Rows that a packed row may hold: ``cu_seqlens`` is padded by empty documents to a static shape.
         longest: Length that no row exceeds, for the attention kernel; the padding is cut to it. Default T.
         pictures: Loads the rows' pictures.
+        lengths: Give ``lengths`` instead of ``cu_seqlens`` and ``longest``.
     """
     import torch
 
@@ -153,6 +156,8 @@ def end_to_end(
     )
     batch["targets"] = torch.from_numpy(np.concatenate([row.targets for row in rows]))
     bounds = np.concatenate([[0], ends]).astype(np.int32)
+    if lengths:
+        return batch | {"lengths": np.diff(bounds)} | _pictures(rows, pictures)
     if documents is not None:
         most = documents + -(-length // longest) + 1
         bounds = np.pad(bounds, (0, max(0, most - len(bounds))), constant_values=length)

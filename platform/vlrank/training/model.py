@@ -114,10 +114,6 @@ def resolve_base(config: TrainConfig) -> Base:
         raise UserError(
             "backend: unsloth, but Unsloth is not installed", install_command("unsloth", "unsloth-zoo", "bitsandbytes")
         )
-    if installed and config.backend == "auto" and config.packing:
-        installed = False  # Unsloth pads
-    if config.backend == "unsloth" and config.packing:
-        raise UserError("Unsloth pads its batches, packing: true is not for it", "Set backend: transformers.")
     in_4bit = config.load_in_4bit if config.load_in_4bit is not None else find_spec("bitsandbytes") is not None
     return Base(name, "text", method, unsloth=installed and config.backend != "transformers", in_4bit=in_4bit)
 

@@ -43,11 +43,12 @@ def settle(config: TrainConfig, base: Base, device: torch.device) -> tuple[Train
     import torch
 
     on_gpu = device.type == "cuda"
-    packing = config.packing if config.packing is not None else on_gpu and not base.unsloth
+    packing = config.packing if config.packing is not None else on_gpu
+    compiles = packing and not base.unsloth  # Unsloth has kernels of its own
     decided: dict[str, Any] = {
         "dtype": config.dtype if config.dtype != "auto" else default_dtype(on_gpu),
         "packing": packing,
-        "compile": packing and (config.compile if config.compile is not None else on_gpu),
+        "compile": compiles and (config.compile if config.compile is not None else on_gpu),
         "loader_workers": config.loader_workers if config.loader_workers is not None else (4 if on_gpu else 0),
     }
     config = config.model_copy(update=decided)
@@ -94,8 +95,7 @@ def foreseen_work(config: TrainConfig, base: Base) -> Work:
         model = kind.from_config(architecture)
         model = adapt(config, base, model)
     longest = config.ranking.max_prompt_tokens + ANSWER_ROOM
-    packed = config.packing is not False and not base.unsloth
-    packed = packed and other_layers(architecture.get_text_config(), longest) is None
+    packed = config.packing is not False and other_layers(architecture.get_text_config(), longest) is None
     item_bytes = 4 if config.dtype == "float32" else 2
     stored = 4 if config.parallel == "fsdp2" or (config.dtype == "float16" and base.method == "full") else item_bytes
     shape = shape_of(model, in_4bit=base.in_4bit, item_bytes=stored)

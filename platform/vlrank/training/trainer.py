@@ -320,7 +320,7 @@ class RerankTrainer(Trainer):
         kind = core(model).config.model_type
 
         def score(prompts: list[Any]) -> list[Any]:
-            if self.steps.pack_tokens is not None and kind in PACKED_ARCHITECTURES:
+            if self.steps.pack_tokens is not None and kind in PACKED_ARCHITECTURES and not self.base.unsloth:
                 return score_rows(model, self._encoder, prompts)
             # Unsloth's attention knows only causal rows; everything else reads the whole trie in one pass.
             return score_labels(model, self._encoder, prompts, tree=not self.base.unsloth)

@@ -201,7 +201,9 @@ def make_trainer(
             recompute_layers(trainable.model)
 
     # Steps, in passes that fit.
-    steps = _steps(config, base, run_samples, training_encoder, pictures, memory_plan, rank, world, on_gpu)
+    steps = _steps(
+        config, base, trainable.model, run_samples, training_encoder, pictures, memory_plan, rank, world, on_gpu
+    )
     used = {"micro_batch_size": steps.micro_batch_size, "pack_tokens": steps.pack_tokens}
     config = config.model_copy(update=used)
     if on_gpu:
@@ -259,12 +261,16 @@ def start_process(config: TrainConfig, base: Base, device: Any) -> None:
 def _pack(config: TrainConfig, base: Base, model: Any, on_gpu: bool, show: Progress) -> bool:
     """Prepare a model for packed rows; False, said once, where its layers do not allow them."""
     from vlrank.training.attention import NotPackable, compile_layers, use_packed_attention
+    from vlrank.training.unsloth_rows import computed_by_unsloth, use_packed_rows
 
+    use = use_packed_rows if computed_by_unsloth(model) else use_packed_attention
     try:
-        use_packed_attention(core(model), config.ranking.max_prompt_tokens + ANSWER_ROOM)
+        use(core(model), config.ranking.max_prompt_tokens + ANSWER_ROOM)
     except NotPackable as error:
         show.say(error.problem)
         return False
+    if base.unsloth:
+        return True
     if on_gpu and base.method == "lora" and config.parallel == "ddp":
         from vlrank.training.lora import fuse_lora
 
@@ -277,6 +283,7 @@ def _pack(config: TrainConfig, base: Base, model: Any, on_gpu: bool, show: Progr
 def _steps(
     config: TrainConfig,
     base: Base,
+    model: Any,
     run_samples: RunSamples,
     encoder: Any,
     pictures: Any,
@@ -287,6 +294,7 @@ def _steps(
 ) -> Any:
     """The training data as steps, in passes that fit the memory plan."""
     from vlrank.training.batches import Steps
+    from vlrank.training.unsloth_rows import computed_by_unsloth
 
     own_share = -(-config.batch_size // world)
     longest = config.ranking.max_prompt_tokens + ANSWER_ROOM
@@ -304,7 +312,10 @@ def _steps(
         pad_id=0,
         pictures=pictures,
         loss=config.loss,
+        for_unsloth=base.unsloth and computed_by_unsloth(model),
     )
+    if steps.for_unsloth and config.packing and steps.pack_tokens is None:
+        steps.pack_tokens = max(memory_plan.tokens, longest)  # rows are not filled up: the fewer the better
     if config.packing and steps.pack_tokens is None:
         lengths = steps.some_lengths()
         if not lengths:
