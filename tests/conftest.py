@@ -1,8 +1,10 @@
 """Shared by all tests: the small shop, tiny models, a world of two tastes, the research data beside the checkout."""
 
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -32,6 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, usual)
     if not hasattr(config, "workerinput"):  # xdist's workers inherit the controller's mark
         os.environ[SESSION] = uuid.uuid4().hex
+        # The user's own cache is neither read nor filled.
+        os.environ["VLRANK_CACHE"] = tempfile.mkdtemp(prefix="vlrank-cache-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ["VLRANK_CACHE"], ignore_errors=True))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -9,7 +9,7 @@
    on a CPU without AVX-512. Training never needs vLLM: `hide_vllm` makes it look absent before Unsloth is imported.
 3. **What nobody asked for.** transformers' Trainer and PEFT import torchao, datasets and bitsandbytes wherever they are
    installed, and these much of PyTorch's compiler: more than half of a worker's imports (`hide_extras`). Tokenizers
-   import PyTorch, although they do not use it (`hide_torch`).
+   import PyTorch and its compiler, although they do not use it (`hide_torch`, `show_torch`, `whole_transformers`).
 4. **Sharded weights without GPUs.** accelerate refuses what PyTorch can: `shard_on_cpus`.
 5. **Ray on a busy machine.** ``ray.init`` gives its node 30 seconds to register, whatever is set: `patient_start`.
 6. **Ray's API server.** ``include_dashboard=False`` starts it nevertheless, and ``ray.init`` waits for it:
@@ -129,10 +129,32 @@ def hide_extras(*, bitsandbytes: bool) -> None:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
+_torchless = False
+"""Whether PyTorch looked absent when transformers was imported."""
+
+
 def hide_torch() -> None:
-    """Make PyTorch look absent in this process, which only needs tokenizers; call before ``import transformers``."""
-    if "transformers" not in sys.modules:
-        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    """Make PyTorch look absent, for tokenizers; call before ``import transformers``, in a process of our own."""
+    global _torchless
+    if "transformers" not in sys.modules and "torch" not in sys.modules:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        _torchless = True
+
+
+def show_torch() -> None:
+    """Undo `hide_torch` for everything but transformers, which goes on without it until `whole_transformers`."""
+    if "torch" in sys.modules and sys.modules["torch"] is None:
+        del sys.modules["torch"]
+
+
+def whole_transformers() -> None:
+    """Let transformers be imported again if that happened without PyTorch; tokenizers made so far go on working."""
+    global _torchless
+    if _torchless:
+        _torchless = False
+        show_torch()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+            del sys.modules[name]
 
 
 def shard_on_cpus() -> None:

@@ -605,10 +605,12 @@ def test_an_engine_that_fails_answers_everybody(text: tuple[PackedScorer, Encode
 def test_a_model_that_computes_something_else_goes_to_transformers(
     text: tuple[PackedScorer, Encoder, Any],
     tiny_text_model: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Such as one whose library has changed since this was written."""
+    monkeypatch.setenv("VLRANK_CACHE", str(tmp_path))  # where nothing is known of its layout
     _, encoder, model = text
     assert disagreement(model, encoder) < 1e-4
     rotated = packed_load.PackedModel.of

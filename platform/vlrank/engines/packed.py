@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,13 @@ import torch
 
 from vlrank.engines.packed_attention import Context, RowAttention, kernel_for
 from vlrank.engines.packed_model import PackedModel
-from vlrank.engines.packed_pictures import PictureFeatures
 from vlrank.engines.packed_rows import PackedRow, PromptTokens
 from vlrank.engines.resources import EngineDied
 from vlrank.prompting.encoding import Encoded, Encoder
 from vlrank.prompting.labels import LabelTrie
+
+if TYPE_CHECKING:
+    from vlrank.engines.packed_pictures import PictureFeatures
 
 Float32 = npt.NDArray[np.float32]
 
@@ -91,7 +93,11 @@ class PackedScorer:
         feature_bytes: tuple[int, int] = (2**30, 2**30),
     ) -> None:
         self.model, self.row_tokens, self._prefix_bytes = model, row_tokens, prefix_bytes
-        self.features = PictureFeatures(model.family, model.visual, *feature_bytes) if model.family else None
+        self.features: PictureFeatures | None = None
+        if model.family:
+            from vlrank.engines.packed_pictures import PictureFeatures  # which takes seconds, and transformers
+
+            self.features = PictureFeatures(model.family, model.visual, *feature_bytes)
         self.exact: PackedScorer | None = None
         self._kernel = kernel_for(*model.sizes[:3], model.device, model.dtype)
         self._prefixes: OrderedDict[bytes, _Prefix] = OrderedDict()

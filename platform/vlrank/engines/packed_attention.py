@@ -62,10 +62,6 @@ class RowAttention:
         context: Context | None = None,
     ) -> None:
         self.row, self.device, self.scaling, self.kernel, self.context = row, device, scaling, kernel, context
-        # The filled row is one shape; compiled, the join is one pass over memory instead of ten.
-        self._join: Callable[..., tuple[torch.Tensor, torch.Tensor]] = (
-            _compiled_join() if row.length and device.type == "cuda" else join
-        )
         self._documents: dict[str, tuple[torch.Tensor, torch.Tensor, int, int]] = {}
         self.reads, self.tails = sent(row.reads, device), sent(row.tails, device)
         self._tails_in_reads = sent(row.tails_in_reads, device)
@@ -97,7 +93,7 @@ class RowAttention:
             joined, joined_lse = join((out[self.tails], lse[:, self.tails]), far)
             out[self.tails], lse[:, self.tails] = joined, joined_lse
         if prefix is not None:
-            out, _ = self._join((out, lse), self._flash("context", q, *prefix))
+            out = _joined(self.device.type)((out, lse), self._flash("context", q, *prefix))
         return out
 
     def at_reads(
@@ -179,8 +175,16 @@ def join(
 
 
 @cache
-def _compiled_join() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    return torch.compile(join, dynamic=False)
+def _joined(device: str) -> Callable[..., torch.Tensor]:
+    """`join` without its log-sum-exp; on a GPU one pass over memory instead of ten, where Triton can be used."""
+    if device == "cuda":
+        try:
+            from vlrank.engines.packed_kernels import join as fused
+        except ImportError:
+            pass
+        else:
+            return fused
+    return lambda near, far: join(near, far)[0]
 
 
 def sent(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:

@@ -19,6 +19,7 @@ from vlrank.data.tables import read_json
 from vlrank.engines.compiled import keep_compiled
 from vlrank.engines.models import ModelFolder
 from vlrank.engines.packed import PackedScorer
+from vlrank.engines.packed_files import read_known, remember
 from vlrank.engines.packed_model import PackedModel, Unsuited, check
 from vlrank.engines.resources import gpu_share, weights_bytes
 from vlrank.engines.structure import core
@@ -55,16 +56,12 @@ def open_packed(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
     if config.quantization == "fp8" and (not cuda or torch.cuda.get_device_capability() < (8, 9)):
         raise Unsuited("engine.quantization=fp8 needs a GPU with float8 products (compute capability 8.9)")
     dtype = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
-    loaded = load_model(model, dtype)
-    check(core(loaded).config)
-    if encoder is not None and (apart := disagreement(loaded, encoder)) > _TOLERANCE:
-        raise Unsuited(f"its scores differ from those of transformers by {apart:.2g} nat")
-    packed = PackedModel.of(loaded)
-    del loaded
+    packed = _loaded(model, dtype, encoder)
     served = packed.float8() if config.quantization == "fp8" else packed
     settings: dict[str, Any] = {}
     if cuda:
-        served.compile()
+        for weights in (packed, served):
+            _fuse(weights)
         settings = {
             "row_tokens": config.row_tokens or ROW_TOKENS,
             "prefix_bytes": int(0.4 * total),
@@ -73,10 +70,35 @@ def open_packed(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
         torch.cuda.empty_cache()
     scorer = PackedScorer(served, **settings)
     if served is not packed:
-        # For a sample, which is too small to be worth compiling for.
         few = {"prefix_bytes": settings["prefix_bytes"] // 8, "feature_bytes": (2**30, 2**30)}
         scorer.exact = PackedScorer(packed, **settings | few)
     return scorer
+
+
+def _loaded(model: ModelFolder, dtype: str, encoder: Encoder | None) -> PackedModel:
+    """The weights: from the files where their layout is known, else from transformers, and compared with them."""
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    text = encoder is not None and not encoder.spec.pixels
+    if text and (known := read_known(model, getattr(torch, dtype), device)):
+        return known
+    loaded = load_model(model, dtype)
+    check(core(loaded).config)
+    if encoder is not None and (apart := disagreement(loaded, encoder)) > _TOLERANCE:
+        raise Unsuited(f"its scores differ from those of transformers by {apart:.2g} nat")
+    packed = PackedModel.of(loaded)
+    if text:
+        remember(model, packed)
+    return packed
+
+
+def _fuse(model: PackedModel) -> None:
+    """Let a GPU compute what lies around the attention with kernels of our own."""
+    try:
+        from vlrank.engines import packed_kernels
+    except ImportError as error:
+        print(f"ranking is slower than it could be: Triton cannot be used ({error})", flush=True)
+        return
+    model.before, model.after = packed_kernels.before_attention, packed_kernels.after_attention
 
 
 def _bytes_needed(base: str) -> float:

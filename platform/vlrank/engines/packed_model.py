@@ -6,107 +6,25 @@ are merged, query, key and value share one product as gate and up do, and the la
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding, linear, silu
+from torch.nn.functional import embedding
 
 from vlrank.engines.families import vision_family
 from vlrank.engines.families.family import VisionFamily
 from vlrank.engines.packable import varying_rotation
 from vlrank.engines.packed_attention import RowAttention, sent
+from vlrank.engines.packed_layer import E4M3_MAX, Layer, Matrix, Sizes, after_attention, before_attention, rms_norm
 from vlrank.engines.resources import beyond_packed
 from vlrank.engines.structure import core, decoder_layers
-
-_E4M3_MAX = 448.0
 
 
 class Unsuited(ValueError):
     """A model that this engine does not compute; says why."""
-
-
-class Matrix(NamedTuple):
-    """A linear layer.
-
-    Attributes:
-        weight: [out, in], or float8_e4m3fn.
-        bias: [out] or None.
-        scale: float32 [1, out] of a float8 weight.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
-
-
-class Layer(NamedTuple):
-    """The weights of a decoder layer; head norms are None in models without them."""
-
-    norm: torch.Tensor
-    qkv: Matrix
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    o: Matrix
-    mlp_norm: torch.Tensor
-    gate_up: Matrix
-    down: Matrix
-
-
-class Sizes(NamedTuple):
-    """What the code of a layer is compiled for."""
-
-    heads: int
-    key_heads: int
-    head_dim: int
-    epsilon: float
-
-
-def product(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-    """``x W^T + b``; float8 weights meet activations that are scaled row by row, as they come."""
-    if matrix.scale is None:
-        return linear(x, matrix.weight, matrix.bias)
-    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _E4M3_MAX
-    y: torch.Tensor = torch._scaled_mm(
-        (x.float() / scale).to(torch.float8_e4m3fn),
-        matrix.weight.t(),
-        scale_a=scale,
-        scale_b=matrix.scale,
-        out_dtype=x.dtype,
-        use_fast_accum=True,
-    )
-    return y if matrix.bias is None else y + matrix.bias
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """As transformers' RMSNorm: in float32, rounded before it is scaled."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
-
-
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
-
-
-def before_attention(
-    x: torch.Tensor, layer: Layer, cos: torch.Tensor, sin: torch.Tensor, sizes: Sizes
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[T, hidden] -> queries [T, heads, head dim], keys and values [T, key-value heads, head dim]."""
-    y = product(rms_norm(x, layer.norm, sizes.epsilon), layer.qkv).unflatten(1, (-1, sizes.head_dim))
-    q, k, v = y.split((sizes.heads, sizes.key_heads, sizes.key_heads), 1)
-    if layer.q_norm is not None and layer.k_norm is not None:
-        q, k = rms_norm(q, layer.q_norm, sizes.epsilon), rms_norm(k, layer.k_norm, sizes.epsilon)
-    return _rotated(q, cos, sin), _rotated(k, cos, sin), v.contiguous()
-
-
-def after_attention(x: torch.Tensor, attended: torch.Tensor, layer: Layer, sizes: Sizes) -> torch.Tensor:
-    """[T, hidden] and [T, heads, head dim] -> [T, hidden]."""
-    x = x + product(attended.flatten(1), layer.o)
-    gate, up = product(rms_norm(x, layer.mlp_norm, sizes.epsilon), layer.gate_up).chunk(2, -1)
-    return x + product(silu(gate) * up, layer.down)
 
 
 @dataclass(slots=True)
@@ -122,7 +40,7 @@ class PackedModel:
         layers, norm: The language model.
         head: The output embeddings; their rows are taken to float32 where they are read.
         family, visual: Of a vision model, and its tower as transformers has it; else None.
-        before, after: `before_attention` and `after_attention`, compiled on GPUs.
+        before, after: `before_attention` and `after_attention`, here or in `packed_kernels`.
     """
 
     sizes: Sizes
@@ -191,12 +109,6 @@ class PackedModel:
         names = ("qkv", "o", "gate_up", "down")
         layers = [layer._replace(**{name: _float8(getattr(layer, name)) for name in names}) for layer in self.layers]
         return replace(self, layers=layers)
-
-    def compile(self) -> None:
-        """Compile the layers' code, once per length of rows."""
-        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # a graph per length
-        self.before = torch.compile(before_attention, dynamic=False)
-        self.after = torch.compile(after_attention, dynamic=False)
 
     @torch.no_grad()
     def forward(
@@ -289,7 +201,7 @@ def _layer(layer: Any, dtype: torch.dtype) -> Layer:
 
 def _float8(matrix: Matrix) -> Matrix:
     wide = matrix.weight.float()
-    scale = wide.abs().amax(1, keepdim=True).clamp(min=1e-12) / _E4M3_MAX
+    scale = wide.abs().amax(1, keepdim=True).clamp(min=1e-12) / E4M3_MAX
     return Matrix((wide / scale).to(torch.float8_e4m3fn), matrix.bias, scale.t().contiguous())
 
 
@@ -298,17 +210,30 @@ def _matrix(module: Any, dtype: torch.dtype) -> Matrix:
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     weight, bias = dequantised(base, dtype), base.bias
     if base is not module:
-        wide = weight.float()
+        parts = []
         for name in module.active_adapters if not module.disable_adapters and not module.merged else ():
             matrices = getattr(module, "lora_A", {})
             if name not in matrices or not isinstance(matrices[name], nn.Linear):
                 raise Unsuited(f"its adapter {name} is a {type(module).__name__}, which cannot be merged")
             if module.lora_variant.get(name) or module.lora_bias.get(name) or getattr(module, "fan_in_fan_out", False):
                 raise Unsuited(f"its adapter {name} is a variant of LoRA (DoRA, a bias, ...), which is not merged here")
-            up, down = module.lora_B[name].weight.detach().float(), module.lora_A[name].weight.detach().float()
-            wide = wide + module.scaling[name] * (up @ down)
-        weight = wide.to(dtype)
+            up, down = module.lora_B[name].weight.detach(), module.lora_A[name].weight.detach()
+            parts.append((up, down, module.scaling[name]))
+        weight = merged(weight, parts)
     return Matrix(weight, None if bias is None else bias.detach().to(dtype))
+
+
+def merged(weight: torch.Tensor, adapters: Iterable[tuple[torch.Tensor, torch.Tensor, float]]) -> torch.Tensor:
+    """A matrix with LoRA adapters in it, computed in float32 and rounded once to its own type.
+
+    Args:
+        weight: [out, in].
+        adapters: B [out, rank], A [rank, in] and the factor of their product.
+    """
+    wide = weight.float()
+    for up, down, scaling in adapters:
+        wide = wide + scaling * (up.float() @ down.float())
+    return wide.to(weight.dtype)
 
 
 def dequantised(module: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vlrank.compat import patch_torchvision, whole_transformers
 from vlrank.config import EngineConfig
 from vlrank.engines.adapters import check_adapter
 from vlrank.engines.models import ModelFolder
@@ -210,9 +211,8 @@ def load_model(model: ModelFolder, dtype: str = "auto", device: str | None = Non
     Raises:
         UserError: the folder cannot be loaded, lacks weights, or holds an adapter of another base model.
     """
+    whole_transformers()
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    from vlrank.compat import patch_torchvision
 
     patch_torchvision()
     check_adapter(model, "transformers")

@@ -8,10 +8,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 _log = logging.getLogger(__name__)
-_VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def flash2(
@@ -34,18 +32,29 @@ def flash2(
     Returns:
         [T, heads, head dim].
     """
+    # PyTorch's module brings its compiler along, which takes seconds.
+    from torch.nn.attention.varlen import varlen_attn
+
     return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **_flash2_options(scaling, True))
+
+
+@cache
+def _flash2_knows() -> frozenset[str]:
+    """Names of its options, which differ between versions of PyTorch."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _flash2_options(scaling: float | None, causal: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"scale": scaling}
     # The interface changed between PyTorch 2.10 and 2.12: newer versions ask for enable_gqa where there are fewer
     # key-value heads than heads, older ones accept that as it is.
-    if "window_size" in _VARLEN_OPTIONS:
+    if "window_size" in _flash2_knows():
         options["window_size"] = (-1, 0) if causal else (-1, -1)
     else:
         options["is_causal"] = causal
-    return options | ({"enable_gqa": True} if "enable_gqa" in _VARLEN_OPTIONS else {})
+    return options | ({"enable_gqa": True} if "enable_gqa" in _flash2_knows() else {})
 
 
 def flash4(
@@ -196,9 +205,11 @@ def flash2_lse(
     Returns:
         [T, heads, head dim], and the log-sum-exp of the scores, float32 [heads, T].
     """
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
     options = _flash2_options(scaling, causal) | {"return_aux": AuxRequest(lse=True)}
     # How keys are split among thread blocks depends on the longest document of the row: a score would as well.
-    options |= {"num_splits": 1} if "num_splits" in _VARLEN_OPTIONS else {}
+    options |= {"num_splits": 1} if "num_splits" in _flash2_knows() else {}
     out, lse = varlen_attn(query, key, value, cu_queries, cu_keys, longest_query, longest_key, **options)
     return out, lse if lse.shape == (query.shape[1], query.shape[0]) else lse.transpose(0, 1)
 

@@ -23,7 +23,7 @@ import polars as pl
 import pyarrow as pa
 
 from vlrank.bulk import ENGINE_SECONDS, ERROR, ERROR_TYPE, TOKENS_IN, BulkResult, Shards, run_bulk
-from vlrank.compat import hide_extras, hide_torch
+from vlrank.compat import hide_torch
 from vlrank.config import EngineConfig, RankingConfig, RerankConfig, Split
 from vlrank.console import Summary, announce
 from vlrank.data.candidates_io import write_rankings
@@ -34,7 +34,7 @@ from vlrank.data.quarantine import quarantine_folder
 from vlrank.data.schemas import RANKINGS
 from vlrank.data.tables import atomic_write_json
 from vlrank.engines.models import ModelFolder, on_this_node
-from vlrank.engines.resources import EngineDied, engine_actor, maybe_quantised, ranking_engine
+from vlrank.engines.resources import EngineDied, engine_actor
 from vlrank.prompting.modes import ModeSpec, mode_spec
 from vlrank.prompting.prior import log_prior
 from vlrank.reranking.fusion import best_weight, fused_table
@@ -237,9 +237,8 @@ class _Worker:
 
     def __init__(self, job: _Job) -> None:
         self.job = job
-        if ranking_engine(job.engine, job.folder) == "packed":
-            hide_extras(bitsandbytes=not maybe_quantised(job.folder.base))
-        self.ranker = open_ranker(job.folder, job.engine, Dataset.open(job.dataset).item_meta())
+        meta = Dataset.open(job.dataset).item_meta()
+        self.ranker = open_ranker(job.folder, job.engine, meta, own_process=True)
         self.counted = _engine_counts(self.ranker.engine)
         self.counting = threading.Lock()
         self.calling: Any = threading.Lock() if self.ranker.engine.callers == 1 else nullcontext()

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vlrank.compat import hide_extras, hide_torch, patch_torchvision, show_torch
 from vlrank.config import EngineConfig, RankingConfig
 from vlrank.data.items import ItemMeta
 from vlrank.data.picture import UnreadablePicture
 from vlrank.engines.models import ModelFolder, on_this_node
+from vlrank.engines.resources import maybe_quantised, ranking_engine
 from vlrank.engines.scoring import LabelScorer, open_scorer
 from vlrank.errors import UserError
 from vlrank.prompting.encoding import Encoded, Encoder
@@ -312,18 +314,31 @@ class Ranker:
         return result
 
 
-def open_ranker(folder: ModelFolder, config: EngineConfig, item_meta: Mapping[int, ItemMeta]) -> Ranker:
-    """Load tokenizer and engine of a model whose mode is known."""
+def open_ranker(
+    folder: ModelFolder, config: EngineConfig, item_meta: Mapping[int, ItemMeta], *, own_process: bool = False
+) -> Ranker:
+    """Load tokenizer and engine of a model whose mode is known.
+
+    Args:
+        folder: The model.
+        config: The engine.
+        item_meta: See `PromptMaker`.
+        own_process: This process does nothing else: what is not needed may look absent in it.
+    """
     folder = on_this_node(folder)
+    assert folder.mode is not None
+    if own_process and ranking_engine(config, folder) == "packed":
+        hide_extras(bitsandbytes=not maybe_quantised(folder.base))
+        if not mode_spec(folder.mode).pixels:
+            hide_torch()
     prompts = open_prompts(folder, item_meta)
+    show_torch()
     engine = open_scorer(folder, config, prompts.encoder)
     return Ranker(engine, prompts, threads=engine.callers)
 
 
 def open_prompts(folder: ModelFolder, item_meta: Mapping[int, ItemMeta]) -> PromptMaker:
     """The prompt maker of a model whose mode is known and whose folder is on this node."""
-    from vlrank.compat import patch_torchvision
-
     assert folder.mode is not None
     patch_torchvision()
     spec = mode_spec(folder.mode)
