@@ -73,6 +73,32 @@ def test_one_graph_serves_all_fused_layers(ids: torch.Tensor, tiny_text_model: P
         torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
 
 
+def test_a_compiled_pass_keeps_no_copy_of_the_frozen_weights() -> None:
+    """For a 2B model it took 2.7 GiB of a GPU, which no plan foresaw."""
+    from vlrank.training.lora import _Projections
+
+    tokens, wide, out, rank = 24, 32, 48, 4
+    generator = torch.Generator().manual_seed(0)
+    x, weight, a, b = (
+        torch.randn(shape, generator=generator) for shape in ((tokens, wide), (out, wide), (rank, wide), (out, rank))
+    )
+    leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
+
+    def layer(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(_Projections.apply(x, weight, a, b))
+
+    kept: list[tuple[int, ...]] = []
+    torch._dynamo.reset()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t):
+        y = torch.compile(layer, backend="aot_eager_decomp_partition")(x, a, b)
+    gradients = torch.autograd.grad(y.square().sum(), leaves)
+    assert (out, rank) in kept
+    assert (out, wide + rank) not in kept
+    expected = torch.autograd.grad(torch.nn.functional.silu(x @ weight.T + (x @ a.T) @ b.T).square().sum(), leaves)
+    for given, right in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(given, right, rtol=1e-4, atol=1e-4)
+
+
 def test_checkpoints_are_pefts(ids: torch.Tensor, tiny_text_model: Path, tmp_path: Path) -> None:
     model = adapted(tiny_text_model)
     fuse_lora(model)

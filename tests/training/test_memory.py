@@ -33,7 +33,7 @@ Make = Callable[..., TrainConfig]
 SMALL = Shape(28, 1024, 2048, 1024, 3072, 151936, 1.202e9, 5_046_272, 10_092_544, 49_152)
 SMALL_4BIT = replace(SMALL, weight_bytes=0.55e9)
 VISION = Shape(28, 2048, 2048, 1024, 6144, 151936, 4.272e9, 8_716_288, 17_432_576, 98_304)
-FULL = Shape(28, 2048, 2048, 1024, 6144, 151936, 4.255e9, 1_720_574_976, 3_441_149_952, 622_329_856)
+FULL = Shape(28, 2048, 2048, 1024, 6144, 151936, 4.255e9, 1_720_574_976, 3_441_149_952, 622_329_856, 311_164_928)
 LONGEST = 4112
 
 
@@ -48,6 +48,7 @@ def work(shape: Shape, prompts: int, **changes: Any) -> Work:
         (FULL, 8, 8192, False, "adamw", 42.0),
         (SMALL_4BIT, 8, 16384, False, "adamw", 19.6),
         (FULL, 16, LONGEST, True, "paged_adamw_8bit", 9.0),
+        (FULL, 8, 3456, True, "adamw_8bit", 14.1),
     ],
 )
 def test_predictions_are_within_a_tenth_of_what_an_h100_took(

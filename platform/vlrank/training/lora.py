@@ -37,8 +37,24 @@ class _Projections(torch.autograd.Function):
         x, low, weight, a, b = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:  # the first layer reads frozen embeddings
             return None, None, (grad @ b).T @ x, grad.T @ low
-        grad_x, grad_low = (grad @ torch.cat([weight, b], dim=1)).split([x.shape[1], low.shape[1]], dim=1)
+        both = _through(grad, weight, b)
+        grad_x, grad_low = both.split([x.shape[1], low.shape[1]], dim=1)
         return grad_x + grad_low @ a, None, grad_low.T @ x, grad.T @ low
+
+
+@torch.library.custom_op("vlrank::lora_through", mutates_args=())
+def _through(grad: torch.Tensor, weight: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``grad [W | B]``, [M, K + R].
+
+    An operation of its own: a compiler that saw inside would keep the forward pass's ``[W | B]`` for it, a copy of all
+    frozen weights.
+    """
+    return grad @ torch.cat([weight, b], dim=1)
+
+
+@_through.register_fake
+def _(grad: torch.Tensor, weight: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return grad.new_empty(grad.shape[0], weight.shape[1] + b.shape[1])
 
 
 def project(x: torch.Tensor, layers: list[Linear], weight: torch.Tensor) -> list[torch.Tensor]:

@@ -44,6 +44,7 @@ class Shape:
         weight_bytes: Of all weights as they are loaded.
         trained: Numbers that learn, and ``trained_bytes`` of them.
         largest_trained: Bytes of the largest weight that learns.
+        embedded: Trained numbers of embeddings, whose moments stay in 32 bits in an 8-bit optimizer.
     """
 
     layers: int
@@ -56,6 +57,7 @@ class Shape:
     trained: int
     trained_bytes: int
     largest_trained: int
+    embedded: int = 0
 
     def token_bytes(self, fused: bool) -> int:
         """Bytes that one layer keeps per token for its backward pass, in bfloat16."""
@@ -106,6 +108,8 @@ class Work:
         # AdamW: two float32 moments, and a float32 copy of weights that are stored in less.
         adamw = 12 if shape.trained_bytes < 4 * shape.trained else 8
         state = _STATE_BYTES.get(optim, adamw) * shape.trained
+        if optim == "adamw_8bit":
+            state += (8 - _STATE_BYTES[optim]) * shape.embedded
         return (shape.weight_bytes + shape.trained_bytes + state) / self.ranks + _WORKSPACE
 
     def of_a_token(self, recompute: bool) -> float:
@@ -232,7 +236,7 @@ def shape_of(model: Any, *, in_4bit: bool = False, item_bytes: int | None = None
         in_4bit: Count the frozen matrices of linear layers as NF4: half a byte per number, and its scales.
         item_bytes: Bytes of every other number, where the model is not loaded; default as stored.
     """
-    from torch.nn import Linear
+    from torch.nn import Embedding, Linear
 
     config = core(model).config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
@@ -258,6 +262,7 @@ def shape_of(model: Any, *, in_4bit: bool = False, item_bytes: int | None = None
         trained=trained,
         trained_bytes=trained_bytes,
         largest_trained=largest,
+        embedded=sum(m.weight.numel() for m in model.modules() if isinstance(m, Embedding) and m.weight.requires_grad),
     )
 
 
