@@ -11,7 +11,9 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -30,18 +32,25 @@ CAPACITY = "VLRANK_CAPACITY"
 
 
 @contextmanager
-def ray_session(config: RayConfig) -> Iterator[None]:
+def ray_session(config: RayConfig, *, data: bool = False) -> Iterator[None]:
     """Ray, connected for the time of the block.
 
     An already connected process is used as it is and left connected. With no address given and none in the environment
     Ray starts on this machine; logical CPUs default to at least 8, because Ray Data reserves whole CPUs for actors that
     mostly wait and would otherwise stall on a laptop.
+
+    Args:
+        config: Where Ray is, or how to start it.
+        data: Ray Data will be used: it is imported while Ray's processes start.
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
+    importing = Thread(target=import_module, args=("ray.data",), daemon=True)
+    if data:
+        importing.start()
     address = config.address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": os.environ.get("VLRANK_VERBOSE") == "1", "logging_level": logging.ERROR}
     with _own_signal_handlers():
@@ -49,6 +58,8 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             _join(address, **quiet)
         else:
             _start_here(config.num_cpus or max(8, os.cpu_count() or 1), **quiet)
+    if data:
+        importing.join()
     try:
         yield
     except BaseException:

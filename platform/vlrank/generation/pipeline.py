@@ -53,7 +53,7 @@ def run(config: GenerateConfig) -> Summary:
     require_writable(work.shards.folder, "Texts become part of their dataset: generate them in a copy of it.")
     if not work.shards.pending(work.wanted, retry_failed=config.retry_failed).is_empty():
         work = _sized(config, work)
-    with ray_session(config.ray):
+    with ray_session(config.ray, data=True):
         gpus = engine_gpus(config.engine) * config.engine.tensor_parallel_size * config.engine.replicas
         engines = _engine_lines(config, work)
         result, retried = _passes(config, work)

@@ -73,7 +73,7 @@ def run(config: RerankConfig) -> Summary:
     users = users_to_rank(setup, config.split, config.limit)
 
     # Inference. Validation users come second, where they choose the fusion weight.
-    with ray_session(config.ray):
+    with ray_session(config.ray, data=True):
         result, rows = _rank(setup, users, config.split)
         weight = _fusion_weight(setup) if config.fusion_weight == "auto" else config.fusion_weight
 
