@@ -17,7 +17,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
 from vlrank.config import RayConfig
 from vlrank.errors import UserError
-from vlrank.ray_train import always_met, with_failure_policy, worker_error
+from vlrank.ray_train import always_met, preload_for, with_failure_policy, worker_error
 from vlrank.runtime import ray_session
 
 
@@ -132,3 +132,44 @@ def test_a_worker_with_a_fault_in_its_code_is_started_once(tmp_path: Path) -> No
             trainer.fit()
     assert (tmp_path / "attempts").read_text() == "x"
     assert str(worker_error(caught.value.worker_failures)).count("many words") == 3000
+
+
+@pytest.mark.stack
+def test_workers_of_a_ray_of_our_own_start_in_the_processes_that_wait_for_them(tmp_path: Path) -> None:
+    """Every other process would stand between the command and its first step; the workers still are one group."""
+    import psutil
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from vlrank.ray_processes import ProcessGroupConfig
+
+    def loop() -> dict[str, Any]:
+        import os
+
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor(dist.get_rank() + 1.0)
+        dist.all_reduce(total)
+        others = {child.pid: child.cmdline()[0] for child in psutil.Process().parent().children()}
+        (controller,) = [pid for pid, title in others.items() if "_Controller" in title]
+        return {
+            "total": total.item(),
+            "rank": os.environ["RANK"],
+            "started": sorted(title for title in others.values() if title.startswith("ray::")),
+            "torch in the controller": "libtorch_cpu" in Path(f"/proc/{controller}/maps").read_text(),
+        }
+
+    with ray_session(RayConfig(num_cpus=2), preload=preload_for(2)):
+        trainer = with_failure_policy(DataParallelTrainer, lambda: 0)(
+            loop,
+            backend_config=ProcessGroupConfig(),
+            scaling_config=ScalingConfig(num_workers=2),
+            run_config=RunConfig(name="run", storage_path=str(tmp_path)),
+        )
+        found = trainer.fit().return_value
+    assert found["total"] == 3.0
+    assert found["rank"] == "0"
+    assert not found["torch in the controller"]
+    started = [title for title in found["started"] if not title.endswith("Agent")]
+    assert len(started) == 4, started  # the controller, the barrier of the workers, and these

@@ -16,6 +16,7 @@ FLOORS = [
         "config",
         "supervisor",
         "runtime",
+        "ray_processes",
         "ray_train",
         "options",
     ),

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import ray
 from ray._private import services
+from ray._private.node import Node
 
 from tests.processes import Program
 from vlrank import runtime
@@ -18,7 +19,7 @@ from vlrank.compat import patient_start
 from vlrank.config import RayConfig
 from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
-from vlrank.runtime import ray_folder, ray_session
+from vlrank.runtime import Preload, ray_folder, ray_session
 
 
 @pytest.fixture(autouse=True)
@@ -121,10 +122,19 @@ def test_a_slow_node_is_waited_for_and_a_dead_one_is_not(monkeypatch: pytest.Mon
 
 
 @pytest.mark.stack
-def test_a_session_works_without_rays_api_server() -> None:
-    started = services.start_api_server
-    with ray_session(RayConfig(address="local", num_cpus=2)):
+def test_a_session_works_without_what_nobody_asked_ray_for() -> None:
+    started = services.start_api_server, services.start_raylet, Node.start_monitor, Node.start_log_monitor
+    preload = Preload(("json.tool",), processes=1)
+    with ray_session(RayConfig(address="local", num_cpus=2), preload=preload):
         commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
-        assert ray.get(ray.remote(lambda: 3).remote()) == 3
-    assert not [command for command in commands if "dashboard/dashboard.py" in command]
-    assert services.start_api_server is started
+        assert ray.get(ray.remote(lambda: "json.tool" in sys.modules).remote())
+        assert os.environ[runtime.STARTED_HERE]
+    for needless in (
+        "dashboard/dashboard.py",
+        "autoscaler/_private/monitor.py",
+        "log_monitor.py",
+        "--listen-port=52365",
+    ):
+        assert not [command for command in commands if needless in command]
+    assert started == (services.start_api_server, services.start_raylet, Node.start_monitor, Node.start_log_monitor)
+    assert not {runtime.STARTED_HERE, "RAY_preload_python_modules"} & set(os.environ)

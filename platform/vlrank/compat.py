@@ -8,12 +8,14 @@
 2. **Unsloth beside vLLM.** Unsloth imports vLLM's compiled module where vLLM is installed, and that kills the process
    on a CPU without AVX-512. Training never needs vLLM: `hide_vllm` makes it look absent before Unsloth is imported.
 3. **What nobody asked for.** transformers' Trainer and PEFT import torchao, datasets and bitsandbytes wherever they are
-   installed, and these much of PyTorch's compiler: more than half of a worker's imports (`hide_extras`). Tokenizers
-   import PyTorch and its compiler, although they do not use it (`hide_torch`, `show_torch`, `whole_transformers`).
+   installed, and these much of PyTorch's compiler: more than half of a worker's imports. SciPy, for the losses of
+   object detection, and boto3, for SageMaker, are an eighth of the rest (`hide_extras`). Tokenizers import PyTorch and
+   its compiler, although they do not use it (`hide_torch`, `show_torch`, `whole_transformers`).
 4. **Sharded weights without GPUs.** accelerate refuses what PyTorch can: `shard_on_cpus`.
 5. **Ray on a busy machine.** ``ray.init`` gives its node 30 seconds to register, whatever is set: `patient_start`.
-6. **Ray's API server.** ``include_dashboard=False`` starts it nevertheless, and ``ray.init`` waits for it:
-   `without_api_server`.
+6. **Ray's own processes.** ``include_dashboard=False`` starts the API server nevertheless, and ``ray.init`` waits for
+   it; an autoscaler and a reader of logs are started for nobody; and where another Ray runs on the machine, the start
+   waits for its port to become free: `lean_node`.
 """
 
 from __future__ import annotations
@@ -118,14 +120,14 @@ def hide_vllm() -> None:
 
 
 def hide_extras(*, bitsandbytes: bool) -> None:
-    """Make torchao and datasets look absent in this process of our own; call before ``import transformers``.
+    """Make what training does not use look absent in this process of our own; call before ``import transformers``.
 
     Not for a user's own process, which may want them, and not where weights are quantised by torchao.
 
     Args:
         bitsandbytes: That too, which takes PEFT a second to import: no weights and no moments have 4 or 8 bits.
     """
-    for name in ("torchao", "datasets", *(["bitsandbytes"] if bitsandbytes else [])):
+    for name in ("torchao", "datasets", "scipy", "boto3", *(["bitsandbytes"] if bitsandbytes else [])):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
@@ -206,19 +208,37 @@ def patient_start(seconds: float, running: Callable[[], bool]) -> Iterator[None]
 
 
 @contextmanager
-def without_api_server() -> Iterator[None]:
-    """Let `ray.init` inside the block start a node without the API server, which serves the dashboard and ``ray job``.
+def lean_node(*, shows_logs: bool) -> Iterator[None]:
+    """Let `ray.init` inside the block start only what a session that ends with its command asks for.
 
-    Nothing of a session that ends with its command asks for it.
+    That is a node without the API server (dashboard, ``ray job``) and the autoscaler, and with an agent that takes any
+    free port.
+
+    Args:
+        shows_logs: Start what shows the logs of workers.
     """
     from ray._private import services
+    from ray._private.node import Node
 
-    start = services.start_api_server
-    services.start_api_server = lambda *arguments, **options: ("", None)
+    def nothing(*arguments: Any, **options: Any) -> None:
+        return None
+
+    start = services.start_raylet
+    replaced: list[tuple[Any, str, Any]] = [
+        (services, "start_api_server", lambda *arguments, **options: ("", None)),
+        (services, "start_raylet", lambda *given, **more: start(*given, **{**more, "dashboard_agent_listen_port": 0})),
+        (Node, "start_monitor", nothing),
+    ]
+    if not shows_logs:
+        replaced.append((Node, "start_log_monitor", nothing))
+    before = [(place, name, getattr(place, name)) for place, name, _ in replaced]
+    for place, name, value in replaced:
+        setattr(place, name, value)
     try:
         yield
     finally:
-        services.start_api_server = start
+        for place, name, value in before:
+            setattr(place, name, value)
 
 
 if __name__ == "__main__":

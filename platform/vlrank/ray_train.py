@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vlrank.errors import user_error_in
+from vlrank.runtime import STARTED_HERE, Preload
 from vlrank.storage import BucketPath, Location
 
 if TYPE_CHECKING:
@@ -64,10 +66,19 @@ def with_failure_policy(kind: type[DataParallelTrainer], evaluations: Callable[[
 
     class Trainer(kind):
         def _initialize_and_run_controller(self, **controller: Any) -> Any:
-            policy = Policy(self.run_config.failure_config)
-            return super()._initialize_and_run_controller(**controller | {"failure_policy": policy})
+            controller["failure_policy"] = Policy(self.run_config.failure_config)
+            if STARTED_HERE not in os.environ:
+                return super()._initialize_and_run_controller(**controller)
+            from vlrank.ray_processes import run_on_one_node
+
+            return run_on_one_node(self, controller)
 
     return Trainer
+
+
+def preload_for(workers: int) -> Preload:
+    """The first processes of a run: its controller, the barrier of its workers, and these."""
+    return Preload(("vlrank.ray_processes",), processes=2 + workers)
 
 
 def _line(failure: BaseException) -> str:

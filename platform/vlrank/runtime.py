@@ -9,16 +9,16 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from vlrank.compat import patient_start, without_api_server
+from vlrank.compat import lean_node, patient_start
 from vlrank.errors import UserError
 from vlrank.supervisor import end_if_lost, running, watch
 
@@ -31,8 +31,12 @@ CAPACITY = "VLRANK_CAPACITY"
 """Environment variable: what an autoscaling cluster can grow to, JSON such as ``{"GPU": 8}``."""
 
 
+STARTED_HERE = "VLRANK_STARTED_RAY"
+"""Environment variable of all processes of a Ray that `ray_session` has started."""
+
+
 @contextmanager
-def ray_session(config: RayConfig, *, data: bool = False) -> Iterator[None]:
+def ray_session(config: RayConfig, *, data: bool = False, preload: Preload | None = None) -> Iterator[None]:
     """Ray, connected for the time of the block.
 
     An already connected process is used as it is and left connected. With no address given and none in the environment
@@ -42,24 +46,21 @@ def ray_session(config: RayConfig, *, data: bool = False) -> Iterator[None]:
     Args:
         config: Where Ray is, or how to start it.
         data: Ray Data will be used: it is imported while Ray's processes start.
+        preload: What the first processes of a Ray that is started here are for; this one imports the same meanwhile.
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
-    importing = Thread(target=import_module, args=("ray.data",), daemon=True)
-    if data:
-        importing.start()
     address = config.address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": os.environ.get("VLRANK_VERBOSE") == "1", "logging_level": logging.ERROR}
-    with _own_signal_handlers():
+    imports = [*(preload.modules if preload else ()), *(["ray.data"] if data else [])]
+    with _own_signal_handlers(), _imported(imports):
         if address and address != "local":
             _join(address, **quiet)
         else:
-            _start_here(config.num_cpus or max(8, os.cpu_count() or 1), **quiet)
-    if data:
-        importing.join()
+            _start_here(config.num_cpus or max(8, os.cpu_count() or 1), preload, **quiet)
     try:
         yield
     except BaseException:
@@ -68,6 +69,7 @@ def ray_session(config: RayConfig, *, data: bool = False) -> Iterator[None]:
     finally:
         watch([])
         ray.shutdown()
+        os.environ.pop(STARTED_HERE, None)
 
 
 def _join(address: str, **options: Any) -> None:
@@ -82,21 +84,72 @@ def _join(address: str, **options: Any) -> None:
         ) from error
 
 
-def _start_here(cpus: int, **options: Any) -> None:
+@dataclass(frozen=True, slots=True)
+class Preload:
+    """Python processes that Ray starts ahead, while the command itself still imports, and what they import.
+
+    Attributes:
+        modules: Names.
+        processes: How many; without it Ray starts one per core, before it knows what for.
+    """
+
+    modules: Sequence[str]
+    processes: int
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables that processes started inside the block inherit; those that are set keep their values."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _imported(modules: Sequence[str]) -> Iterator[None]:
+    """Import in this process, while the block waits for others."""
+
+    def import_all() -> None:
+        for name in modules:
+            with suppress(Exception):  # said where it is imported again
+                import_module(name)
+
+    thread = threading.Thread(target=import_all, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def _start_here(cpus: int, preload: Preload | None, **options: Any) -> None:
     import ray
 
     # One process fewer for every run and every trial of a sweep: preemption cannot happen on this machine.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Reports of a worker, and its end, are noticed every so many seconds; 2 by default, which short trials feel.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Ray Train's controller gets along with blocking calls; it would set this for a process of its own.
+    os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
+    os.environ[STARTED_HERE] = "1"
     for name in ("RAY_raylet_start_wait_time_s", "RAY_gcs_server_port_wait_time_s"):
         os.environ.setdefault(name, str(_START_S))
+    ahead = {}
+    if preload is not None:
+        ahead["RAY_preload_python_modules"] = ",".join(preload.modules)
+        ahead["RAY_worker_maximum_startup_concurrency"] = str(preload.processes)
     folder = ray_folder()
     try:
-        with without_api_server(), patient_start(_START_S, _ray_is_alive):
+        lean = lean_node(shows_logs=bool(options.get("log_to_driver")))
+        with lean, patient_start(_START_S, _ray_is_alive), _environment(ahead):
             # "local" on purpose: without it a stale address file of an earlier cluster makes ray.init fail.
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder), **options)
     except Exception as error:
+        os.environ.pop(STARTED_HERE, None)
         for process in ray_processes():
             process.kill()
         raise UserError(

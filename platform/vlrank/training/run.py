@@ -26,7 +26,7 @@ from vlrank.engines.models import best_checkpoint
 from vlrank.engines.resources import GIB
 from vlrank.errors import UserError
 from vlrank.prompting.chat_template import check_chat_template
-from vlrank.ray_train import fit_trainer, followed, ray_storage, with_failure_policy
+from vlrank.ray_train import fit_trainer, followed, preload_for, ray_storage, with_failure_policy
 from vlrank.runtime import cluster_gpus, cluster_resources, ray_session
 from vlrank.storage import BucketPath, Location, fetch_model, listing, location, remove_tree, writable
 from vlrank.supervisor import command_started
@@ -120,6 +120,7 @@ def build_trainer(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+    from vlrank.ray_processes import ProcessGroupConfig
     from vlrank.training.worker import train_loop
 
     folder = location(storage_path).resolve() / name
@@ -134,14 +135,10 @@ def build_trainer(
     atomic_write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     _resume_from_whole(folder, folder / FOLDERS[base.family])
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-    kind: type[DataParallelTrainer] = DataParallelTrainer
-    if config.workers > 1 or config.parallel == "fsdp2":
-        # Makes the workers a process group, for which this process and the controller import torch too: seconds each.
-        from ray.train.torch import TorchTrainer
-
-        kind = TorchTrainer
-    return with_failure_policy(kind, lambda: len(read_history(folder)))(
+    several = config.workers > 1 or config.parallel == "fsdp2"
+    return with_failure_policy(DataParallelTrainer, lambda: len(read_history(folder)))(
         train_loop,
+        backend_config=ProcessGroupConfig() if several else None,
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "base": asdict(base),
@@ -202,7 +199,7 @@ def _run(config: TrainConfig, data: TrainingData, dataset: Dataset | None) -> Su
     for warning in (*run_samples.warnings, *([template_note] if template_note else [])):
         announce("Note:", warning, "yellow")
     timeline.enter("Ray")
-    with ray_session(config.ray):
+    with ray_session(config.ray, preload=preload_for(config.workers)):
         check_resources(config, cluster_resources())
         trainer = build_trainer(
             config, name=config.out.name, storage_path=config.out.parent, data=data, timeline=timeline

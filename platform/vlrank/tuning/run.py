@@ -19,6 +19,7 @@ from vlrank.config import TrainConfig, TuneConfig, read_yaml
 from vlrank.console import Summary
 from vlrank.data.tables import atomic_write_json, atomic_write_text
 from vlrank.errors import UserError
+from vlrank.ray_train import preload_for
 from vlrank.runtime import cluster_resources, ray_session
 from vlrank.tuning.asha import expected_epochs, rungs
 from vlrank.tuning.mode_search import ModeSearch, mode_search
@@ -54,7 +55,7 @@ def run(config: TuneConfig, *, build: BuildTrainer | None = None) -> Summary:
     sweep, confirmation = open_sweep(config, modes, users), Sweep(config.out / "confirm.jsonl")
     test: dict[str, dict[str, float]] = {}
     if sweep.unfinished() or config.confirm_seeds or config.test:
-        with ray_session(config.ray):
+        with ray_session(config.ray, preload=preload_for(6)):
             run_trials(config, modes, sweep, build)
             if config.confirm_seeds:
                 _add_confirmation(config, modes, sweep, confirmation)

@@ -20,7 +20,7 @@ from vlrank.data.dataset import Dataset
 from vlrank.data.lists import Lists
 from vlrank.data.tables import atomic_write_text, disk_errors, read_json_lines
 from vlrank.errors import UserError
-from vlrank.ray_train import fit_trainer, followed, ray_storage, with_failure_policy
+from vlrank.ray_train import fit_trainer, followed, preload_for, ray_storage, with_failure_policy
 from vlrank.retrieval.sequential.data import SequenceData, Task, samples
 from vlrank.runtime import cluster_resources, ray_session
 from vlrank.storage import BucketPath, Location, exclusive, location, remove_tree
@@ -42,7 +42,7 @@ def retrieve(dataset: Dataset, config: RetrieveConfig, name: str) -> tuple[dict[
     folder = (dataset.path / "retrievers" / name).resolve()
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder), ray_session(config.ray):
+    with exclusive(folder), ray_session(config.ray, preload=preload_for(1)):
         outcome = _run_worker(config, task, data, folder)
     history, trained = outcome["history"], outcome["trained"]
     best = max(history, key=lambda line: (line["ndcg"], -line["epoch"]))
