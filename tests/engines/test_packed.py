@@ -522,6 +522,36 @@ def test_a_model_in_training_is_read_as_it_stands(
         np.testing.assert_allclose(scores, exact, atol=0.15)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2"])
+def test_validation_follows_the_weights_without_copies(kind: str, tiny_text_model: Path, tmp_path: Path) -> None:
+    """A step later the scores are those of the new weights; biases and layers without adapters count too."""
+    encoder = Encoder.load(tiny_text_model, mode_spec("semantic_summary_small"), RANKING)
+    model = adapted(tiny_text_model, tmp_path)
+    if kind == "qwen2":
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2, vocab_size=len(encoder.tokenizer)))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    shared = PackedModel.of(model, live=True)
+    prompt = encoder.encode(text_items(3, "old"), text_items(12))
+    for _ in range(2):
+        [scores] = score_rows(model, encoder, [prompt], rows_only=True)
+        np.testing.assert_allclose(scores, brute_force(model, encoder, prompt), atol=1e-5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    assert shared.embeddings.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def test_a_model_of_another_head_or_type_runs_its_own_forward_pass(tiny_text_model: Path, tmp_path: Path) -> None:
+    encoder = Encoder.load(tiny_text_model, mode_spec("semantic_summary_small"), RANKING)
+    model, prompt = adapted(tiny_text_model, tmp_path), encoder.encode(text_items(3, "old"), text_items(12))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(Unsuited, match="rounded"):
+        score_rows(model, encoder, [prompt], rows_only=True)
+
+
 def test_an_adapted_head_is_read_in_training_too(tiny_text_model: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -24,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 
 from vlrank.data.tables import atomic_write_json, read_json
 from vlrank.engines.models import ModelFolder
-from vlrank.engines.packed_layer import Layer, Matrix, Sizes
+from vlrank.engines.packed_layer import Adapter, Layer, Matrix, Sizes
 from vlrank.engines.packed_model import PackedModel, Unsuited, merged
+from vlrank.engines.packed_rotary import Rotary
 from vlrank.engines.resources import beyond_packed
 from vlrank.storage import cache_folder, location, writable
 
@@ -228,7 +229,7 @@ def _packed(files: _Files, dtype: torch.dtype, device: torch.device) -> PackedMo
         sizes=Sizes(heads, key_heads, head_dim, config["rms_norm_eps"]),
         scaling=head_dim**-0.5,
         embeddings=embeddings,
-        rotary=Rotary(_theta(config), head_dim, device),
+        rotary=Rotary.of(config, head_dim, device),
         axes=1,
         layers=layers,
         norm=norm,
@@ -242,46 +243,6 @@ def _implied_head_dim(whole: Mapping[str, Any], config: Mapping[str, Any]) -> in
     if whole["model_type"] in ("qwen3", "qwen3_vl"):
         raise Unsuited("its config.json does not say head_dim")  # these have a default of their own
     return int(config["hidden_size"] // config["num_attention_heads"])
-
-
-def _theta(config: Mapping[str, Any]) -> float:
-    """The base of plain rotary frequencies.
-
-    Sections of a vision model's positions make no difference to text, whose three positions are one number.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if (
-        kind not in ("default", "mrope")
-        or config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) != 1
-    ):
-        raise Unsuited(f"its rotary positions are {kind}")
-    theta = rope.get("rope_theta", config.get("rope_theta"))
-    if theta is None:
-        raise Unsuited("its config.json does not say rope_theta")
-    return float(theta)
-
-
-class Rotary(torch.nn.Module):
-    """Cosines and sines of rotary positions, number by number as transformers computes them.
-
-    Args:
-        theta: Base of the frequencies.
-        head_dim: Width of a head.
-        device: Where positions are.
-    """
-
-    def __init__(self, theta: float, head_dim: int, device: torch.device) -> None:
-        super().__init__()
-        # On the CPU: another device's powers differ in the last bit.
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        self.frequencies = (1.0 / (theta**exponents)).to(device)
-
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [1, T] -> cosines and sines [1, T, head dim] in the type of ``x``."""
-        angles = positions[..., None].float() * self.frequencies
-        both = torch.cat((angles, angles), dim=-1)
-        return both.cos().to(x.dtype), both.sin().to(x.dtype)
 
 
 def _prefix(names: Mapping[str, Any]) -> str:
@@ -356,7 +317,7 @@ class _Reader:
         down, up = (f"base_model.model.{module}.lora_{side}.weight" for side in "AB")
         if down in self.files.adapter:
             b, a = (self.files.adapted(part).to(self.device) for part in (up, down))
-            weight = merged(weight, [(b, a, self.scaling)])
+            weight = merged(weight, [Adapter(b, a, self.scaling)])
         return Matrix(weight, bias)
 
     def _joined(self, *modules: str) -> Matrix:

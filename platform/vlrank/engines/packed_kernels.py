@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlrank.engines.packed_layer import E4M3_MAX, Layer, Matrix, Sizes, float8_product
+from vlrank.engines.packed_layer import E4M3_MAX, Layer, LiveMatrix, Matrix, Sizes, float8_product
 from vlrank.engines.packed_layer import product as plain_product
 
 
@@ -53,8 +53,8 @@ def after_attention(x: torch.Tensor, attended: torch.Tensor, layer: Layer, sizes
     return x + _product(gated, layer.down, x.dtype)
 
 
-def _product(x: Activations, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
-    if x.scale is None:
+def _product(x: Activations, matrix: Matrix | LiveMatrix, dtype: torch.dtype) -> torch.Tensor:
+    if x.scale is None or isinstance(matrix, LiveMatrix):
         return plain_product(x.values, matrix)
     return float8_product(x.values, x.scale, matrix, dtype)
 

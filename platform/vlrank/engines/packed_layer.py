@@ -6,6 +6,8 @@ for GPUs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,17 +31,70 @@ class Matrix(NamedTuple):
     scale: torch.Tensor | None = None
 
 
+class Adapter(NamedTuple):
+    """A LoRA adapter of a linear layer: ``scaling * B A``.
+
+    Attributes:
+        up: B, [out, rank].
+        down: A, [rank, in].
+        scaling: Factor of their product.
+    """
+
+    up: torch.Tensor
+    down: torch.Tensor
+    scaling: float
+
+
+class LivePart(NamedTuple):
+    """One linear layer of a model in training.
+
+    Attributes:
+        weight: Gives [out, in] as it is now.
+        bias: [out] or None.
+        size: out.
+        adapters: Beside it.
+    """
+
+    weight: Callable[[], torch.Tensor]
+    bias: torch.Tensor | None
+    size: int
+    adapters: Sequence[Adapter]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveMatrix:
+    """Linear layers of a model in training that share an input; nothing is merged and no weight is copied."""
+
+    parts: Sequence[LivePart]
+
+    @property
+    def scale(self) -> None:
+        """There is none: the weights are not float8."""
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in] -> [T, sum of out]."""
+        y = x.new_empty(len(x), sum(part.size for part in self.parts))
+        for part, own in zip(self.parts, y.split([part.size for part in self.parts], dim=1), strict=True):
+            torch.mm(x, part.weight().t(), out=own)
+            for adapter in part.adapters:
+                low = x @ adapter.down.to(x.dtype).t()
+                own.addmm_(low, adapter.up.to(x.dtype).t(), alpha=adapter.scaling)
+            if part.bias is not None:
+                own += part.bias
+        return y
+
+
 class Layer(NamedTuple):
     """The weights of a decoder layer; head norms are None in models without them."""
 
     norm: torch.Tensor
-    qkv: Matrix
+    qkv: Matrix | LiveMatrix
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    o: Matrix
+    o: Matrix | LiveMatrix
     mlp_norm: torch.Tensor
-    gate_up: Matrix
-    down: Matrix
+    gate_up: Matrix | LiveMatrix
+    down: Matrix | LiveMatrix
 
 
 class Sizes(NamedTuple):
@@ -51,8 +106,10 @@ class Sizes(NamedTuple):
     epsilon: float
 
 
-def product(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+def product(x: torch.Tensor, matrix: Matrix | LiveMatrix) -> torch.Tensor:
     """``x W^T + b``; float8 weights meet activations that are scaled row by row, as they come."""
+    if isinstance(matrix, LiveMatrix):
+        return matrix.product(x)
     if matrix.scale is None:
         return linear(x, matrix.weight, matrix.bias)
     scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX

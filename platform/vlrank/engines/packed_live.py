@@ -1,12 +1,14 @@
-"""Packed rows through a transformers model as it stands: adapted, sharded, in the middle of its training.
+"""Packed rows through a model in the middle of its training.
 
-`PackedModel` takes the weights over and is faster; here the model's own forward pass runs, and only its attention is
-replaced for the time of the call.
+Where `PackedModel` can compute with the model's own weights and the adapters beside them, it does: that is as fast as
+ranking. Otherwise (sharded weights, adapted heads, a vision tower that learns, autocast over float32 weights) the
+model's own forward pass runs, and only its attention is replaced for the time of the call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlrank.engines.packed_attention import RowAttention, kernel_for
+from vlrank.engines.packed_model import PackedModel, Unsuited, use_kernels
 from vlrank.engines.packed_rows import PackedRow, PromptTokens
 from vlrank.engines.structure import attending, core
 from vlrank.prompting.encoding import Encoded, Encoder
@@ -26,7 +29,9 @@ _NAME = "vlrank_rows"
 
 
 @torch.no_grad()
-def score_rows(model: Any, encoder: Encoder, batch: Sequence[Encoded]) -> list[Float32]:
+def score_rows(
+    model: Any, encoder: Encoder, batch: Sequence[Encoded], *, features: bool = False, rows_only: bool = False
+) -> list[Float32]:
     """Log-probabilities of every label of every prompt, through one forward pass over one packed row.
 
     Args:
@@ -35,16 +40,69 @@ def score_rows(model: Any, encoder: Encoder, batch: Sequence[Encoded]) -> list[F
             length.
         encoder: Made the prompts; prepares their pictures, or returns their features where the model accepts them.
         batch: Prompts, all in one pass.
+        features: The encoder returns features of pictures: [visual tokens, (1 + D) * hidden].
+        rows_only: Raise rather than let the model's own forward pass run.
 
     Returns:
         Per prompt float32 [N].
+
+    Raises:
+        Unsuited: with ``rows_only``, where `PackedModel` does not compute this model.
     """
     read = [prompt for prompt in batch if prompt.trie.nodes]
-    outputs = iter(_outputs(model, encoder, read) if read else ())
-    return [
-        prompt.trie.log_probs(_logits(model, prompt, *next(outputs)) if prompt.trie.nodes else np.zeros(0))
-        for prompt in batch
-    ]
+    try:
+        packed = _shared(model, needs_tower=not features and any(prompt.image_paths for prompt in read))
+    except Unsuited:
+        if rows_only:
+            raise
+        packed = None
+    with torch.autocast(next(model.parameters()).device.type, enabled=False) if packed else nullcontext():
+        outputs = iter(
+            () if not read else _rows_of(packed, encoder, read) if packed else _outputs(model, encoder, read)
+        )
+        return [
+            prompt.trie.log_probs(_logits(model, prompt, *next(outputs)) if prompt.trie.nodes else np.zeros(0))
+            for prompt in batch
+        ]
+
+
+def _shared(model: Any, needs_tower: bool) -> PackedModel:
+    """The model's own weights as `PackedModel` computes with them.
+
+    Raises:
+        Unsuited: it does not.
+    """
+    plain = core(model)
+    if needs_tower:
+        raise Unsuited("its vision tower is computed with it")
+    if type(plain.get_output_embeddings()) is not torch.nn.Linear:
+        raise Unsuited("its head is adapted")
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device) and plain.get_input_embeddings().weight.dtype == torch.float32:
+        raise Unsuited("its products are rounded, its weights are not")
+    packed = PackedModel.of(model, live=True)
+    if device == "cuda":
+        use_kernels(packed)
+    return packed
+
+
+def _rows_of(
+    packed: PackedModel, encoder: Encoder, batch: Sequence[Encoded]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """See `_outputs`; logits are not computed."""
+    prompts, paths = [], [path for prompt in batch for path in prompt.image_paths]
+    for prompt in batch:
+        ids = np.asarray(prompt.ids, dtype=np.int64)
+        visual = np.flatnonzero(ids == encoder.image_token_id) if prompt.image_paths else np.zeros(0, dtype=np.int64)
+        prompts.append(PromptTokens(ids, encoder.positions(prompt), prompt.trie, visual, prompt.image_paths))
+    row = PackedRow(prompts)
+    pictures = None
+    if paths:
+        pictures = torch.from_numpy(np.concatenate([encoder.pixels(path) for path in paths])).to(packed.device)
+    kernel = kernel_for(*packed.sizes[:3], packed.device, packed.dtype)
+    hidden = packed.forward(RowAttention(row, packed.device, packed.scaling, kernel), pictures)
+    parts = hidden.split([prompt.reads for prompt in prompts])
+    return ((part, part) for part in parts)
 
 
 def _outputs(model: Any, encoder: Encoder, batch: Sequence[Encoded]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

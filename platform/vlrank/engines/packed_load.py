@@ -20,7 +20,7 @@ from vlrank.engines.compiled import keep_compiled
 from vlrank.engines.models import ModelFolder
 from vlrank.engines.packed import PackedScorer
 from vlrank.engines.packed_files import read_known, remember
-from vlrank.engines.packed_model import PackedModel, Unsuited, check
+from vlrank.engines.packed_model import PackedModel, Unsuited, check, use_kernels
 from vlrank.engines.resources import gpu_share, weights_bytes
 from vlrank.engines.structure import core
 from vlrank.engines.transformers_scorer import load_model, score_labels
@@ -61,7 +61,7 @@ def open_packed(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
     settings: dict[str, Any] = {}
     if cuda:
         for weights in (packed, served):
-            _fuse(weights)
+            use_kernels(weights)
         settings = {
             "row_tokens": config.row_tokens or ROW_TOKENS,
             "prefix_bytes": int(0.4 * total),
@@ -89,16 +89,6 @@ def _loaded(model: ModelFolder, dtype: str, encoder: Encoder | None) -> PackedMo
     if text:
         remember(model, packed)
     return packed
-
-
-def _fuse(model: PackedModel) -> None:
-    """Let a GPU compute what lies around the attention with kernels of our own."""
-    try:
-        from vlrank.engines import packed_kernels
-    except ImportError as error:
-        print(f"ranking is slower than it could be: Triton cannot be used ({error})", flush=True)
-        return
-    model.before, model.after = packed_kernels.before_attention, packed_kernels.after_attention
 
 
 def _bytes_needed(base: str) -> float:

@@ -6,8 +6,9 @@ are merged, query, key and value share one product as gate and up do, and the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,19 @@ from vlrank.engines.families import vision_family
 from vlrank.engines.families.family import VisionFamily
 from vlrank.engines.packable import varying_rotation
 from vlrank.engines.packed_attention import RowAttention, sent
-from vlrank.engines.packed_layer import E4M3_MAX, Layer, Matrix, Sizes, after_attention, before_attention, rms_norm
+from vlrank.engines.packed_layer import (
+    E4M3_MAX,
+    Adapter,
+    Layer,
+    LiveMatrix,
+    LivePart,
+    Matrix,
+    Sizes,
+    after_attention,
+    before_attention,
+    rms_norm,
+)
+from vlrank.engines.packed_rotary import Rotary, UnknownRotary
 from vlrank.engines.resources import beyond_packed
 from vlrank.engines.structure import core, decoder_layers
 
@@ -35,7 +48,7 @@ class PackedModel:
         sizes: Of its layers.
         scaling: Factor of attention scores.
         embeddings: [vocabulary, hidden].
-        rotary: transformers' module, hidden states and positions -> cos and sin.
+        rotary: Hidden states and positions -> cos and sin.
         axes: 3 where positions are a vision model's (time, row, column), else 1.
         layers, norm: The language model.
         head: The output embeddings; their rows are taken to float32 where they are read.
@@ -57,12 +70,13 @@ class PackedModel:
     after: Callable[..., torch.Tensor] = after_attention
 
     @classmethod
-    def of(cls, model: Any, *, keep: bool = False) -> PackedModel:
+    def of(cls, model: Any, *, keep: bool = False, live: bool = False) -> PackedModel:
         """Take the weights of a transformers model, plain or PEFT, in its own type.
 
         Args:
             model: On the device where it will be used.
             keep: Leave the model whole; otherwise its layers are given up one by one, to save memory.
+            live: Share its weights, which may go on learning, instead of joining and merging them; implies ``keep``.
 
         Raises:
             Unsuited: an architecture, a kind of adapter or of quantisation that is not computed here.
@@ -76,16 +90,18 @@ class PackedModel:
         embeddings, head = plain.get_input_embeddings(), plain.get_output_embeddings()
         if type(embeddings) is not nn.Embedding:
             raise Unsuited(f"its embeddings are a {type(embeddings).__name__}")
+        if hasattr(embeddings.weight, "full_tensor"):
+            raise Unsuited("its weights are sharded")
         layers, stored = [], decoder_layers(model)
         for i in range(len(stored)):
-            layers.append(_layer(stored[i], embeddings.weight.dtype))
-            if not keep:
+            layers.append(_layer(stored[i], embeddings.weight.dtype, _live if live else _joined))
+            if not keep and not live:
                 stored[i] = nn.Identity()
         return cls(
             sizes=Sizes(heads, key_heads, head_dim, config.rms_norm_eps),
             scaling=head_dim**-0.5,
             embeddings=embeddings.weight.detach(),
-            rotary=text.rotary_emb,
+            rotary=_rotary(text, config, head_dim, embeddings.weight.device),
             axes=3 if hasattr(inner, "visual") else 1,
             layers=layers,
             norm=text.norm.weight.detach(),
@@ -156,6 +172,16 @@ class PackedModel:
         return rms_norm(x, self.norm, self.sizes.epsilon)
 
 
+def use_kernels(model: PackedModel) -> None:
+    """Let a GPU compute what lies around the attention with kernels of our own."""
+    try:
+        from vlrank.engines import packed_kernels
+    except ImportError as error:
+        print(f"ranking is slower than it could be: Triton cannot be used ({error})", flush=True)
+        return
+    model.before, model.after = packed_kernels.before_attention, packed_kernels.after_attention
+
+
 def check(config: Any) -> None:
     """Whether a model of this config is computed here, from the config alone.
 
@@ -171,32 +197,53 @@ def check(config: Any) -> None:
         raise Unsuited(f"it has {why}")
 
 
-def _layer(layer: Any, dtype: torch.dtype) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
+def _rotary(text: Any, config: Any, head_dim: int, device: torch.device) -> nn.Module:
+    """transformers' module, whose calls are known, or one of ours instead of what another library put there."""
+    own: nn.Module = text.rotary_emb
+    if type(own).__module__.startswith("transformers."):
+        return own
+    try:
+        return Rotary.of(config.to_dict(), head_dim, device)
+    except UnknownRotary as error:
+        raise Unsuited(str(error)) from None
 
-    def joined(*modules: Any) -> Matrix:
-        parts = [_matrix(module, dtype) for module in modules]
-        weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
-        biases = [part.bias for part in parts]
-        if any(bias is None for bias in biases) and not all(bias is None for bias in biases):
-            raise Unsuited("a part of its query, key and value projections has a bias")
-        bias = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
-        return Matrix(weight, bias)
+
+def _layer(layer: Any, dtype: torch.dtype, joined: Callable[..., Any]) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
 
     def norm(name: str) -> torch.Tensor | None:
         module = getattr(attention, name, None)
-        return None if module is None else module.weight.detach()
+        return None if module is None else module.weight.detach().to(dtype)
 
     return Layer(
-        norm=layer.input_layernorm.weight.detach(),
-        qkv=joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        norm=layer.input_layernorm.weight.detach().to(dtype),
+        qkv=joined(dtype, attention.q_proj, attention.k_proj, attention.v_proj),
         q_norm=norm("q_norm"),
         k_norm=norm("k_norm"),
-        o=joined(attention.o_proj),
-        mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=joined(mlp.gate_proj, mlp.up_proj),
-        down=joined(mlp.down_proj),
+        o=joined(dtype, attention.o_proj),
+        mlp_norm=layer.post_attention_layernorm.weight.detach().to(dtype),
+        gate_up=joined(dtype, mlp.gate_proj, mlp.up_proj),
+        down=joined(dtype, mlp.down_proj),
     )
+
+
+def _joined(dtype: torch.dtype, *modules: Any) -> Matrix:
+    parts = [_matrix(module, dtype) for module in modules]
+    weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
+    biases = [part.bias for part in parts]
+    if any(bias is None for bias in biases) and not all(bias is None for bias in biases):
+        raise Unsuited("a part of its query, key and value projections has a bias")
+    bias = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
+    return Matrix(weight, bias)
+
+
+def _live(dtype: torch.dtype, *modules: Any) -> LiveMatrix:
+    parts = []
+    for module in modules:
+        base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        bias = None if base.bias is None else base.bias.detach().to(dtype)
+        parts.append(LivePart(partial(dequantised, base, dtype), bias, base.out_features, _adapters(module, base)))
+    return LiveMatrix(parts)
 
 
 def _float8(matrix: Matrix) -> Matrix:
@@ -208,31 +255,33 @@ def _float8(matrix: Matrix) -> Matrix:
 def _matrix(module: Any, dtype: torch.dtype) -> Matrix:
     """The weight of a linear layer, dequantised, with its adapters merged in float32 and rounded once."""
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    weight, bias = dequantised(base, dtype), base.bias
-    if base is not module:
-        parts = []
-        for name in module.active_adapters if not module.disable_adapters and not module.merged else ():
-            matrices = getattr(module, "lora_A", {})
-            if name not in matrices or not isinstance(matrices[name], nn.Linear):
-                raise Unsuited(f"its adapter {name} is a {type(module).__name__}, which cannot be merged")
-            if module.lora_variant.get(name) or module.lora_bias.get(name) or getattr(module, "fan_in_fan_out", False):
-                raise Unsuited(f"its adapter {name} is a variant of LoRA (DoRA, a bias, ...), which is not merged here")
-            up, down = module.lora_B[name].weight.detach(), module.lora_A[name].weight.detach()
-            parts.append((up, down, module.scaling[name]))
-        weight = merged(weight, parts)
+    weight, bias = merged(dequantised(base, dtype), _adapters(module, base)), base.bias
     return Matrix(weight, None if bias is None else bias.detach().to(dtype))
 
 
-def merged(weight: torch.Tensor, adapters: Iterable[tuple[torch.Tensor, torch.Tensor, float]]) -> torch.Tensor:
-    """A matrix with LoRA adapters in it, computed in float32 and rounded once to its own type.
+def _adapters(module: Any, base: Any) -> list[Adapter]:
+    """The active adapters of a linear layer."""
+    found: list[Adapter] = []
+    if base is module or module.disable_adapters or module.merged:
+        return found
+    for name in module.active_adapters:
+        matrices = getattr(module, "lora_A", {})
+        if name not in matrices or not isinstance(matrices[name], nn.Linear):
+            raise Unsuited(f"its adapter {name} is a {type(module).__name__}, which cannot be merged")
+        if module.lora_variant.get(name) or module.lora_bias.get(name) or getattr(module, "fan_in_fan_out", False):
+            raise Unsuited(f"its adapter {name} is a variant of LoRA (DoRA, a bias, ...), which is not merged here")
+        up, down = module.lora_B[name].weight.detach(), module.lora_A[name].weight.detach()
+        found.append(Adapter(up, down, module.scaling[name]))
+    return found
 
-    Args:
-        weight: [out, in].
-        adapters: B [out, rank], A [rank, in] and the factor of their product.
-    """
+
+def merged(weight: torch.Tensor, adapters: Sequence[Adapter]) -> torch.Tensor:
+    """A matrix [out, in] with LoRA adapters in it, computed in float32 and rounded once to its own type."""
+    if not adapters:
+        return weight
     wide = weight.float()
-    for up, down, scaling in adapters:
-        wide = wide + scaling * (up.float() @ down.float())
+    for adapter in adapters:
+        wide = wide + adapter.scaling * (adapter.up.float() @ adapter.down.float())
     return wide.to(weight.dtype)
 
 

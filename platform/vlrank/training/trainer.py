@@ -20,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from vlrank.config import TrainConfig
 from vlrank.engines.packed_live import score_rows
+from vlrank.engines.packed_model import Unsuited
 from vlrank.engines.resources import GIB, PACKED_ARCHITECTURES
 from vlrank.engines.structure import core
 from vlrank.engines.transformers_scorer import score_labels
@@ -32,11 +33,15 @@ from vlrank.training.data import RunSamples
 from vlrank.training.memory import MemoryPlan
 from vlrank.training.model import Base, Trainable, recompute_layers
 from vlrank.training.optim import MasterAdamW
+from vlrank.training.pictures import FeatureEncoder
 from vlrank.training.saving import Saver, Write, restore_optimizer, restore_weights, set_random_states
 from vlrank.training.selection import improves, logged_selections, patience_spent, selection_value
 from vlrank.training.state import SavedState, StateReader
 from vlrank.training.timeline import Timeline, as_result
 from vlrank.training.validation import encode_samples, rank_metrics, target_ranks, validation_scores
+
+_ROUNDING = 0.2
+"""In nat: two ways of the same arithmetic in bfloat16 were up to 0.08 apart on an H100."""
 
 
 @dataclass(slots=True)
@@ -115,6 +120,7 @@ class RerankTrainer(Trainer):
         self._encoder, self._memory_plan, self._say = validation_encoder, memory_plan, say
         self._read_tokens, self._recompute = memory_plan.read_tokens, memory_plan.recompute
         self._validation_prompts: list[Any] | None = None
+        self._validates_in_rows: bool | None = None
         self.timeline = timeline or Timeline()
         self.saver = Saver(self, committed)
         self.begun_write: Write | None = None
@@ -315,21 +321,11 @@ class RerankTrainer(Trainer):
         if self._validation_prompts is None:
             self._validation_prompts, bad = encode_samples(own, self.run_samples.item_meta, self._encoder)
             self.bad |= {f"{user} (validation)": (error, message) for user, error, message in bad}
-        model = self.accelerator.unwrap_model(self.model) if self.config.parallel == "ddp" else self.model
-
-        kind = core(model).config.model_type
-
-        def score(prompts: list[Any]) -> list[Any]:
-            if self.steps.pack_tokens is not None and kind in PACKED_ARCHITECTURES and not self.base.unsloth:
-                return score_rows(model, self._encoder, prompts)
-            # Unsloth's attention knows only causal rows; everything else reads the whole trie in one pass.
-            return score_labels(model, self._encoder, prompts, tree=not self.base.unsloth)
-
         priors = None
         if self.config.resolved_ranking.popularity_prior:
             priors = [log_prior(self.run_samples.item_meta[item] for item in sample.candidates) for sample in own]
         with self.compute_loss_context_manager():
-            scores = self._validation_scores(score)
+            scores = self._validation_scores()
         ranks = np.stack([target_ranks(own, scores, priors), target_ranks(own, scores)])
         if world > 1:
             parts: list[Any] = [None] * world
@@ -342,9 +338,12 @@ class RerankTrainer(Trainer):
         metrics["seconds"] = time.perf_counter() - begun
         return metrics
 
-    def _validation_scores(self, score: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    def _validation_scores(self) -> list[Any]:
         """Scores of the validation prompts, in smaller passes where memory runs out."""
         assert self._validation_prompts is not None
+        if self._validates_in_rows is None:
+            self._validates_in_rows = self._rows_agree([prompt for prompt in self._validation_prompts if prompt][:2])
+        score = self._score_rows if self._validates_in_rows else self._score_plainly
         while True:
             try:
                 return validation_scores(self._validation_prompts, score, self._read_tokens)
@@ -353,6 +352,32 @@ class RerankTrainer(Trainer):
                     raise
             self._read_tokens //= 2
             torch.cuda.empty_cache()
+
+    def _read_model(self) -> Any:
+        return self.accelerator.unwrap_model(self.model) if self.config.parallel == "ddp" else self.model
+
+    def _score_rows(self, prompts: list[Any]) -> list[Any]:
+        features = isinstance(self._encoder, FeatureEncoder)
+        return score_rows(self._read_model(), self._encoder, prompts, features=features, rows_only=self.base.unsloth)
+
+    def _score_plainly(self, prompts: list[Any]) -> list[Any]:
+        # Unsloth's attention knows only causal rows; everything else reads the whole trie in one pass.
+        return score_labels(self._read_model(), self._encoder, prompts, tree=not self.base.unsloth)
+
+    def _rows_agree(self, prompts: list[Any]) -> bool:
+        """Whether this model is validated through packed rows.
+
+        Where Unsloth has replaced the model's code, a few scores of both ways are compared first.
+        """
+        if self.steps.pack_tokens is None or core(self.model).config.model_type not in PACKED_ARCHITECTURES:
+            return False
+        if not self.base.unsloth:
+            return True
+        try:
+            pairs = zip(self._score_rows(prompts), self._score_plainly(prompts), strict=True)
+            return all(np.abs(a - b).max(initial=0.0) < _ROUNDING for a, b in pairs)
+        except Unsuited:
+            return False
 
     def guesses(self, loss: float, answered: float) -> bool:
         """Whether neither loss nor validation distinguishes this model from one that guesses a number.
