@@ -11,7 +11,7 @@ import pytest
 from vlrank.config import EvaluateConfig, RetrieveConfig, load_config
 from vlrank.data import schemas
 from vlrank.data.candidates_io import write_rankings
-from vlrank.data.dataset import Dataset
+from vlrank.data.dataset import Dataset, write_dataset
 from vlrank.data.lists import Lists
 from vlrank.data.tables import write_parquet_atomic
 from vlrank.errors import UserError
@@ -269,6 +269,30 @@ def test_compare_prints_the_paired_difference(
     with pytest.raises(UserError, match="no table holds both 'one' and 'three'"):
         evaluated(data, tmp_path / "x", *files, compare=("one", "three"))
     assert not (tmp_path / "x").exists()
+
+
+def test_new_items_have_a_table_of_their_own(
+    world: Dataset, data: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A ranker that reads texts is worth most where nobody has bought anything yet, which means over all users hide."""
+    items, sequences = world.items().to_dicts(), world.sequences().to_dicts()
+    items += [items[0] | {"item_id": 61, "source_id": "B061"}]
+    for row in sequences[:8]:
+        row["item_ids"][-1] = 61  # as the last item alone: in nobody's training part
+    new = write_dataset(tmp_path / "data", items=items, sequences=sequences, options={})
+    rare = range(48, 60)
+    lists = {user: [t, *(i for i in rare if i != t)] for user, (_, t) in new.histories("test").items()}
+    file = write(tmp_path / "r.parquet", Lists.from_dict(lists), "qwen3vl/caption")
+    group = evaluated(new, tmp_path / "out", file, protocol="ground_truth")["groups"][0]
+    printed = capsys.readouterr().out
+    table = printed[printed.index("of them 8 whose target has no training interaction") :].split("paired")[0]
+    first = {words[0]: words[1] for words in map(str.split, table.splitlines()) if len(words) > 3}
+    assert first["caption"] == "1.0000"
+    assert first["popularity"] == "0.0000"
+    assert means(group, "popularity")["recall@1"] > 0
+
+    evaluated(data, tmp_path / "none", reranked(data, tmp_path / "w.parquet", "qwen3vl/caption", 1))
+    assert "no training interaction" not in capsys.readouterr().out
 
 
 def test_equal_inputs_give_equal_files(data: Dataset, tmp_path: Path) -> None:

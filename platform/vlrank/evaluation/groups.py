@@ -19,6 +19,8 @@ from vlrank.storage import Location
 Protocol = Literal["ground_truth", "retrieval"]
 RETRIEVER = "identity"
 """Name of the rival that keeps the retriever's order."""
+POPULARITY = "target's popularity (training interactions)"
+"""Name of the slices by how often the target was bought."""
 Histories = Mapping[int, tuple[list[int], int]]
 """user_id -> (history, oldest first; target)."""
 
@@ -93,6 +95,11 @@ class Group:
         """The rival with the highest mean of the metric; None without rivals."""
         rivals = [method for method in self.methods if method.kind == "baseline"]
         return max(rivals, key=lambda method: method.metrics.means[metric], default=None)
+
+    @property
+    def cold(self) -> Slice | None:
+        """The users whose target nobody has bought in the training part; None where there are none, or no others."""
+        return next((part for part in self.slices if (part.by, part.value) == (POPULARITY, "0")), None)
 
     @property
     def length(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -19,8 +19,8 @@ from vlrank.data.tables import atomic_write_json, atomic_write_text
 from vlrank.errors import UserError
 from vlrank.evaluation.compare import Difference
 from vlrank.evaluation.evaluate import compare_methods, evaluate, main_metrics
-from vlrank.evaluation.groups import RETRIEVER, Group, Method
-from vlrank.evaluation.metrics import label
+from vlrank.evaluation.groups import RETRIEVER, Group
+from vlrank.evaluation.metrics import Metrics, label
 from vlrank.evaluation.rankings import read_rankings
 from vlrank.evaluation.report import p_value, render
 from vlrank.version import __version__
@@ -52,7 +52,7 @@ def run(config: EvaluateConfig) -> Summary:
     metric = main_metrics(config.ks, first.length)[0]
     lines: dict[str, object] = {"metrics": config.out / "metrics.json"}
     for method in first.models:
-        lines[method.name] = Text.assemble(f"{label(metric)} ", _interval(method, metric))
+        lines[method.name] = Text.assemble(f"{label(metric)} ", _interval(method.metrics, metric))
     warnings = [f for group in groups for f in group.findings if f.level != "note"]
     counts = {
         "groups": len(groups),
@@ -155,22 +155,15 @@ def _print(groups: Sequence[Group], compared: Sequence[Difference]) -> None:
     """The tables on stdout; warnings on stderr."""
     out = PlainConsole()
     for group in groups:
-        metrics = _columns(group)
         ceiling = float((group.base.rank_of(group.targets) > 0).mean())
-        narrow = out.width < 120
-        heads = [label(name).replace("Recall", "R") if narrow else label(name) for name in metrics]
-        table = _table(f"{group.title}, ceiling {ceiling:.1%}", "method", *heads)
-        if narrow:  # the interval goes below its mean
-            for column in table.columns[1:]:
-                column.min_width = column.max_width = 8
-        best = {name: max(method.metrics.means[name] for method in group.methods) for name in metrics}
-        for method in group.methods:
-            cells = [
-                _interval(method, name, style="bold" if method.metrics.means[name] == best[name] else "")
-                for name in metrics
-            ]
-            table.add_row(method.name, *cells, style=None if method.kind == "model" else "dim")
-        out.print(table)
+        _print_means(
+            out,
+            group,
+            f"{group.title}, ceiling {ceiling:.1%}",
+            {method.name: method.metrics for method in group.methods},
+        )
+        if cold := group.cold:  # apart: rivals that count interactions know nothing of them
+            _print_means(out, group, f"of them {cold.users:,} whose target has no training interaction", cold.metrics)
         _print_differences(out, _shown(group), f"paired differences in {label(_main(group))}")
         for finding in group.findings:
             if finding.level != "note":
@@ -178,6 +171,23 @@ def _print(groups: Sequence[Group], compared: Sequence[Difference]) -> None:
                 announce(f"{finding.level}:", finding.message, colour)
     if compared:
         _print_differences(out, compared, f"{compared[0].a} against {compared[0].b}", metrics=True)
+
+
+def _print_means(out: Console, group: Group, title: str, found: Mapping[str, Metrics]) -> None:
+    """A row of means with intervals for each of the group's methods: name -> metrics of the users in the title."""
+    metrics = _columns(group)
+    narrow = out.width < 120
+    heads = [label(name).replace("Recall", "R") if narrow else label(name) for name in metrics]
+    table = _table(title, "method", *heads)
+    if narrow:  # the interval goes below its mean
+        for column in table.columns[1:]:
+            column.min_width = column.max_width = 8
+    best = {name: max(one.means[name] for one in found.values()) for name in metrics}
+    for method in group.methods:
+        own = found[method.name]
+        cells = [_interval(own, name, style="bold" if own.means[name] == best[name] else "") for name in metrics]
+        table.add_row(method.name, *cells, style=None if method.kind == "model" else "dim")
+    out.print(table)
 
 
 _PAIRED = 4
@@ -227,6 +237,6 @@ def _columns(group: Group) -> list[str]:
     return [*(f"recall@{k}" for k in sorted(group.methods[0].metrics.ks) if k <= last), ndcg, mrr]
 
 
-def _interval(method: Method, name: str, style: str = "") -> Text:
-    low, high = method.metrics.intervals[name]
-    return Text.assemble(f"{method.metrics.means[name]:.4f} ", (f"±{(high - low) / 2:.4f}", "dim"), style=style)
+def _interval(metrics: Metrics, name: str, style: str = "") -> Text:
+    low, high = metrics.intervals[name]
+    return Text.assemble(f"{metrics.means[name]:.4f} ", (f"±{(high - low) / 2:.4f}", "dim"), style=style)

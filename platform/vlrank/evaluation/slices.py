@@ -11,7 +11,7 @@ import polars as pl
 from vlrank.config import EvaluateConfig
 from vlrank.data.dataset import Dataset
 from vlrank.data.lists import Ints
-from vlrank.evaluation.groups import Method, Slice
+from vlrank.evaluation.groups import POPULARITY, Method, Slice
 from vlrank.evaluation.metrics import evaluate_ranks
 from vlrank.retrieval.baselines import Evidence
 
@@ -32,7 +32,7 @@ def slices(
     category = _categories(items)[targets - 1]
     labels = {
         "history length (items)": _bins(histories, (3, 5, 10, 20, 50)),
-        "target's popularity (training interactions)": _bins(popularity, (1, 5, 20, 100)),
+        POPULARITY: _bins(popularity, (1, 5, 20, 100)),
         "target's picture": [(label, pictured == value) for label, value in (("yes", True), ("no", False))],
         "target's category": [(str(name), category == name) for name in _frequent(category, 10)],
     }
