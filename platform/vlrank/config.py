@@ -117,12 +117,9 @@ class ColumnsConfig(Config):
     )
 
 
-class PicturesConfig(Config):
-    """How pictures are fetched and what is refused."""
+class PictureLimits(Config):
+    """How one picture is fetched, and what is refused."""
 
-    workers: int = Field(
-        2, ge=0, description="Number of Ray actors that fetch pictures. 0 fetches them in this process, without Ray."
-    )
     concurrency_per_host: int = Field(8, ge=1, description="Simultaneous requests to one host, all workers together.")
     requests_per_second: float = Field(20, gt=0, description="Requests per second to one host, all workers together.")
     attempts: int = Field(
@@ -136,6 +133,14 @@ class PicturesConfig(Config):
     max_pixels: int = Field(50_000_000, ge=1, description="Larger pictures are refused before they are decoded.")
     max_redirects: int = Field(5, ge=0, description="Redirects that one request may follow.")
     allow_private: bool = Field(False, description="Allow addresses that are not public (localhost, 10.x, ...).")
+
+
+class PicturesConfig(PictureLimits):
+    """How the pictures of a dataset are fetched and what is refused."""
+
+    workers: int = Field(
+        2, ge=0, description="Number of Ray actors that fetch pictures. 0 fetches them in this process, without Ray."
+    )
     shard_rows: int = Field(256, ge=1, description="Pictures committed at once: a crash costs no more than these.")
 
 
@@ -671,6 +676,67 @@ class RerankConfig(Config):
     def _weight_is_a_share(self) -> RerankConfig:
         if isinstance(self.fusion_weight, float) and not 0 <= self.fusion_weight <= 1:
             raise ValueError(f"fusion_weight must be between 0 and 1 or auto, got {self.fusion_weight}")
+        return self
+
+
+class ServeConfig(Config):
+    """``vlrank serve``: answer requests to rank over HTTP, on Ray Serve."""
+
+    positional: ClassVar[str] = "model"
+
+    model: str = Field(..., description="Run folder of `vlrank train`, checkpoint folder, or sweep folder of one mode.")
+    dataset: ConfigLocation = Field(..., description="Dataset folder whose items and users requests name by their ids.")
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on. Any but this machine's own needs VLRANK_SERVE_TOKEN."
+    )
+    port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
+    replicas: int = Field(1, ge=1, description="Number of replicas, each with an engine of its own.")
+    as_mode: Mode | None = Field(None, description="Mode of a model that vlrank did not train.")
+    ranking: dict[str, Any] = Field(
+        default_factory=dict, description="Replaces ranking settings of the run, e.g. ranking.top_k=100."
+    )
+    seed: Seed = Field(0, description="Seed of permutations, as in `vlrank rerank`.")
+    users_at_once: int = Field(
+        32, ge=1, description="Users that a replica ranks at the same time; their prompts share the engine's passes."
+    )
+    batch_wait_ms: float = Field(
+        2, ge=0, description="How long a request waits for others, with engines that do not fill their own rows."
+    )
+    max_queue: int = Field(
+        256, ge=1, description="Requests that wait at a replica; further ones are answered with status 429."
+    )
+    max_body_mb: float = Field(16, gt=0, description="Larger bodies of requests are answered with status 413.")
+    timeout_s: float = Field(60, gt=0, description="Requests that take longer are answered with status 408.")
+    drain_s: float = Field(30, ge=1, description="Time for accepted requests after a signal to end.")
+    prompt_workers: int | None = Field(
+        None,
+        ge=0,
+        description="Processes per replica that make prompts; 0: the replica itself. Default: 4 on GPUs, else 0.",
+    )
+    inline_pictures: int = Field(1024, ge=1, description="Pictures sent with requests that are kept for further ones.")
+    pictures: PictureLimits = Field(
+        PictureLimits(attempts=1, timeout_s=10, concurrency_per_host=32, requests_per_second=1000),
+        description="How pictures sent with requests are fetched and which are refused.",
+    )
+    engine: EngineConfig = Field(
+        EngineConfig(row_tokens=4096), description="The engine of each replica. Short rows answer sooner."
+    )
+    ray: RayConfig = Field(RayConfig(), description="Where the work runs.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _partly_given(cls, values: Any) -> Any:
+        """Keep this stage's own defaults of nested keys where only some of them are given."""
+        if not isinstance(values, dict):
+            return values
+        own = {"engine": {"row_tokens": 4096}, "pictures": cls.model_fields["pictures"].default.model_dump()}
+        given = {key: values[key] for key in own if isinstance(values.get(key), dict)}
+        return values | {key: own[key] | value for key, value in given.items()}
+
+    @model_validator(mode="after")
+    def _replicas_have_one_engine(self) -> ServeConfig:
+        if self.engine.replicas != 1:
+            raise ValueError(f"a replica has one engine: give replicas={self.engine.replicas}, not engine.replicas")
         return self
 
 

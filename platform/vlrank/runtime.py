@@ -53,11 +53,11 @@ def ray_session(config: RayConfig, *, data: bool = False, preload: Preload | Non
     if ray.is_initialized():
         yield
         return
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(config)
     quiet = {"log_to_driver": os.environ.get("VLRANK_VERBOSE") == "1", "logging_level": logging.ERROR}
     imports = [*(preload.modules if preload else ()), *(["ray.data"] if data else [])]
     with _own_signal_handlers(), _imported(imports):
-        if address and address != "local":
+        if address:
             _join(address, **quiet)
         else:
             _start_here(config.num_cpus or max(8, os.cpu_count() or 1), preload, **quiet)
@@ -70,6 +70,12 @@ def ray_session(config: RayConfig, *, data: bool = False, preload: Preload | Non
         watch([])
         ray.shutdown()
         os.environ.pop(STARTED_HERE, None)
+
+
+def cluster_address(config: RayConfig) -> str | None:
+    """Of the cluster to join; None where Ray is started on this machine."""
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address or None
 
 
 def _join(address: str, **options: Any) -> None:

@@ -72,6 +72,11 @@ def watch(processes: Sequence[psutil.Process]) -> None:
     _tell(watch={process.pid: process.name() for process in processes})
 
 
+def allow_grace(seconds: float) -> None:
+    """From here on the command may take so long to end by itself after a signal, in place of `GRACE_S`."""
+    _tell(grace=seconds)
+
+
 def end_if_lost() -> None:
     """Before an error is passed on: if a watched process has ended, wait for the supervisor, which explains that."""
     if _supervisor is not None and any(not _alive(pid) for pid in _watched):
@@ -127,6 +132,7 @@ class _Supervisor:
         self._status: int | None = None  # of `waitpid`
         self._code: int | None = None
         self._code_at = self._signalled_at = float("inf")
+        self._grace = GRACE_S
         self._watched: dict[int, str] = {}
         self._ends: list[int] = []  # descriptors, readable once the watched processes have ended
         self._unread = b""
@@ -172,7 +178,7 @@ class _Supervisor:
             if self._child and self._status is None:
                 os.kill(self._child, signal.SIGINT)
         elif number == signal.SIGINT and now - self._signalled_at > 1:
-            self._signalled_at = now - GRACE_S  # a second Ctrl-C, and no copy of the first
+            self._signalled_at = now - self._grace  # a second Ctrl-C, and no copy of the first
 
     def wait(self) -> int:
         """Until the command has ended in one way or another; returns the exit code."""
@@ -190,7 +196,7 @@ class _Supervisor:
                 if signalled:
                     return self._kill_and_report("interrupted", INTERRUPTED, 130)
                 return self._kill_and_report("error", _lost(lost), 1)
-            if now > self._signalled_at + GRACE_S and self._code is None:
+            if now > self._signalled_at + self._grace and self._code is None:
                 return self._kill_and_report("interrupted", INTERRUPTED, 130)
             ends = self._ends if self._code is None else ()
             select.select([self._reader, *ends], [], [], 0.25)
@@ -224,6 +230,7 @@ class _Supervisor:
                 for descriptor in self._ends:
                     os.close(descriptor)
                 self._ends = _end_descriptors(self._watched)
+            self._grace = message.get("grace", self._grace)
             if "signal" in message:
                 self._on_signal(message["signal"])
             if "code" in message:

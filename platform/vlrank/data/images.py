@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from vlrank.config import PicturesConfig, RayConfig
+from vlrank.config import PictureLimits, PicturesConfig, RayConfig
 from vlrank.data.picture import is_strip, open_picture, orientation, to_rgb
 
 if TYPE_CHECKING:
@@ -195,18 +195,19 @@ class Fetcher:
         config: Limits. ``concurrency_per_host`` and ``requests_per_second`` are this fetcher's own share.
     """
 
-    config: PicturesConfig
+    config: PictureLimits
     _next_start: dict[str, float] = field(default_factory=dict)
     _hosts: dict[str, asyncio.Semaphore] = field(default_factory=dict)
 
     def fetch(self, sources: Sequence[str]) -> list[Fetched]:
         """All of them, successes and failures, in order."""
-        return asyncio.run(self._fetch_all(sources))
+        self._hosts = {}  # semaphores belong to the event loop of this call
+        return asyncio.run(self.fetch_all(sources))
 
-    async def _fetch_all(self, sources: Sequence[str]) -> list[Fetched]:
+    async def fetch_all(self, sources: Sequence[str]) -> list[Fetched]:
+        """`fetch` in the running event loop; all calls in it share the limits per host."""
         import aiohttp
 
-        self._hosts = {}  # semaphores belong to the event loop of this call
         decoding = asyncio.Semaphore(max(1, min(4, os.cpu_count() or 1)))  # bounds the decoded pictures in memory
         private = self.config.allow_private
         connector = aiohttp.TCPConnector(limit=128, resolver=None if private else _public_resolver())

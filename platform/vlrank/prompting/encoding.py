@@ -273,6 +273,11 @@ class Encoder:
         )
         return frames.reshape(rows * columns, -1)
 
+    def forget(self, path: str) -> None:
+        """Give back what is kept of a picture that will not come again, or will be another one."""
+        self._grids.pop(path, None)
+        self._pixels.values.pop(path, None)
+
     def unreadable(self, path: str) -> UnreadablePicture | None:
         """Why a picture cannot be shown; None where it can. Decodes the whole file."""
         try:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from vlrank.config import Config, PrepareConfig, merge, validate, with_mode_defaults
+from vlrank.config import Config, PrepareConfig, ServeConfig, merge, validate, with_mode_defaults
 from vlrank.errors import UserError
 from vlrank.paths import absolute_paths
 from vlrank.stages import STAGES, Stage
@@ -85,8 +85,12 @@ class RunConfig(Config):
         return self
 
 
-JOBS: dict[str, Stage] = {**STAGES, "run": (RunConfig, "vlrank.recipes.run:run", "vlrank.recipes.run:dry_run")}
-"""What can run as a job: a stage, or a recipe of stages."""
+JOBS: dict[str, Stage] = {
+    **STAGES,
+    "run": (RunConfig, "vlrank.recipes.run:run", "vlrank.recipes.run:dry_run"),
+    "serve": (ServeConfig, "vlrank.serving.run:run", "vlrank.serving.run:dry_run"),
+}
+"""What can run as a job: a stage, a recipe of stages, or the server."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ from vlrank.reranking.ranker import (
     describe_agreement,
     open_prompts,
     open_ranker,
+    user_seed,
 )
 from vlrank.reranking.windows import windows
 from vlrank.runtime import ray_session
@@ -228,7 +229,7 @@ class _PromptWorker:
 
 
 def _user_lists(job: _Job, row: Mapping[str, Any]) -> UserLists:
-    seed = job.seed * 1_000_003 + row["user_id"]
+    seed = user_seed(job.seed, row["user_id"])
     return UserLists(row["history"], row["candidates"], seed, row.get("prompts"))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from vlrank.config import RankingConfig, RerankConfig, Split, merge, validate
+from vlrank.config import RankingConfig, RerankConfig, ServeConfig, Split, merge, validate
 from vlrank.console import announce
 from vlrank.data.candidates_io import check_output
 from vlrank.data.dataset import Dataset
@@ -77,26 +77,24 @@ def open_setup(config: RerankConfig) -> Setup:
         UserError: an unusable dataset, model, candidates table or setting.
     """
     dataset = Dataset.open(config.dataset)
-    folder, spec = _open_model(config)
-    if ranking_engine(config.engine, folder) == "vllm":
-        from vlrank.engines.vllm_args import max_prompt_tokens
-
-        # Histories are cut to what the engine takes; it would refuse longer prompts.
-        update = {"max_prompt_tokens": max_prompt_tokens(folder, config.engine)}
+    folder, spec = open_ranking_model(config)
+    if config.candidates == "ground_truth":
+        # Sampled candidates come in random order: cut to top_k, some users would lose the target.
+        update = {"top_k": max(folder.ranking.top_k, config.negatives + 1)}
         folder = replace(folder, ranking=folder.ranking.model_copy(update=update))
     check_output(config.out, dataset)
     _check_fusion(config, dataset)
-    meta = dataset.item_meta()
-    if folder.ranking.missing == "drop" and not any(shows(spec, item) for item in meta.values()):
-        raise UserError(
-            f"no item of {dataset.path} has what mode {spec.name} shows ({spec.shows})", f"Make it: {spec.remedy}"
-        )
+    meta = shown_items(dataset, folder, spec)
     usable = {item for item, entry in meta.items() if folder.ranking.missing == "text" or shows(spec, entry)}
     return Setup(config, dataset, folder, spec, meta, usable)
 
 
-def _open_model(config: RerankConfig) -> tuple[ModelFolder, ModeSpec]:
-    """The model, with the ranking settings it was trained with, changed by those of the run."""
+def open_ranking_model(config: RerankConfig | ServeConfig) -> tuple[ModelFolder, ModeSpec]:
+    """The model, with the ranking settings it was trained with, changed by those of the config.
+
+    Raises:
+        UserError: no usable model, an unknown mode, or a wrong setting.
+    """
     folder = open_model(config.model, config.as_mode)
     if folder.mode is None:
         raise UserError(f"{folder.path} has no vlrank.json, so its mode is unknown", "Give as_mode=... as well.")
@@ -104,14 +102,37 @@ def _open_model(config: RerankConfig) -> tuple[ModelFolder, ModeSpec]:
     if note := check_chat_template(tokenizer_folder(folder), pictures=spec.pixels):
         announce("Note:", note, "yellow")
     ranking = validate(
-        RankingConfig, merge(folder.ranking.model_dump(), config.ranking), within=(RerankConfig, "ranking")
+        RankingConfig, merge(folder.ranking.model_dump(), config.ranking), within=(type(config), "ranking")
     )
-    if config.candidates == "ground_truth":
-        # Sampled candidates come in random order: cut to top_k, some users would lose the target.
-        ranking = ranking.model_copy(update={"top_k": max(ranking.top_k, config.negatives + 1)})
     # Workers have another working directory.
     path, base = (str(Path(name).resolve()) if Path(name).is_dir() else name for name in (folder.path, folder.base))
-    return replace(folder, path=path, base=base, ranking=ranking), spec
+    folder = replace(folder, path=path, base=base, ranking=ranking)
+    if ranking_engine(config.engine, folder) == "vllm":
+        from vlrank.engines.vllm_args import max_prompt_tokens
+
+        # Histories are cut to what the engine takes; it would refuse longer prompts.
+        update = {"max_prompt_tokens": max_prompt_tokens(folder, config.engine)}
+        folder = replace(folder, ranking=ranking.model_copy(update=update))
+    return folder, spec
+
+
+def shown_items(dataset: Dataset, folder: ModelFolder, spec: ModeSpec) -> dict[int, ItemMeta]:
+    """`Dataset.item_meta`, of which at least one item can be shown.
+
+    Raises:
+        UserError: no item has what the mode shows.
+    """
+    meta = dataset.item_meta()
+    if folder.ranking.missing == "drop" and not any(shows(spec, item) for item in meta.values()):
+        raise UserError(
+            f"no item of {dataset.path} has what mode {spec.name} shows ({spec.shows})", f"Make it: {spec.remedy}"
+        )
+    return meta
+
+
+def reach(ranking: RankingConfig) -> int:
+    """History items to hand over for a prompt: those that the mode cannot show make room for older ones."""
+    return ranking.max_history * (1 if ranking.missing == "text" else 4)
 
 
 def _check_fusion(config: RerankConfig, dataset: Dataset) -> None:
@@ -173,13 +194,11 @@ def users_to_rank(setup: Setup, split: Split, limit: int | None) -> Users:
     # Hashes: a user is ranked again when anything that the ranking depends on has changed.
     model = _model_hash(setup.folder, setup.spec)
     item_hashes = _item_hashes(setup.meta, setup.spec, ranking, setup.dataset.path.resolve())
-    # Items that the mode cannot show make room for older ones: more than max_history are handed over.
-    reach = ranking.max_history * (1 if ranking.missing == "text" else 4)
     # Engines agree within the noise of bfloat16; products in 8 bits do not.
     rounding = [config.engine.quantization] if config.engine.quantization else []
     rows = []
     for user, candidates in listed.items():
-        history = histories[user][0][-reach:]
+        history = histories[user][0][-reach(ranking) :]
         shown = [item_hashes.get(item, "") for item in (*history, *candidates)]
         text = json.dumps([model, config.seed, history, candidates, shown, *rounding])
         rows.append((user, hashlib.sha256(text.encode()).hexdigest()[:32], history, candidates))

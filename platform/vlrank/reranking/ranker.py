@@ -47,6 +47,11 @@ class UserLists:
     prompts: bytes | None = None
 
 
+def user_seed(seed: int, user_id: int) -> int:
+    """`UserLists.seed` of a user, from the seed of the stage."""
+    return seed * 1_000_003 + user_id
+
+
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """One user's ranking.

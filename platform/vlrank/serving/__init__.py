@@ -1,0 +1,1 @@
+"""The reranker behind an HTTP address, on Ray Serve."""
