@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import re
 import sys
@@ -12,10 +13,12 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from tests.test_lists import LISTS
 from vlrank import __version__
-from vlrank.config import EngineConfig, TrainConfig
+from vlrank.config import EngineConfig, ServeConfig, TrainConfig
+from vlrank.serving.limits import TOKEN, needs_token
 from vlrank.stages import STAGES
 from vlrank.submit import Environment
 
@@ -267,6 +270,49 @@ def test_the_ray_job_runs_a_stage_that_exists() -> None:
     assert Environment.read(CLUSTER / "environments/gpu.yaml").interpreter(stage) == python
     cluster = next(d for d in base() if d["kind"] == "RayCluster")
     assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+
+
+@pytest.fixture
+def service() -> dict[str, Any]:
+    (service, policy) = documents(CLUSTER / "kuberay/services/rerank.yaml")
+    assert (service["kind"], policy["kind"]) == ("RayService", "NetworkPolicy")
+    label = policy["spec"]["podSelector"]["matchLabels"]["ray.io/originated-from-cr-name"]
+    assert label == service["metadata"]["name"]
+    return service
+
+
+def test_the_ray_service_serves_what_vlrank_serve_would(service: dict[str, Any]) -> None:
+    jsonschema.validate(service, KUBERAY)
+    served = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = served.applications
+    module, _, name = application.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    config = ServeConfig.model_validate(application.args)
+    assert (config.host, config.port) == (served.http_options.host, served.http_options.port)
+    assert config.timeout_s == served.http_options.request_timeout_s
+    assert needs_token(config.host)
+    cluster = {"spec": service["spec"]["rayClusterConfig"]}
+    for container in containers(cluster):
+        (token,) = [variable for variable in container["env"] if variable["name"] == TOKEN]
+        assert token["valueFrom"]["secretKeyRef"]["name"] == "vlrank-serve"
+        assert container["image"].startswith("registry.example.com/vlrank-")
+        assert container["image"].endswith(f":{TAG}")
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+    (workers,) = cluster["spec"]["workerGroupSpecs"]
+    cpus, gpus = held(workers["template"]["spec"])
+    # While a model takes over, each replica is there twice, each with the processes that make its prompts.
+    assert gpus * workers["maxReplicas"] >= 2 * config.replicas * (config.engine.gpus or 1)
+    assert cpus * workers["maxReplicas"] >= 2 * config.replicas * (config.engine.cpus + 4 * 0.5)
+    spec = cluster["spec"]
+    assert (spec["rayVersion"], spec["authOptions"]["mode"]) == (RAY, "token")
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert all(pod["securityContext"]["runAsNonRoot"] for pod in pods(cluster))
+
+
+def test_a_slip_in_the_ray_service_is_found(service: dict[str, Any]) -> None:
+    service["spec"]["serveConfig"] = service["spec"]["serveConfigV2"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(service, KUBERAY)
 
 
 def test_every_stage_runs_in_the_one_environment_of_an_image() -> None:

@@ -2,50 +2,55 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import sys
-import tempfile
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import cohere
 import httpx
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 
 from tests.processes import Program
+from tests.serving.conftest import SUMMARIES, run_folder
 from vlrank.data.dataset import Dataset
 from vlrank.prompting.negatives import sampled_candidates
 
 pytestmark = pytest.mark.stack
 VLRANK = (sys.executable, "-m", "vlrank")
+WITH_TOKEN = {"RAY_AUTH_MODE": "token"}
+BODY = {"user": 7, "candidates": list(range(1, 21))}
 
 
-def free_port() -> int:
+@pytest.fixture(scope="module")
+def port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
-def home() -> Iterator[dict[str, str]]:
-    """The environment of a Ray of our own, which `ray.address=auto` finds; its sockets need a short path."""
-    with tempfile.TemporaryDirectory(prefix="vs", ignore_cleanup_errors=True) as folder:
-        yield {"RAY_TMPDIR": folder}
-
-
-@pytest.fixture(scope="module")
-def port() -> int:
-    return free_port()
-
-
-@pytest.fixture(scope="module")
-def server(dataset: Dataset, run: Path, home: dict[str, str], port: int) -> Iterator[Program]:
-    program = Program(*VLRANK, "serve", run, "--dataset", dataset.path, "--port", port, env=home)
+def server(dataset: Dataset, run: Path, port: int) -> Iterator[Program]:
+    program = Program(*VLRANK, "serve", run, "--dataset", dataset.path, "--port", port)
     program.wait_for(lambda: "serving at" in program.output, "the server")
     yield program
     program.lose_power()
+
+
+@pytest.fixture(scope="module")
+def ray(server: Program) -> str:
+    """The address of the server's Ray, as the command says it."""
+    [address] = re.findall(r"ray\.address=[\d.:]+", server.output)
+    return str(address)
 
 
 @pytest.fixture(scope="module")
@@ -54,25 +59,131 @@ def client(server: Program, port: int) -> Iterator[httpx.Client]:
         yield client
 
 
+def ranking(client: httpx.Client, body: dict[str, Any] = BODY) -> list[tuple[int, float]]:
+    answer = client.post("/v1/rank", json=body)
+    assert answer.status_code == 200, answer.text
+    return [(place["id"], place["score"]) for place in answer.json()["ranking"]]
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    """Of all replicas together."""
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if re.match(rf"{name}[ {{]", line))
+
+
 def test_scores_are_those_of_the_bulk_job_to_the_last_bit(
-    client: httpx.Client, dataset: Dataset, run: Path, home: dict[str, str], tmp_path: Path
+    client: httpx.Client, dataset: Dataset, run: Path, ray: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "r.parquet"
-    words = ["--model", run, "--out", out, "limit=12", "ray.address=auto"]
-    Program(*VLRANK, "rerank", dataset.path, *words, env=home).finish()
-    histories = dataset.histories("test")
-    items = sorted(range(1, dataset.n_items + 1))
-    for user, expected, scores in pl.read_parquet(out).select("user_id", "item_ids", "scores").iter_rows():
+    words = ["--model", run, "--out", out, "limit=12", ray]
+    Program(*VLRANK, "rerank", dataset.path, *words, env=WITH_TOKEN).finish()
+    histories, items = dataset.histories("test"), np.arange(1, dataset.n_items + 1)
+    rows = pl.read_parquet(out).select("user_id", "item_ids", "scores").iter_rows()
+    bulk = {user: list(zip(*row, strict=True)) for user, *row in rows}
+    assert len(bulk) == 12
+
+    def asked(user: int) -> list[tuple[int, float]]:
         history, target = histories[user]
-        candidates = sampled_candidates(user, history, target, np.asarray(items), 19, 0)[0]
-        answer = client.post(
-            "/v1/rank", json={"user": user, "history": history, "candidates": [int(item) for item in candidates]}
-        ).json()
-        assert [place["id"] for place in answer["ranking"]] == expected
-        assert [place["score"] for place in answer["ranking"]] == scores
+        candidates = sampled_candidates(user, history, target, items, 19, 0)[0]
+        return ranking(client, {"user": user, "history": history, "candidates": [int(item) for item in candidates]})
+
+    with ThreadPoolExecutor(12) as crowd:
+        assert dict(zip(bulk, crowd.map(asked, bulk), strict=True)) == bulk
 
 
-def test_a_signal_ends_the_server_in_good_order(server: Program, client: httpx.Client) -> None:
-    server.process.send_signal(signal.SIGTERM)
+def test_coheres_own_client_gets_a_ranking(client: httpx.Client, port: int) -> None:
+    with httpx.Client(trust_env=False) as transport:
+        theirs = cohere.ClientV2("no key", base_url=f"http://127.0.0.1:{port}", httpx_client=transport)
+        documents = ["a red mug", "a blue mug", "a green lamp"]
+        answer = theirs.rerank(model="first", query="a red vase\na red lamp", documents=documents, top_n=2)
+    ours = client.post("/v1/rerank", json={"query": "a red vase\na red lamp", "documents": documents}).json()
+    expected = [(place["index"], place["relevance_score"]) for place in ours["results"][:2]]
+    assert [(place.index, place.relevance_score) for place in answer.results] == expected
+
+
+def test_a_client_that_leaves_gives_its_place_back(client: httpx.Client, server: Program, port: int) -> None:
+    content = httpx.Request("POST", f"http://127.0.0.1:{port}/v1/rank", json=BODY)
+    lines = [b"POST /v1/rank HTTP/1.1", *(name + b": " + value for name, value in content.headers.raw)]
+    message = b"\r\n".join(lines) + b"\r\n\r\n" + content.content
+
+    def some_have_left() -> bool:
+        sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+        for connection in sockets:
+            connection.sendall(message)
+        for connection in sockets:
+            connection.close()
+        text = client.get("/metrics").text
+        return 'status="left"' in text
+
+    server.wait_for(some_have_left, "a request without an answer")
+    server.wait_for(lambda: metric(client, "vlrank_admitted_requests") == 0, "the end of all requests")
+    assert len(ranking(client)) == 20
+
+
+def test_a_killed_replica_is_replaced_and_answers_the_same(client: httpx.Client, server: Program) -> None:
+    before = ranking(client)
+    [replica] = [process for process in server.family() if "Replica" in "".join(process.cmdline()[:1])]
+    replica.kill()
+    psutil.wait_procs([replica], timeout=60)
+
+    def answered() -> bool:
+        try:
+            return client.post("/v1/rank", json=BODY).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    server.wait_for(answered, "a new replica")
+    assert ranking(client) == before
+
+
+def test_another_model_takes_over_without_a_gap(
+    client: httpx.Client, server: Program, dataset: Dataset, tiny_text_model: Path, ray: str, port: int, tmp_path: Path
+) -> None:
+    """It is loaded beside the old one, which answers meanwhile: with another history the scores change."""
+    other = run_folder(tmp_path / "second", tiny_text_model, SUMMARIES, max_history=1)
+    before = ranking(client)
+    seen: list[tuple[int, str]] = []
+    enough = threading.Event()
+
+    def keep_asking() -> None:
+        with httpx.Client(base_url=client.base_url, timeout=60, trust_env=False) as own:
+            while not enough.is_set():
+                answer = own.post("/v1/rank", json=BODY)
+                seen.append((answer.status_code, answer.json().get("model", answer.text)))
+                time.sleep(0.01)
+
+    with ThreadPoolExecutor(2) as crowd:
+        asking = [crowd.submit(keep_asking) for _ in range(2)]
+        try:
+            words = ["--dataset", dataset.path, "--port", port, ray]
+            Program(*VLRANK, "serve", other, *words, env=WITH_TOKEN).finish()
+            server.wait_for(lambda: seen[-1] == (200, "second"), "an answer of the second model")
+        finally:
+            enough.set()
+    for each in asking:
+        each.result()
+    assert set(seen) == {(200, "first"), (200, "second")}
+    assert ranking(client) != before
+
+
+def test_a_signal_ends_the_server_after_the_answers_it_owes(server: Program, client: httpx.Client, port: int) -> None:
+    def asked(_: int) -> int:
+        with httpx.Client(timeout=60, trust_env=False) as own:
+            try:
+                return own.post(f"http://127.0.0.1:{port}/v1/rank", json=BODY).status_code
+            except httpx.ConnectError:
+                return 0  # came when the server had ended
+
+    family = server.family()
+    with ThreadPoolExecutor(48) as crowd:
+        asking = [crowd.submit(asked, i) for i in range(48)]
+        server.wait_for(lambda: sum(each.done() for each in asking) > 4, "the first answers")
+        server.process.send_signal(signal.SIGTERM)
+        statuses = [each.result() for each in asking]
+    assert set(statuses) <= {200, 503, 0}, "answered, or refused because the server ends"
+    assert statuses.count(200) > 0
     said = server.finish(0)
-    assert "Traceback" not in said
+    assert "accepted requests are answered" in said
+    for noise in ("Traceback", "SIGTERM", "Failed to connect to GCS"):
+        assert noise not in said, said
+    assert not [process for process in family if process.is_running()], said

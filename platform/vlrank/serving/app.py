@@ -88,4 +88,6 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "json_invalid":
         return f"the body is not JSON: {error.get('ctx', {}).get('error', message)}"
+    if error["type"] == "model_attributes_type" and not where:
+        return "the body is not a JSON object, or its Content-Type is not application/json"
     return f"{where}: {message[:1].lower()}{message[1:]}" if where else message

@@ -51,6 +51,10 @@ class Replica:
         self._service.draining = True
         return self._service.batcher.admitted, self._service.answered
 
+    def close(self) -> None:
+        """Give everything back; the last call."""
+        self._service.close()
+
     def metrics(self) -> tuple[str, str]:
         """The replica's name and its metrics."""
         return serve.get_replica_context().replica_id.unique_id, self._service.metrics.text()
@@ -61,7 +65,7 @@ class Replica:
 
     async def __del__(self) -> None:
         if hasattr(self, "_service"):
-            self._service.close()
+            self.close()
 
 
 def application(config: ServeConfig, folder: ModelFolder, token: str | None) -> serve.Application:

@@ -9,9 +9,9 @@ import logging
 import os
 import socket
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlrank.config import ServeConfig
+from vlrank.config import ServeConfig, validate
 from vlrank.console import Summary, announce, console
 from vlrank.data.dataset import Dataset
 from vlrank.engines.models import ModelFolder
@@ -23,8 +23,13 @@ from vlrank.runtime import cluster_address, ray_session
 from vlrank.serving.limits import TOKEN, needs_token
 from vlrank.supervisor import allow_grace
 
+if TYPE_CHECKING:
+    from ray import serve
+
 _END_S = 10.0
-"""What Serve's own end may take after requests in work are answered."""
+"""What the end of Ray may take after requests in work are answered."""
+_LINGER_S = 1.0
+"""Requests that are on their way when the last answer has been given are still told that the server ends."""
 
 
 def run(config: ServeConfig) -> Summary:
@@ -55,6 +60,18 @@ def dry_run(config: ServeConfig) -> Summary:
     _require_serve()
     _token(config)
     return Summary(f"serve (dry run): {config.model}", lines, counts={"replicas": config.replicas})
+
+
+def application_of(args: dict[str, Any]) -> serve.Application:
+    """What a Serve config file names as ``import_path``, with the keys of `ServeConfig` as ``args``.
+
+    Raises:
+        UserError: as `run`.
+    """
+    from vlrank.serving.replica import application
+
+    config = validate(ServeConfig, args)
+    return application(config, _checked(config)[0], _token(config))
 
 
 def _checked(config: ServeConfig) -> tuple[ModelFolder, dict[str, object]]:
@@ -135,10 +152,15 @@ def _deploy(config: ServeConfig, folder: ModelFolder, token: str | None, own: bo
 
 def _until_a_signal(config: ServeConfig, lines: dict[str, object]) -> int:
     """Returns the number of requests that were answered with a ranking."""
+    import ray
+
     allow_grace(config.drain_s + _END_S)
     Summary(f"serve: {config.model}", lines).show()
     announce("serving at", _address(config), "bold green")
+    ray_address = ray.get_runtime_context().gcs_address
     console.print(f"described at {_address(config)}/docs; Ctrl-C ends it", soft_wrap=True)
+    command = f"RAY_AUTH_MODE=token vlrank serve RUN --dataset DATASET ray.address={ray_address}"
+    console.print(f"another model takes over with: {command}", soft_wrap=True)
     try:
         while True:
             time.sleep(3600)
@@ -156,6 +178,7 @@ def _drain(seconds: float) -> int:
     end = time.monotonic() + seconds
     while sum(left for left, _ in handle.broadcast("drain").results(timeout_s=seconds)) and time.monotonic() < end:
         time.sleep(0.05)
+    time.sleep(_LINGER_S)
     answered = sum(answered for _, answered in handle.broadcast("drain").results(timeout_s=seconds))
-    serve.shutdown()
-    return answered
+    handle.broadcast("close").results(timeout_s=seconds)
+    return answered  # Ray ends with this command, and Serve with Ray
