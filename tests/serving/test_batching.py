@@ -79,7 +79,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_call_disturbs_no_other() -> Non
         assert await stays == 4
         assert await batcher(5) == 25
 
-    run(Batching(calls=1, size=2, wait_s=60), story)
+    run(Batching(calls=1, size=2, wait_s=0.2), story)
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
