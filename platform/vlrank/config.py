@@ -664,7 +664,8 @@ class RerankConfig(Config):
     prompt_workers: int | None = Field(
         None,
         ge=0,
-        description="Processes that make prompts. 0 leaves that to the engines. Default: 2 per engine on GPUs, else 0.",
+        description="Processes that make prompts. 0 leaves that to the engines. Default: 4 to 12 per engine on GPUs, "
+        "as the CPUs allow, else 0.",
     )
     shard_rows: int = Field(256, ge=1, description="Users committed at once: a crash costs no more than these.")
     retry_failed: bool = Field(False, description="Try users in quarantine again.")

@@ -7,10 +7,12 @@ model's own processor takes. Neither torch nor Ray is imported here.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -312,20 +314,17 @@ class Encoder:
         ids = np.asarray(encoded.ids)
         if not encoded.grids:
             return np.tile(np.arange(len(ids)), (3, 1))
-        rows = np.empty((3, len(ids)), dtype=np.int64)
-        merge, grids = self.image_processor.merge_size, iter(encoded.grids)
-        i = position = 0
-        while i < len(ids):
-            if ids[i] == self.image_token_id:
-                frames, height, width = (size // merge if axis else size for axis, size in enumerate(next(grids)))
-                length = frames * height * width
-                rows[:, i : i + length] = np.indices((frames, height, width)).reshape(3, -1) + position
-                position += max(height, width)
-                i += length
-            else:
-                rows[:, i] = position
-                position, i = position + 1, i + 1
-        return rows
+        merge = self.image_processor.merge_size
+        shapes = [(frames, rows // merge, columns // merge) for frames, rows, columns in encoded.grids]
+        visual = np.flatnonzero(ids == self.image_token_id)
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        # A token of text moves on by one, a picture by its longer side, behind its last token.
+        step = np.ones(len(ids), dtype=np.int64)
+        step[visual] = 0
+        step[visual[ends - 1]] = [max(rows, columns) for _, rows, columns in shapes]
+        places = np.tile(np.cumsum(step) - step, (3, 1))
+        places[:, visual] += np.concatenate([_within(shape) for shape in shapes], axis=1)
+        return places
 
     def _fits(self, encoded: Encoded) -> bool:
         return len(encoded.ids) <= self.ranking.max_prompt_tokens
@@ -343,6 +342,12 @@ class Encoder:
 
     def _prepare(self, path: str) -> npt.NDArray[np.float32]:
         return self.normalised(self.patches(path))
+
+
+@lru_cache(maxsize=1024)
+def _within(shape: Grid) -> npt.NDArray[np.int64]:
+    """Time, row and column of a picture's visual tokens: [3, tokens]."""
+    return np.indices(shape).reshape(3, -1)
 
 
 def _placeholder(tokenizer: Any, image_processor: Any) -> int:

@@ -50,7 +50,7 @@ from vlrank.reranking.ranker import (
     user_seed,
 )
 from vlrank.reranking.windows import windows
-from vlrank.runtime import ray_session
+from vlrank.runtime import cluster_resources, ray_session
 from vlrank.storage import writable
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _stages(dataset: ray.data.Dataset, job: _Job, shard_rows: int) -> ray.data.D
     actor = engine_actor(config)
     # The next shard's prompts begin while the last ones of this shard are scored.
     overlap = 1 if config.name == "transformers" else 2
-    makers = job.prompt_workers if job.prompt_workers is not None else 4 * config.replicas * (actor["num_gpus"] > 0)
+    makers = job.prompt_workers if job.prompt_workers is not None else default_prompt_workers(config, actor["num_gpus"])
     if makers:
         dataset = dataset.map_batches(
             _PromptWorker,
@@ -212,6 +212,15 @@ def _stages(dataset: ray.data.Dataset, job: _Job, shard_rows: int) -> ray.data.D
         ),
         **actor,
     )
+
+
+def default_prompt_workers(config: EngineConfig, gpus: float) -> int:
+    """Processes that make prompts: for each engine on a GPU its share of the cluster's CPUs, 4 to 12 of them.
+
+    A small model ranks more prompts in a second than four processes can make.
+    """
+    share = int(cluster_resources().get("CPU", 0) / config.replicas) - 2  # for the engine and the driver
+    return config.replicas * min(12, max(4, share)) if gpus else 0
 
 
 class _PromptWorker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +107,9 @@ def describe_agreement(sums: Mapping[str, int]) -> str:
         f"{first / compared:.1%} the same first item, {common / ten:.1%} of the first ten, "
         f"Kendall's tau {tau / compared / 1e6:.3f}"
     )
+
+
+_SWITCH_S = 5e-4
 
 
 class NoCandidates(ValueError):
@@ -333,6 +337,8 @@ def open_ranker(
     folder = on_this_node(folder)
     assert folder.mode is not None
     if own_process and ranking_engine(config, folder) == "packed":
+        # The thread that launches a row asks for Python's lock hundreds of times, against those that make prompts.
+        sys.setswitchinterval(_SWITCH_S)
         hide_extras(bitsandbytes=not maybe_quantised(folder.base))
         if not mode_spec(folder.mode).pixels:
             hide_torch()

@@ -36,7 +36,7 @@ class Replica:
 
     def __init__(self, config: ServeConfig, folder: ModelFolder, token: str | None) -> None:
         self._token = token
-        self._service = open_service(config, folder, _prompt_makers(config, folder))
+        self._service = open_service(config, folder, _prompt_makers(config, folder), own_process=True)
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_app(self._service, self._token, self._all_metrics)

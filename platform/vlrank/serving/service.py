@@ -288,13 +288,15 @@ def _gpu_memory() -> dict[str, tuple[str, float]]:
     }
 
 
-def open_service(config: ServeConfig, folder: ModelFolder, make_prompts: MakePrompts | None = None) -> Service:
-    """Load the model and the dataset.
+def open_service(
+    config: ServeConfig, folder: ModelFolder, make_prompts: MakePrompts | None = None, *, own_process: bool = False
+) -> Service:
+    """Load the model and the dataset; see `open_ranker`.
 
     Raises:
         UserError: one of them is unusable.
     """
     dataset = Dataset.open(config.dataset)
     meta = shown_items(dataset, folder, mode_spec(str(folder.mode)))
-    ranker = open_ranker(folder, config.engine, meta)
+    ranker = open_ranker(folder, config.engine, meta, own_process=own_process)
     return Service(config, ranker, Catalogue.of(dataset, meta), make_prompts)
