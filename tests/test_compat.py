@@ -99,6 +99,23 @@ def test_hidden_vllm_looks_absent_and_a_loaded_one_is_refused() -> None:
     assert "process of its own" in refused.stderr
 
 
+def test_what_is_hidden_is_not_missed_by_what_else_is_installed(tmp_path: Path) -> None:
+    """transformers imports scikit-learn where it is installed, and that imports SciPy: no model could be loaded."""
+    package = tmp_path / "sklearn"
+    package.mkdir()
+    (package / "__init__.py").write_text("import scipy\n")
+    (package / "metrics.py").write_text("roc_curve = None\n")
+    facts = tmp_path / "scikit_learn-1.7.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: scikit-learn\nVersion: 1.7.0\n")
+    done = python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from vlrank.compat import hide_extras; hide_extras(bitsandbytes=True)\n"
+        "from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, Trainer"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_training_goes_without_what_it_did_not_ask_for() -> None:
     done = python(
         "from vlrank.compat import hide_extras; hide_extras(bitsandbytes=True)\n"

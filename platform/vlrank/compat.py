@@ -127,7 +127,9 @@ def hide_extras(*, bitsandbytes: bool) -> None:
     Args:
         bitsandbytes: That too, which takes PEFT a second to import: no weights and no moments have 4 or 8 bits.
     """
-    for name in ("torchao", "datasets", "scipy", "boto3", *(["bitsandbytes"] if bitsandbytes else [])):
+    # scikit-learn goes with SciPy, which it cannot do without: transformers imports it wherever it is installed.
+    names = ("torchao", "datasets", "scipy", "sklearn", "boto3")
+    for name in (*names, *(["bitsandbytes"] if bitsandbytes else [])):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
