@@ -40,6 +40,7 @@ def test_help_names_every_stage_without_loading_torch_or_ray() -> None:
         "tune",
         "rerank",
         "evaluate",
+        "serve",
         "inspect",
     ):
         assert stage in done.stdout

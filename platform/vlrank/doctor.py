@@ -140,6 +140,17 @@ def _engines(tried: dict[str, str]) -> Iterator[Check]:
         yield _installed("flash-attn-4", flash, tried) if flash else slower
 
 
+def _serve() -> Check:
+    """What Ray Serve needs beside Ray; `vlrank serve` says the same when it starts."""
+    packages = ("fastapi", "uvicorn", "starlette", "prometheus-client", "grpcio-reflection", "mmh3", "watchfiles")
+    absent = [name for name in packages if _version(name) is None]
+    if not absent:
+        return Check("serve", "ok", "all that `vlrank serve` needs")
+    return Check(
+        "serve", "note", f"not there: {', '.join(absent)}; `vlrank serve` needs them", install_command(*absent)
+    )
+
+
 def _ray() -> Check:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
@@ -165,6 +176,7 @@ def checks() -> list[Check]:
         *core,
         *_engines(tried),
         _torchvision(tried),
+        _serve(),
         _ray(),
     ]
 

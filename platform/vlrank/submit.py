@@ -122,7 +122,8 @@ def submit(
         job_id = job_name(stage, values)
         if before := attempts(client, job_id):
             number, last = before[-1]
-            if last.status not in (_ENDED if again else ("FAILED", "STOPPED")):
+            # What a server's job has deployed may have been replaced by another model since.
+            if last.status not in (_ENDED if again or stage == "serve" else ("FAILED", "STOPPED")):
                 return str(last.submission_id), False
             job_id = f"{job_id}-{number + 1}"
         interpreter = environment.interpreter(stage)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import ray
 from ray._private.runtime_env.packaging import _dir_travel
 
 from vlrank import submit
-from vlrank.config import PrepareConfig, RetrieveConfig
+from vlrank.config import PrepareConfig, RetrieveConfig, ServeConfig
 from vlrank.errors import UserError
 from vlrank.recipes.recipe import RunConfig, steps_of
 
@@ -98,6 +99,16 @@ def test_a_recipe_is_one_job_with_its_paths_taken_from_the_shared_folder(head: H
         PrepareConfig(reviews=("/data/raw/r.csv",), out="/data/made/shop"),
         RetrieveConfig(dataset="/data/made/shop", name="knn"),
     ]
+
+
+def test_a_model_can_be_deployed_again_after_another(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its job has succeeded, and what it deployed is gone: any other stage would have nothing left to do."""
+    ended = SimpleNamespace(status="SUCCEEDED", submission_id="before")
+    monkeypatch.setattr(submit, "attempts", lambda client, name: [(1, ended)])
+    assert send(head) == ("before", False)
+    name, fresh = submit.submit("serve", ServeConfig(model="/runs/a", dataset="/data/shop"), address=head.url)
+    assert fresh
+    assert name.endswith("-2")
 
 
 def test_a_cluster_without_an_agent_is_given_up_with_a_message(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:

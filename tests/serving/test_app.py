@@ -328,7 +328,7 @@ def test_a_dry_run_says_what_would_be_served(run: Path, dataset: Dataset) -> Non
 
 def test_a_serve_config_file_names_the_application(run: Path, dataset: Dataset) -> None:
     args = {"model": str(run), "dataset": str(dataset.path), "replicas": 3, "engine": {"gpus": 0.5}, "drain_s": 7}
-    deployment = stage.application_of(args)._bound_deployment
+    deployment = stage.application_of(args)._bound_deployment  # where no node is up yet, as when a cluster starts
     assert deployment.num_replicas == 3
     assert deployment.ray_actor_options == {"num_cpus": 1, "num_gpus": 0.5}
     assert deployment._deployment_config.graceful_shutdown_timeout_s == 7

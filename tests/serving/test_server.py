@@ -40,7 +40,7 @@ def port() -> int:
 
 @pytest.fixture(scope="module")
 def server(dataset: Dataset, run: Path, port: int) -> Iterator[Program]:
-    program = Program(*VLRANK, "serve", run, "--dataset", dataset.path, "--port", port)
+    program = Program(*VLRANK, "serve", run, "--dataset", dataset.path, "--port", port, "prompt_workers=1")
     program.wait_for(lambda: "serving at" in program.output, "the server")
     yield program
     program.lose_power()

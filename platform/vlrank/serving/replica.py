@@ -73,12 +73,10 @@ def application(config: ServeConfig, folder: ModelFolder, token: str | None) -> 
 
     An update starts new replicas before old ones end, so there is no gap; for that time it needs twice the resources.
     """
-    engine = config.engine
-    gpus = engine_gpus(engine)
     return Replica.options(  # type: ignore[attr-defined]
         name=DEPLOYMENT,
         num_replicas=config.replicas,
-        ray_actor_options={"num_cpus": engine.cpus, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": config.engine.cpus, "num_gpus": engine_gpus(config.engine)},
         # The replica refuses what its queue does not hold; Serve's own limits are behind that.
         max_ongoing_requests=2 * (config.users_at_once + config.max_queue),
         max_queued_requests=config.max_queue,

@@ -15,7 +15,7 @@ from vlrank.config import ServeConfig, validate
 from vlrank.console import Summary, announce, console
 from vlrank.data.dataset import Dataset
 from vlrank.engines.models import ModelFolder
-from vlrank.engines.resources import ranking_engine
+from vlrank.engines.resources import engine_actor, ranking_engine
 from vlrank.errors import UserError
 from vlrank.installation import install_command
 from vlrank.reranking.plan import open_ranking_model, shown_items
@@ -131,10 +131,11 @@ def _check_port(host: str, port: int) -> None:
 def _deploy(config: ServeConfig, folder: ModelFolder, token: str | None, own: bool) -> None:
     from ray import serve
 
-    from vlrank.serving.replica import APP, application
+    from vlrank.serving.replica import APP, DEPLOYMENT, application
 
     if os.environ.get("VLRANK_VERBOSE") != "1":
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    engine_actor(config.engine)  # an engine that no node can hold would be waited for without end
     serve.start(
         proxy_location="HeadOnly" if own else "EveryNode",
         http_options={"host": config.host, "port": config.port, "request_timeout_s": config.timeout_s},
@@ -143,10 +144,13 @@ def _deploy(config: ServeConfig, folder: ModelFolder, token: str | None, own: bo
     try:
         serve.run(application(config, folder, token), name=APP, route_prefix="/")
     except RuntimeError as error:
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        why = next((line for line in reversed(said) if "Error" in line), said[-1])
+        deployments = serve.status().applications[APP].deployments
+        said = deployments[DEPLOYMENT].message if DEPLOYMENT in deployments else str(error)
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        why = next((line for line in reversed(lines) if "Error" in line), str(error))
         raise UserError(
-            f"the server did not start: {why}", "VLRANK_VERBOSE=1 shows what its processes print."
+            f"the model was not deployed: {why}",
+            "Mend that and run the command again; a model that was served before is served further.",
         ) from error
 
 
