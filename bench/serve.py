@@ -179,8 +179,9 @@ class Clients:
 
 @contextlib.contextmanager
 def memory_of(process: psutil.Process, every_s: float = 1.0) -> Iterator[dict[str, list[float]]]:
-    """MiB of the server's processes over time, by name."""
+    """MiB of the server's processes over time, by name; a replica that was replaced begins anew."""
     found: dict[str, list[float]] = {"replica": [], "proxy": [], "controller": []}
+    seen: dict[str, int] = {}
     names = {"ServeReplica": "replica", "ProxyActor": "proxy", "ServeController": "controller"}
     done = threading.Event()
 
@@ -191,6 +192,9 @@ def memory_of(process: psutil.Process, every_s: float = 1.0) -> Iterator[dict[st
                     title = child.cmdline()[0]
                     for part, name in names.items():
                         if part in title:
+                            if seen.setdefault(name, child.pid) != child.pid:
+                                seen[name] = child.pid
+                                found[name].clear()
                             found[name].append(round(child.memory_info().rss / 2**20, 1))
 
     watcher = threading.Thread(target=look, daemon=True)
@@ -308,7 +312,8 @@ def rival(options: argparse.Namespace, model: Path, dataset: Path, bodies: list[
             await clients.all_alone()
             count = int(options.rate * options.steady_s)
             result["steady"] = await clients.steady(options.rate, count)
-            result["saturated"] = await clients.crowd(options.clients, options.requests, clients.ask, options.most_s)
+            some = options.requests // 4  # it is slow, and has no state that could change
+            result["saturated"] = await clients.crowd(options.clients, some, clients.ask, options.most_s)
 
     with started([*command, *settings_of(options)], "Uvicorn running", options.start_s) as (_, facts):
         asyncio.run(parts())
