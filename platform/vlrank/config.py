@@ -712,7 +712,8 @@ class ServeConfig(Config):
     prompt_workers: int | None = Field(
         None,
         ge=0,
-        description="Processes per replica that make prompts; 0: the replica itself. Default: 4 on GPUs, else 0.",
+        description="Processes per replica that make prompts; 0: the replica itself. Default: 4 to 12 on GPUs, as the "
+        "CPUs allow, else 0.",
     )
     inline_pictures: int = Field(1024, ge=1, description="Pictures sent with requests that are kept for further ones.")
     pictures: PictureLimits = Field(

@@ -14,6 +14,7 @@ from vlrank.data.dataset import Dataset
 from vlrank.engines.models import ModelFolder, on_this_node
 from vlrank.engines.resources import engine_gpus
 from vlrank.prompting.modes import mode_spec
+from vlrank.reranking.pipeline import default_prompt_workers
 from vlrank.reranking.ranker import PromptMaker, UserLists, open_prompts
 from vlrank.serving.app import build_app
 from vlrank.serving.metrics import merged
@@ -94,11 +95,13 @@ def _prompt_makers(config: ServeConfig, folder: ModelFolder) -> MakePrompts | No
     """Actors on the replica's node, which end with it."""
     makers = config.prompt_workers
     if makers is None:
-        makers = 4 if engine_gpus(config.engine) else 0
+        engines = config.engine.model_copy(update={"replicas": config.replicas})
+        makers = default_prompt_workers(engines, engine_gpus(config.engine)) // config.replicas
     if makers == 0:
         return None
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"num_cpus": 0.5, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    # They reserve no CPUs: a request must not wait for one to become free.
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
     actors = [_PromptWorker.options(**options).remote(config, folder) for _ in range(makers)]  # type: ignore[attr-defined]
     turn = itertools.cycle(actors)
 
