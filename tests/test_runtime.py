@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,31 @@ def test_a_slow_node_is_waited_for_and_a_dead_one_is_not(monkeypatch: pytest.Mon
     with patient_start(60, lambda: False), pytest.raises(ChildProcessError):
         services.get_node("address", "id")
     assert services.get_node is get_node
+
+
+@pytest.mark.stack
+def test_ray_writes_no_log_lines_over_a_command() -> None:
+    """One about actors that restart would stand above every progress bar of generate and rerank."""
+    program = """
+import subprocess
+import sys
+import ray
+from vlrank.config import RayConfig
+from vlrank.runtime import ray_session
+
+@ray.remote
+class Actor:
+    def __init__(self, given):
+        pass
+    def answer(self):
+        return 42
+
+with ray_session(RayConfig(address="local", num_cpus=2)):
+    actor = Actor.options(max_restarts=2).remote(ray.put(bytes(1_000_000)))
+    print(ray.get(actor.answer.remote()), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "42"
 
 
 @pytest.mark.stack

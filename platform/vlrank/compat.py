@@ -16,6 +16,8 @@
 6. **Ray's own processes.** ``include_dashboard=False`` starts the API server nevertheless, and ``ray.init`` waits for
    it; an autoscaler and a reader of logs are started for nobody; and where another Ray runs on the machine, the start
    waits for its port to become free: `lean_node`.
+7. **Ray's log lines.** The compiled part of a driver writes to the terminal what its users can do nothing about:
+   `quiet_core`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import re
 import sys
 import sysconfig
@@ -241,6 +244,42 @@ def lean_node(*, shows_logs: bool) -> Iterator[None]:
     finally:
         for place, name, value in before:
             setattr(place, name, value)
+
+
+@contextmanager
+def quiet_core() -> Iterator[None]:
+    """Let `ray.init` inside the block connect a process whose compiled part writes no log lines to the terminal.
+
+    It takes an actor of Ray Data that may be restarted for a mistake of the user. What ends a run is raised in Python.
+    """
+    from ray._private import worker
+
+    connect = worker.connect
+
+    def quietly(*arguments: Any, **options: Any) -> Any:
+        if _LOG_LEVEL in os.environ:  # somebody wants to see them
+            return connect(*arguments, **options)
+        sys.stderr.flush()
+        terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.environ[_LOG_LEVEL] = "fatal"
+        os.dup2(nowhere, 2)  # for a line that says that the level was set
+        try:
+            return connect(*arguments, **options)
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            os.close(nowhere)
+            del os.environ[_LOG_LEVEL]
+
+    worker.connect = quietly
+    try:
+        yield
+    finally:
+        worker.connect = connect
+
+
+_LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 
 
 if __name__ == "__main__":

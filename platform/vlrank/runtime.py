@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from vlrank.compat import lean_node, patient_start
+from vlrank.compat import lean_node, patient_start, quiet_core
 from vlrank.errors import UserError
 from vlrank.supervisor import end_if_lost, running, watch
 
@@ -54,9 +54,10 @@ def ray_session(config: RayConfig, *, data: bool = False, preload: Preload | Non
         yield
         return
     address = cluster_address(config)
-    quiet = {"log_to_driver": os.environ.get("VLRANK_VERBOSE") == "1", "logging_level": logging.ERROR}
+    verbose = os.environ.get("VLRANK_VERBOSE") == "1"
+    quiet = {"log_to_driver": verbose, "logging_level": logging.ERROR}
     imports = [*(preload.modules if preload else ()), *(["ray.data"] if data else [])]
-    with _own_signal_handlers(), _imported(imports):
+    with _own_signal_handlers(), _imported(imports), nullcontext() if verbose else quiet_core():
         if address:
             _join(address, **quiet)
         else:
