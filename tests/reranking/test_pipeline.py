@@ -21,14 +21,26 @@ from vlrank.errors import UserError
 from vlrank.prompting.modes import mode_spec
 from vlrank.prompting.prior import with_prior
 from vlrank.reranker import Qwen3VLReranker
-from vlrank.reranking import plan
-from vlrank.reranking.pipeline import _is_constant, _shards, _source, dry_run, run
+from vlrank.reranking import pipeline, plan
+from vlrank.reranking.pipeline import _is_constant, _shards, _source, default_prompt_workers, dry_run, run
 from vlrank.reranking.plan import open_setup, users_to_rank
 from vlrank.reranking.ranker import UserLists, open_prompts
 from vlrank.storage import Location
 from vlrank.training.samples import validation_samples
 
 TRANSFORMERS = EngineConfig(name="transformers", cpus=1)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "replicas", "gpus", "workers"),
+    [(16, 1, 1, 12), (64, 1, 1, 12), (8, 1, 0.5, 6), (16, 4, 1, 16), (2, 1, 1, 4), (16, 1, 0, 0)],
+)
+def test_prompts_are_made_by_as_many_processes_as_an_engine_can_have(
+    cpus: float, replicas: int, gpus: float, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too few hold up the GPU: four processes make 640 prompts/s, a small model ranks thousands."""
+    monkeypatch.setattr(pipeline, "cluster_resources", lambda: {"CPU": cpus})
+    assert default_prompt_workers(EngineConfig(replicas=replicas), gpus) == workers
 
 
 @pytest.fixture(scope="module")
