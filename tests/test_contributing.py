@@ -16,7 +16,7 @@ def test_the_answer_to_where_is_true(file: str, name: str) -> None:
 
 
 def test_every_question_has_an_answer() -> None:
-    assert len(ANSWERS) == len(re.findall(r"^\| Where ", TEXT, re.MULTILINE)) == 16
+    assert len(ANSWERS) == len(re.findall(r"^\| Where ", TEXT, re.MULTILINE)) == 17
 
 
 def test_every_room_is_in_the_list() -> None:

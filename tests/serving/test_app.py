@@ -17,7 +17,9 @@ import pytest
 from tests.serving.conftest import run_folder
 from vlrank.config import ServeConfig, load_config
 from vlrank.data.dataset import Dataset
+from vlrank.engines.packed import PackedScorer
 from vlrank.errors import UserError
+from vlrank.prompting.encoding import Encoded, Encoder
 from vlrank.reranking.plan import open_ranking_model
 from vlrank.reranking.ranker import Ranking, UserLists, user_seed
 from vlrank.serving import run as stage
@@ -213,6 +215,39 @@ def test_a_server_that_ends_takes_no_more(service: Service) -> None:
         assert (health.status_code, health.json()["status"]) == (503, "draining")
     finally:
         service.draining = False
+
+
+def test_an_engine_that_has_died_is_told_from_a_bad_request(
+    run: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Serve replaces the replica; the client may send the same again."""
+    service = opened(config(run, dataset))
+    body = {"user": 7, "candidates": [3, 4]}
+    engine = service._ranker.engine
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "score_labels", lambda encoder, requests: [MemoryError("full")] * len(requests))
+        answer = ask(service, body)
+        assert (answer.status_code, service.died) == (500, None)
+        assert "MemoryError: full" in answer.json()["message"]
+    assert ask(service, body).status_code == 200, "one prompt's failure is not the engine's"
+    engine.close()
+    answer = ask(service, body)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+    assert service.died is not None
+    assert service.batcher.admitted == 0
+
+
+def test_a_model_without_finite_scores_is_not_served(
+    run: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails when it is loaded, and the model before it goes on."""
+
+    def nothing(self: PackedScorer, encoder: Encoder, requests: list[Encoded]) -> list[Any]:
+        return [np.full(request.n_candidates, np.nan, dtype=np.float32) for request in requests]
+
+    monkeypatch.setattr(PackedScorer, "score_labels", nothing)
+    with pytest.raises(UserError, match="not finite"):
+        opened(config(run, dataset, engine={"name": "packed"}))
 
 
 def test_the_routes_are_described(service: Service) -> None:

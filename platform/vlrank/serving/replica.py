@@ -18,7 +18,7 @@ from vlrank.reranking.pipeline import default_prompt_workers
 from vlrank.reranking.ranker import PromptMaker, UserLists, open_prompts
 from vlrank.serving.app import build_app
 from vlrank.serving.metrics import merged
-from vlrank.serving.service import MakePrompts, open_service
+from vlrank.serving.service import open_service
 
 APP = "vlrank"
 DEPLOYMENT = "reranker"
@@ -37,7 +37,11 @@ class Replica:
 
     def __init__(self, config: ServeConfig, folder: ModelFolder, token: str | None) -> None:
         self._token = token
-        self._service = open_service(config, folder, _prompt_makers(config, folder), own_process=True)
+        workers = _prompt_workers(config)
+        makers = _PromptMakers(config, folder, workers) if workers else None
+        self._service = open_service(config, folder, makers, own_process=True)
+        if makers is not None:
+            makers.wait()
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_app(self._service, self._token, self._all_metrics)
@@ -91,25 +95,37 @@ def application(config: ServeConfig, folder: ModelFolder, token: str | None) -> 
     ).bind(config, folder, token)
 
 
-def _prompt_makers(config: ServeConfig, folder: ModelFolder) -> MakePrompts | None:
-    """Actors on the replica's node, which end with it."""
-    makers = config.prompt_workers
-    if makers is None:
-        engines = config.engine.model_copy(update={"replicas": config.replicas})
-        makers = default_prompt_workers(engines, engine_gpus(config.engine)) // config.replicas
-    if makers == 0:
-        return None
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # They reserve no CPUs: a request must not wait for one to become free.
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    actors = [_PromptWorker.options(**options).remote(config, folder) for _ in range(makers)]  # type: ignore[attr-defined]
-    turn = itertools.cycle(actors)
+class _PromptMakers:
+    """Actors on the replica's node, which end with it; they start while the replica loads its model.
 
-    async def make(user: UserLists) -> bytes:
-        prompts: bytes = await next(turn).first.remote(user)
+    Args:
+        config: The settings.
+        folder: The model.
+        number: At least one.
+    """
+
+    def __init__(self, config: ServeConfig, folder: ModelFolder, number: int) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # They reserve no CPUs: a request must not wait for one to become free.
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+        maker: Any = _PromptWorker.options(**options)  # type: ignore[attr-defined]
+        self._actors = [maker.remote(config, folder) for _ in range(number)]
+        self._turn = itertools.cycle(self._actors)
+
+    def wait(self) -> None:
+        """Until all of them have loaded."""
+        ray.get([actor.first.remote(UserLists((), ())) for actor in self._actors])
+
+    async def __call__(self, user: UserLists) -> bytes:
+        prompts: bytes = await next(self._turn).first.remote(user)
         return prompts
 
-    return make
+
+def _prompt_workers(config: ServeConfig) -> int:
+    if config.prompt_workers is not None:
+        return config.prompt_workers
+    engines = config.engine.model_copy(update={"replicas": config.replicas})
+    return default_prompt_workers(engines, engine_gpus(config.engine)) // config.replicas
 
 
 @ray.remote

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 import uuid
 from collections import ChainMap
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,10 +18,11 @@ from vlrank.data.items import ItemMeta
 from vlrank.data.picture import UnreadablePicture
 from vlrank.engines.models import ModelFolder
 from vlrank.engines.resources import EngineDied
+from vlrank.errors import UserError
 from vlrank.prompting.encoding import PromptTooLong
 from vlrank.prompting.modes import mode_spec, shows
 from vlrank.reranking.plan import reach, shown_items
-from vlrank.reranking.ranker import NoCandidates, Ranker, Ranking, UserLists, open_ranker, user_seed
+from vlrank.reranking.ranker import NoCandidates, NotFinite, Ranker, Ranking, UserLists, open_ranker, user_seed
 from vlrank.serving.batching import Batcher, Batching
 from vlrank.serving.catalogue import Catalogue, item_meta, without_repetitions
 from vlrank.serving.messages import (
@@ -162,6 +164,20 @@ class Service:
             meta={"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
         )
 
+    def warm_up(self) -> None:
+        """Rank one user: what is compiled at an engine's first prompt keeps no client waiting.
+
+        Raises:
+            UserError: the model's scores are not finite.
+        """
+        prompts = self._ranker.prompts
+        spec, drop = prompts.spec, prompts.ranking.missing == "drop"
+        usable = (item for item, meta in self.catalogue.meta.items() if not drop or shows(spec, meta))
+        candidates = list(itertools.islice(usable, prompts.ranking.window))
+        [ranking] = self._ranker.rank([UserLists(self.catalogue.sequence(1), candidates)])
+        if isinstance(ranking, NotFinite):
+            raise UserError(f"{self.config.model}: {ranking}") from ranking
+
     def close(self) -> None:
         """Finish what is in work and give the memory back."""
         self.batcher.close()
@@ -223,6 +239,9 @@ class Service:
         except EngineDied as error:
             self.died = error  # the replica is replaced, see `Replica.check_health`
             raise Refused(503, "the engine has failed and is replaced; try again", {"Retry-After": "5"}) from error
+        except Exception as error:
+            traceback.print_exc()
+            raise Refused(500, f"the request could not be ranked: {type(error).__name__}: {error}") from error
         self.answered += 1
         self.metrics.prompts.inc(ranking.prompts)
         self.metrics.tokens.inc(ranking.tokens)
@@ -299,4 +318,6 @@ def open_service(
     dataset = Dataset.open(config.dataset)
     meta = shown_items(dataset, folder, mode_spec(str(folder.mode)))
     ranker = open_ranker(folder, config.engine, meta, own_process=own_process)
-    return Service(config, ranker, Catalogue.of(dataset, meta), make_prompts)
+    service = Service(config, ranker, Catalogue.of(dataset, meta), make_prompts)
+    service.warm_up()
+    return service
