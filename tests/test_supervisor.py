@@ -58,6 +58,14 @@ POLITE = """
         print("said by the command", flush=True)
         sys.exit(130)
 """
+PATIENT = """
+    supervisor.allow_grace(60)
+    try:
+        helper(); ready(); sleep()
+    except KeyboardInterrupt:
+        time.sleep(2)
+        print("all is answered", flush=True)
+"""
 DEAF = "helper(); signal.signal(signal.SIGINT, signal.SIG_IGN); ready(); sleep()"
 SWALLOWED = """
     helper()
@@ -110,6 +118,12 @@ def start(tmp_path: Path) -> Iterator[Any]:
             if isinstance(process, subprocess.Popen) or process.is_running():
                 process.kill()
         each.process.wait()
+
+
+def test_a_command_that_owes_answers_may_take_its_time(start: Any) -> None:
+    command = start(PATIENT, grace=0.2)
+    os.kill(command.process.pid, signal.SIGTERM)
+    assert command.end() == (0, "all is answered\n")
 
 
 def test_a_signal_that_comes_while_the_command_is_forked_prints_no_traceback() -> None:
