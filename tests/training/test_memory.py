@@ -20,7 +20,7 @@ from vlrank.training import trainer as trainer_file
 from vlrank.training.answers import AnswerHead, token_losses
 from vlrank.training.collate import Row, side_by_side
 from vlrank.training.data import TrainingData
-from vlrank.training.memory import MemoryPlan, Shape, TooLarge, Work, make_plan
+from vlrank.training.memory import MemoryPlan, Shape, TooLarge, Work, make_plan, with_gathered
 from vlrank.training.model import Base, load_trainable, resolve_base
 from vlrank.training.run import dry_run, with_defaults
 from vlrank.training.settle import foreseen_work, record_used, settle, with_kept
@@ -248,6 +248,15 @@ def test_a_few_overflows_of_scaled_losses_are_no_divergence() -> None:
         scaled.check_gradients(norm, step)
     with pytest.raises(UserError, match="not a number at step 5"):
         scaled.check_gradients(float("inf"), 5)
+
+
+def test_gathered_weights_are_kept_where_they_fit() -> None:
+    model = torch.nn.Linear(2**20, 2**10, bias=False, device="meta")  # 2 GiB in bfloat16
+    config = TrainConfig(dataset="d", out="o", mode="caption", dtype="bfloat16")
+    for memory, kept in ((8.0, True), (6.4, False)):  # 92% of it are used
+        plan = with_gathered(MemoryPlan(8192, False, "adamw", 8192, 4.0 * GIB, memory * GIB), config, model)
+        assert plan.keeps_gathered is kept
+        assert plan.peak == (6.0 if kept else 4.0) * GIB
 
 
 def test_a_plan_reads_as_a_line() -> None:

@@ -155,6 +155,7 @@ class MemoryPlan:
         peak: Predicted bytes.
         memory: Bytes that it was made for; infinite on a CPU.
         hidden: Width of the model's hidden state.
+        keeps_gathered: Sharded weights that a forward pass has gathered are kept for its backward pass.
     """
 
     tokens: int
@@ -164,6 +165,7 @@ class MemoryPlan:
     peak: float
     memory: float
     hidden: int = 0
+    keeps_gathered: bool = False
 
     def __str__(self) -> str:
         given = {"adamw_8bit": ", 8-bit optimizer states", "paged_adamw_8bit": ", paged 8-bit optimizer states"}
@@ -309,6 +311,18 @@ def with_passes(plan: MemoryPlan, work: Work, tokens: int) -> MemoryPlan:
     """The plan with passes of exactly ``tokens`` tokens."""
     peak = max(work.peak(tokens, plan.recompute, plan.optim), work.reading(plan.read_tokens, plan.optim))
     return replace(plan, tokens=tokens, peak=peak)
+
+
+def with_gathered(plan: MemoryPlan, config: TrainConfig, model: Any) -> MemoryPlan:
+    """The plan of a run with sharded weights, which keeps them between forward and backward pass where they fit.
+
+    Gathering them once instead of twice saves a third of what GPUs send each other.
+    """
+    item_bytes = 4 if config.dtype == "float32" else 2
+    gathered = item_bytes * sum(weight.numel() for weight in model.parameters())
+    if plan.peak + gathered > _USABLE * plan.memory:
+        return plan
+    return replace(plan, peak=plan.peak + gathered, keeps_gathered=True)
 
 
 UNBOUNDED = math.inf

@@ -9,7 +9,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from vlrank.storage import Location, remove_tree
 from vlrank.training.history import committed_step
 from vlrank.training.model import Base
 from vlrank.training.optim import MasterAdamW
+from vlrank.training.sharding import second_names
 from vlrank.training.state import Draft, StateReader, flatten, place_to_write, write_draft
 
 CHECKPOINT_FILE = "vlrank.json"
@@ -128,7 +129,10 @@ class Saver:
         trainer = self._trainer
         if trainer.config.parallel == "fsdp2":
             gathered: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model)
-            return gathered if trainer.args.should_save else None
+            if not trainer.args.should_save:
+                return None
+            again = second_names(trainer.model)
+            return {name: weight for name, weight in gathered.items() if name not in again}
         return dict(trainer.model.state_dict()) if trainer.args.should_save else None
 
     def _write_weights(self, folder: Path, weights: dict[str, torch.Tensor], config: TrainConfig, base: Base) -> None:
@@ -190,9 +194,11 @@ class Saver:
         changing, still = self._to_copy(weights or {})
         tensors = {**state, **changing, **({} if self._still else still)}
         needed = sum(value.nbytes for name, value in tensors.items() if name not in self._copies)
-        if needed > 0.8 * free_host_memory():
+        free = 0.8 * free_host_memory()
+        if needed > free:
             return weights, draft, False
-        copied = self._copied(tensors)
+        # The GPU copies into page-locked memory several times as fast. PyTorch rounds such memory up to a power of two.
+        copied = self._copied(tensors, locked=2 * needed <= free)
         self._still = self._still or {name: copied[name] for name in still}
         if draft is not None:
             draft = replace(draft, tensors={name: copied[f"state{name}"] for name in draft.tensors})
@@ -210,7 +216,7 @@ class Saver:
             return changing, {}
         return changing, {name: value for name, value in weights.items() if name not in changing}
 
-    def _copied(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _copied(self, tensors: Mapping[str, torch.Tensor], *, locked: bool = False) -> dict[str, torch.Tensor]:
         """Copies in memory that is taken once for all checkpoints; tied weights get one."""
         copies: dict[str, torch.Tensor] = {}
         places: dict[tuple[int, int], torch.Tensor] = {}
@@ -221,10 +227,20 @@ class Saver:
                 continue
             known = self._copies.get(name)
             if known is None or known.shape != value.shape or known.dtype != value.dtype:
-                known = self._copies[name] = torch.empty(value.shape, dtype=value.dtype)
-            known.copy_(value.detach())
+                known = self._copies[name] = _host_memory(value, locked=locked)
+            known.copy_(value.detach(), non_blocking=True)
             copies[name] = places[key] = known
+        if any(value.is_cuda for value in tensors.values()):
+            torch.cuda.synchronize()
         return copies
+
+
+def _host_memory(like: torch.Tensor, *, locked: bool) -> torch.Tensor:
+    """Uninitialised memory on the host for a copy; page-locked, where the system allows it, for one of a GPU's."""
+    if locked and like.is_cuda:
+        with suppress(RuntimeError):
+            return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+    return torch.empty(like.shape, dtype=like.dtype)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate import DistributedDataParallelKwargs
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlrank.config import TrainConfig
@@ -36,6 +38,7 @@ from vlrank.training.optim import MasterAdamW
 from vlrank.training.pictures import FeatureEncoder
 from vlrank.training.saving import Saver, Write, restore_optimizer, restore_weights, set_random_states
 from vlrank.training.selection import improves, logged_selections, patience_spent, selection_value
+from vlrank.training.sharding import prefetch_layers
 from vlrank.training.state import SavedState, StateReader
 from vlrank.training.timeline import Timeline, as_result
 from vlrank.training.validation import encode_samples, rank_metrics, target_ranks, validation_scores
@@ -137,9 +140,20 @@ class RerankTrainer(Trainer):
             train_dataset=steps,
             eval_dataset=run_samples.validation,
             processing_class=trainable.processor,
-            callbacks=[StopEarly(config.patience)],
+            callbacks=[StopEarly(config.patience), *([Prefetch()] if config.parallel == "fsdp2" else [])],
         )
         self.remove_callback(PrinterCallback)
+        self._counts: tuple[Any, torch.device] | None = None
+        if self.args.world_size > 1:
+            self._counts = group_for_counts(self.args.device)
+
+    def _build_accelerator_args(self, **given: Any) -> dict[str, Any]:
+        """Gradients of whole copies are reduced where they are, without a copy into buckets and back."""
+        made = super()._build_accelerator_args(**given)
+        for handler in made["kwargs_handlers"]:
+            if isinstance(handler, DistributedDataParallelKwargs):
+                handler.gradient_as_bucket_view = True
+        return made
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -209,16 +223,10 @@ class RerankTrainer(Trainer):
     def _learn(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         micro, world = inputs["micro"], self.args.world_size
         # Nothing here may wait for the GPU, which would be idle while the next kernels are launched.
-        scale: Any = world / max(1, inputs["answers"])
-        repeats = 0
-        if world > 1:
-            counts = torch.tensor([inputs["answers"], len(micro)]).to(self.args.device, non_blocking=True)
-            dist.all_reduce(counts[:1])
-            scale = world / counts[0].clamp(min=1)
-            if self.config.parallel == "fsdp2":
-                # Sharded weights are gathered by all ranks together: all make as many passes as the busiest one.
-                dist.all_reduce(counts[1:], op=dist.ReduceOp.MAX)
-                repeats = int(counts[1]) - len(micro)
+        counts = self._of_all_ranks([inputs["answers"], len(micro)])
+        scale = world / max(1, sum(answers for answers, _ in counts))
+        # Sharded weights are gathered by all ranks together: all make as many passes as the busiest one.
+        repeats = max(passes for _, passes in counts) - len(micro) if self.config.parallel == "fsdp2" else 0
         work = [(batch, inputs["answers"] > 0) for batch in micro] + [(micro[-1], False)] * repeats
         loss = torch.zeros((), device=self.args.device)
         for i, (batch, counted) in enumerate(work):
@@ -230,6 +238,16 @@ class RerankTrainer(Trainer):
                 self.accelerator.backward(part)
             loss += part.detach()
         return loss
+
+    def _of_all_ranks(self, counts: list[int]) -> list[list[int]]:
+        """The counts of every rank."""
+        if self._counts is None:
+            return [counts]
+        group, device = self._counts
+        own = torch.tensor(counts, device=device)
+        gathered = [torch.zeros_like(own) for _ in range(self.args.world_size)]
+        dist.all_gather(gathered, own, group=group)
+        return [part.tolist() for part in gathered]
 
     def _smaller_step(self, model: Any, together: int, error: Exception) -> dict[str, Any]:
         """The step that ran out of memory once more, in passes of half the size, or with recomputed layers.
@@ -482,6 +500,19 @@ def compile_seconds() -> float:
     return float(calculate_time_spent()["total_wall_time"])
 
 
+def group_for_counts(device: torch.device) -> tuple[Any, torch.device]:
+    """The group of all ranks that exchanges numbers on the host, and where these have to be: all ranks call it.
+
+    GPUs may then still be at work on the last step. Between nodes it is the GPUs that exchange them: which network
+    would serve the hosts is not known.
+    """
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD, torch.device("cpu")
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        return dist.new_group(backend="gloo"), torch.device("cpu")
+    return dist.group.WORLD, device
+
+
 def _read_later(value: torch.Tensor) -> Callable[[], float]:
     """Copy a scalar to the host without waiting for it; the result waits, and only for this copy."""
     if not value.is_cuda:
@@ -574,6 +605,16 @@ class StopEarly(TrainerCallback):
         """Compare the evaluation with those before."""
         if patience_spent(logged_selections(state.log_history), self._patience):
             control.should_training_stop = True
+
+
+class Prefetch(TrainerCallback):
+    """Has the weights of the next layer gathered while a sharded layer is computed."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """When the model is sharded."""
+        prefetch_layers(model)
 
 
 class ReportCallback(TrainerCallback):

@@ -39,7 +39,7 @@ from vlrank.training.collate import ANSWER_ROOM
 from vlrank.training.data import RunSamples, TrainingData, choose_samples, pictures_folder
 from vlrank.training.disk import check_disk
 from vlrank.training.history import committed_step
-from vlrank.training.memory import MemoryPlan
+from vlrank.training.memory import MemoryPlan, with_gathered
 from vlrank.training.model import FOLDERS, Base, load_trainable, recompute_layers
 from vlrank.training.packing import launch_tokens, row_length
 from vlrank.training.state import saved_states
@@ -60,6 +60,8 @@ _OPTIMIZERS = {
     "adamw_8bit": "adamw_bnb_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
+_FUSED = "adamw_torch_fused"
+"""One kernel reads and writes weights, gradients and moments once; but it would unscale float16's gradients again."""
 
 
 def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
@@ -210,6 +212,9 @@ def make_trainer(
     config = config.model_copy(update=used)
     if on_gpu:
         memory_plan = _as_loaded(config, base, trainable.model, memory_plan)
+    if config.parallel == "fsdp2":
+        memory_plan = with_gathered(memory_plan, config, trainable.model)
+    if on_gpu:
         show.say(str(memory_plan))
 
     # The trainer, which writes checkpoints to a folder of this rank.
@@ -217,7 +222,7 @@ def make_trainer(
     shutil.rmtree(staging, ignore_errors=True)
     trainer = RerankTrainer(
         trainable,
-        _training_arguments(config, base, trainable.model, steps, staging, on_gpu),
+        _training_arguments(config, base, trainable.model, steps, staging, memory_plan, on_gpu),
         config=config,
         base=base,
         run_samples=run_samples,
@@ -360,7 +365,7 @@ def _as_loaded(config: TrainConfig, base: Base, model: Any, memory_plan: MemoryP
 
 
 def _training_arguments(
-    config: TrainConfig, base: Base, model: Any, steps: Any, staging: Path, on_gpu: bool
+    config: TrainConfig, base: Base, model: Any, steps: Any, staging: Path, memory_plan: MemoryPlan, on_gpu: bool
 ) -> TrainingArguments:
     """Our settings as transformers' Trainer takes them."""
     from transformers import TrainingArguments
@@ -370,8 +375,10 @@ def _training_arguments(
     n_steps = steps.per_epoch * config.epochs
     sharding: dict[str, Any] = {}
     if config.parallel == "fsdp2":
-        sharding = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": blocks(model)}}
+        kept = {"reshard_after_forward": not memory_plan.keeps_gathered}
+        sharding = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": blocks(model), **kept}}
     by_steps = config.eval_steps is not None
+    optimizer = _OPTIMIZERS[config.optim]
     return TrainingArguments(
         output_dir=str(staging),
         num_train_epochs=config.epochs,
@@ -381,7 +388,7 @@ def _training_arguments(
         warmup_steps=round(config.warmup_ratio * n_steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim=_OPTIMIZERS[config.optim],
+        optim=_FUSED if optimizer == "adamw_torch" and on_gpu and config.dtype != "float16" else optimizer,
         # Whole copies are bfloat16 themselves; Unsloth and sharded float32 weights compute in bfloat16.
         bf16=on_gpu and config.dtype == "bfloat16" and (base.unsloth or config.parallel == "fsdp2"),
         fp16=on_gpu and config.dtype == "float16",
