@@ -133,7 +133,23 @@ def hide_extras(*, bitsandbytes: bool) -> None:
     # scikit-learn goes with SciPy, which it cannot do without: transformers imports it wherever it is installed.
     names = ("torchao", "datasets", "scipy", "sklearn", "boto3")
     for name in (*names, *(["bitsandbytes"] if bitsandbytes else [])):
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+        if name not in sys.modules:
+            sys.modules[name] = None  # type: ignore[assignment]
+            _hidden.add(name)
+
+
+_hidden: set[str] = set()
+"""What `hide_extras` has made look absent."""
+
+
+def show_all() -> None:
+    """Undo `hide_extras` and `hide_torch`: this process is to do something else than it was prepared for."""
+    for name in _hidden:
+        if sys.modules.get(name) is None:
+            sys.modules.pop(name, None)
+    _hidden.clear()
+    show_torch()
+    whole_transformers()
 
 
 _torchless = False

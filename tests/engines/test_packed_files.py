@@ -172,6 +172,37 @@ print(heavy, scores.tolist())
     np.testing.assert_array_equal(np.asarray(json.loads(scores), dtype=np.float32), expected)
 
 
+def test_another_engine_gets_the_libraries_back(tmp_path: Path) -> None:
+    """A process that was prepared for reading files has to be able to become a vLLM or transformers engine."""
+    folder = saved(small("qwen3", head_dim=32), tmp_path / "model")
+    program = """
+import sys
+from vlrank.config import EngineConfig
+from vlrank.engines.models import open_model
+from vlrank.reranking.ranker import open_ranker
+import vlrank.engines.scoring as scoring
+scoring.engine_name = lambda config: "transformers"
+engine = EngineConfig(quantization="fp8")  # not on a CPU
+ranker = open_ranker(open_model(sys.argv[1], "semantic_summary_small"), engine, {}, own_process=True)
+from tests.engines.brute_force import RANKING, text_items
+import scipy
+encoder = ranker.prompts.encoder
+encoder.ranking = RANKING
+[scores] = ranker.engine.score_labels(encoder, [encoder.encode(text_items(3, "old"), text_items(12))])
+print(type(ranker.engine).__name__, len(scores))
+"""
+    place = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", program, folder],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": place},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "TransformersScorer 12"
+
+
 # ---- what is not known -----------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from vlrank.compat import show_all
 from vlrank.config import EngineConfig
 from vlrank.engines.models import ModelFolder
 from vlrank.engines.resources import engine_name, left_by_packed, ranking_engine
@@ -61,6 +62,7 @@ def open_scorer(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
                 ) from error
             name = engine_name(config)
             _say(model, name, str(error))
+            show_all()
     if name == "vllm":
         from vlrank.engines.vllm_scorer import VllmScorer
 
