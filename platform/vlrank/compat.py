@@ -148,7 +148,6 @@ def show_all() -> None:
         if sys.modules.get(name) is None:
             sys.modules.pop(name, None)
     _hidden.clear()
-    show_torch()
     whole_transformers()
 
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -57,7 +57,7 @@ def ray_session(config: RayConfig, *, data: bool = False, preload: Preload | Non
     verbose = os.environ.get("VLRANK_VERBOSE") == "1"
     quiet = {"log_to_driver": verbose, "logging_level": logging.ERROR}
     imports = [*(preload.modules if preload else ()), *(["ray.data"] if data else [])]
-    with _own_signal_handlers(), _imported(imports), nullcontext() if verbose else quiet_core():
+    with _own_signal_handlers(), imported(imports), nullcontext() if verbose else quiet_core():
         if address:
             _join(address, **quiet)
         else:
@@ -105,7 +105,7 @@ class Preload:
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Environment variables that processes started inside the block inherit; those that are set keep their values."""
     added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
@@ -117,12 +117,12 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _imported(modules: Sequence[str]) -> Iterator[None]:
-    """Import in this process, while the block waits for others."""
+def imported(modules: Sequence[str]) -> Iterator[None]:
+    """Import in this process while the block waits for something else, and be done at its end."""
 
     def import_all() -> None:
         for name in modules:
-            with suppress(Exception):  # said where it is imported again
+            with suppress(Exception):  # not installed, or said where it is imported again
                 import_module(name)
 
     thread = threading.Thread(target=import_all, daemon=True)
@@ -152,7 +152,7 @@ def _start_here(cpus: int, preload: Preload | None, **options: Any) -> None:
     folder = ray_folder()
     try:
         lean = lean_node(shows_logs=bool(options.get("log_to_driver")))
-        with lean, patient_start(_START_S, _ray_is_alive), _environment(ahead):
+        with lean, patient_start(_START_S, _ray_is_alive), environment(ahead):
             # "local" on purpose: without it a stale address file of an earlier cluster makes ray.init fail.
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder), **options)
     except Exception as error:

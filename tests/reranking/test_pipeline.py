@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 
 from tests.processes import two_shards
+from tests.summaries import with_summaries
 from vlrank.config import EngineConfig, RankingConfig, RayConfig, RerankConfig, Split, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
@@ -59,14 +60,7 @@ def model(tiny_text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def dataset(shop: Dataset, tmp_path: Path) -> Dataset:
     """A copy with summaries and with the candidates of a made-up retriever that always finds the target."""
-    path = tmp_path / "dataset"
-    shutil.copytree(shop.path, path)
-    copy = Dataset.open(path)
-    rows = [
-        {"item_id": i, "text": f"summary {i}", "model": "m", "prompt_id": "p", "input_hash": str(i)}
-        for i in range(1, copy.n_items + 1)
-    ]
-    copy.add_generated("semantic_summary", pl.DataFrame(rows, schema_overrides={"item_id": pl.Int32}))
+    copy = with_summaries(shop, tmp_path / "dataset")
     lists = []
     for split in ("val", "test"):
         for user, (history, target) in copy.histories(split).items():  # type: ignore[arg-type]
@@ -74,7 +68,7 @@ def dataset(shop: Dataset, tmp_path: Path) -> Dataset:
             lists.append((split, user, [target, *others], np.linspace(1, 0, len(others) + 1).tolist()))
     schema = pl.from_arrow(CANDIDATES.empty_table()).schema  # type: ignore[union-attr]
     copy.write_candidates("found", pl.DataFrame(lists, schema=schema, orient="row"))
-    return Dataset.open(path)
+    return Dataset.open(copy.path)
 
 
 def config(dataset: Dataset, model: Path, out: Path, **more: object) -> RerankConfig:

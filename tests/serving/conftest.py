@@ -3,9 +3,9 @@
 import shutil
 from pathlib import Path
 
-import polars as pl
 import pytest
 
+from tests.summaries import with_summaries
 from vlrank.data.dataset import Dataset
 from vlrank.data.tables import atomic_write_json
 
@@ -15,15 +15,7 @@ SUMMARIES = "semantic_summary_small"
 @pytest.fixture(scope="session")
 def dataset(shop: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """The shop with a summary of every item."""
-    path = tmp_path_factory.mktemp("serving") / "shop"
-    shutil.copytree(shop.path, path)
-    copy = Dataset.open(path)
-    rows = [
-        {"item_id": i, "text": f"summary {i}", "model": "m", "prompt_id": "p", "input_hash": str(i)}
-        for i in range(1, copy.n_items + 1)
-    ]
-    copy.add_generated("semantic_summary", pl.DataFrame(rows, schema_overrides={"item_id": pl.Int32}))
-    return Dataset.open(path)
+    return with_summaries(shop, tmp_path_factory.mktemp("serving") / "shop")
 
 
 def run_folder(folder: Path, model: Path, mode: str, **ranking: object) -> Path:

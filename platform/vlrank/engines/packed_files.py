@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from vlrank.data.tables import atomic_write_json, read_json
 from vlrank.engines.models import ModelFolder
 from vlrank.engines.packed_layer import Adapter, Layer, Matrix, Sizes
-from vlrank.engines.packed_model import PackedModel, Unsuited, merged
+from vlrank.engines.packed_model import PackedModel, Unsuited, merged, side_by_side
 from vlrank.engines.packed_rotary import Rotary
 from vlrank.engines.resources import beyond_packed
 from vlrank.storage import cache_folder, location, writable
@@ -321,11 +321,7 @@ class _Reader:
         return Matrix(weight, bias)
 
     def _joined(self, *modules: str) -> Matrix:
-        parts = [self.matrix(self.prefix + module) for module in modules]
-        biases = [part.bias for part in parts if part.bias is not None]
-        if len(biases) not in (0, len(parts)):
-            raise Unsuited("a part of its query, key and value projections has a bias")
-        return Matrix(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)
+        return side_by_side([self.matrix(self.prefix + module) for module in modules])
 
     def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:

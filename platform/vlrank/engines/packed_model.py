@@ -228,13 +228,20 @@ def _layer(layer: Any, dtype: torch.dtype, joined: Callable[..., Any]) -> Layer:
 
 
 def _joined(dtype: torch.dtype, *modules: Any) -> Matrix:
-    parts = [_matrix(module, dtype) for module in modules]
-    weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
-    biases = [part.bias for part in parts]
-    if any(bias is None for bias in biases) and not all(bias is None for bias in biases):
+    return side_by_side([_matrix(module, dtype) for module in modules])
+
+
+def side_by_side(parts: Sequence[Matrix]) -> Matrix:
+    """Layers that share an input as one.
+
+    Raises:
+        Unsuited: some have a bias, others none.
+    """
+    biases = [part.bias for part in parts if part.bias is not None]
+    if len(biases) not in (0, len(parts)):
         raise Unsuited("a part of its query, key and value projections has a bias")
-    bias = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
-    return Matrix(weight, bias)
+    weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
+    return Matrix(weight, torch.cat(biases) if biases else None)
 
 
 def _live(dtype: torch.dtype, *modules: Any) -> LiveMatrix:

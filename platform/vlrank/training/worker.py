@@ -6,13 +6,11 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +22,7 @@ from vlrank.data.picture import PictureMissing, UnreadablePicture
 from vlrank.engines.compiled import keep_compiled
 from vlrank.engines.structure import core
 from vlrank.errors import UserError
+from vlrank.runtime import imported
 from vlrank.storage import (
     BucketPath,
     Location,
@@ -60,6 +59,8 @@ _OPTIMIZERS = {
     "adamw_8bit": "adamw_bnb_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
+_KERNELS = ("torch._inductor.compile_fx", "flash_attn.cute.interface")
+"""Take seconds to import, in which weights go from the disk to the GPU."""
 _FUSED = "adamw_torch_fused"
 """One kernel reads and writes weights, gradients and moments once; but it would unscale float16's gradients again."""
 
@@ -192,7 +193,7 @@ def make_trainer(
     # The model, and what it reads.
     timeline = timeline or Timeline()
     show(note="loading the model")
-    with timeline.during("model"), importing_kernels(on_gpu and bool(config.packing)):
+    with timeline.during("model"), imported(_KERNELS if on_gpu and config.packing else ()):
         trainable = load_trainable(config, local, device)
     with timeline.during("vision features"):
         encoder, training_encoder, pictures, run_samples, unreadable = _prepare_pictures(
@@ -263,28 +264,6 @@ def start_process(config: TrainConfig, base: Base, device: Any) -> None:
     if config.parallel == "fsdp2" and not on_gpu:
         shard_on_cpus()
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(config.out / "logs"))
-
-
-@contextmanager
-def importing_kernels(wanted: bool) -> Iterator[None]:
-    """Import the compiler and FlashAttention 4 while the block reads a model, and wait for them at its end.
-
-    Each takes seconds, in which weights go from the disk to the GPU.
-    """
-
-    def import_all() -> None:
-        for name in ("torch._inductor.compile_fx", "flash_attn.cute.interface"):
-            with suppress(Exception):  # not installed, or said where it is needed
-                import_module(name)
-
-    thread = threading.Thread(target=import_all, daemon=True)
-    if wanted:
-        thread.start()
-    try:
-        yield
-    finally:
-        if wanted:
-            thread.join()
 
 
 def _pack(config: TrainConfig, base: Base, model: Any, on_gpu: bool, show: Progress) -> bool:

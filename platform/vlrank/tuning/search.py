@@ -7,12 +7,10 @@ new one resumes from the run folder.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +23,7 @@ from ray.tune.search import Searcher
 from vlrank.config import TrainConfig, TuneConfig, validate
 from vlrank.console import console
 from vlrank.data.tables import read_json_lines
-from vlrank.runtime import cluster_resources
+from vlrank.runtime import cluster_address, cluster_resources, environment
 from vlrank.tuning.asha import Asha
 from vlrank.tuning.gauges import SweepGauges
 from vlrank.tuning.mode_search import ModeSearch
@@ -171,7 +169,7 @@ def _run_tuner(search: Search, build: BuildTrainer, pending: int, side_by_side: 
     state = out / ".tune"  # Ray Tune insists on a folder for its own state; the sweep never reads it
     shutil.rmtree(state, ignore_errors=True)
     stretches = 1 + (search.asha.most_rungs if search.asha else 0)
-    with _environment(**_TUNE_ENVIRONMENT):
+    with environment(_TUNE_ENVIRONMENT):
         tuner = tune.Tuner(
             tune.with_resources(_trial_function(build), {"CPU": 0.1}),
             tune_config=tune.TuneConfig(
@@ -375,17 +373,4 @@ def add_evaluation(known: Trial, result: Mapping[str, Any]) -> bool:
 
 def runs_here(config: TuneConfig) -> bool:
     """Whether the sweep starts Ray on this machine instead of joining a cluster."""
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    return not address or address == "local"
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Environment variables that hold inside the block; those that are set already keep their values."""
-    added = {key: value for key, value in values.items() if key not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for key in added:
-            os.environ.pop(key, None)
+    return cluster_address(config.ray) is None
