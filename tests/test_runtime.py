@@ -97,10 +97,13 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(ray, "init", fails)
     with (
-        pytest.raises(UserError, match=r"the Ray cluster at 10.0.0.1:6379 could not be joined: ConnectionError"),
+        pytest.raises(
+            UserError, match=r"the Ray cluster at 10.0.0.1:6379 could not be joined: ConnectionError"
+        ) as refused,
         ray_session(RayConfig(address="10.0.0.1:6379")),
     ):
         pass
+    assert "RAY_AUTH_MODE=token" in str(refused.value.remedy), "Ray's exception does not say that a token is missing"
 
 
 def test_a_slow_node_is_waited_for_and_a_dead_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,9 @@ def _join(address: str, **options: Any) -> None:
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise UserError(
             f"the Ray cluster at {address} could not be joined: {_first_line(error)}",
-            "Give the address of a running cluster as ray.address or RAY_ADDRESS, or `local` to start Ray here.",
+            "Give the address of a running cluster as ray.address or RAY_ADDRESS, or `local` to start Ray here. Where "
+            "Ray says InvalidAuthToken, set RAY_AUTH_MODE=token and put the cluster's token in ~/.ray/auth_token or "
+            "RAY_AUTH_TOKEN.",
         ) from error
 
 
