@@ -49,12 +49,14 @@ class Load:
     Attributes:
         seconds: Of every answered request.
         statuses: How often each status came; `left` and `lost` (the connection broke) are no statuses of HTTP.
-        wrong: Rankings that differ from the one given alone.
+        wrong: Rankings that differ from the one given alone, and refusals of another status or form than expected.
+        unanswered: Honest requests that got no ranking.
     """
 
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
     wrong: int = 0
+    unanswered: int = 0
 
     def figures(self, took: float) -> dict[str, Any]:
         """Percentiles in milliseconds, and answers per second."""
@@ -62,7 +64,8 @@ class Load:
         if self.seconds:
             for share in (50, 90, 99):
                 found[f"p{share}_ms"] = round(float(np.percentile(self.seconds, share)) * 1000, 2)
-        return found | {"answers_per_second": round(self.statuses["200"] / took, 2), "wrong": self.wrong}
+        found["answers_per_second"] = round(self.statuses["200"] / took, 2)
+        return found | {"wrong": self.wrong, "unanswered": self.unanswered}
 
 
 def requests_of(dataset: Path, users: int, candidates: int) -> list[dict[str, Any]]:
@@ -77,6 +80,13 @@ def requests_of(dataset: Path, users: int, candidates: int) -> list[dict[str, An
         listed = sampled_candidates(user, history, target, items, candidates - 1, 0)[0]
         bodies.append({"user": user, "history": history, "candidates": [int(item) for item in listed]})
     return bodies
+
+
+def is_refusal(content: bytes) -> bool:
+    """Whether an error has the form that clients parse."""
+    with contextlib.suppress(ValueError):
+        return list(json.loads(content)) == ["message"]
+    return False
 
 
 class Clients:
@@ -109,8 +119,11 @@ class Clients:
                 load.statuses[str(answer.status)] += 1
         except (aiohttp.ClientError, OSError):
             load.statuses["lost"] += 1
+            load.unanswered += 1
             return
         if answer.status != 200:
+            load.unanswered += 1
+            load.wrong += not is_refusal(content)
             return
         load.seconds.append(time.perf_counter() - began)
         ranking = json.loads(content)["ranking"]
@@ -134,11 +147,11 @@ class Clients:
             elif kind < LEAVES + BROKEN:
                 text = json.dumps(self.bodies[number % len(self.bodies)])
                 async with self.session.post(url, data=text[: len(text) // 2], headers=headers) as answer:
-                    load.wrong += answer.status not in (422, 429, 500, 503)
+                    load.wrong += answer.status not in (422, 429) or not is_refusal(await answer.read())
                     load.statuses[str(answer.status)] += 1
             elif kind < LEAVES + BROKEN + HUGE:
                 async with self.session.post(url, data=b" " * 20_000_000, headers=headers) as answer:
-                    load.wrong += answer.status not in (413, 500, 503)
+                    load.wrong += answer.status != 413 or not is_refusal(await answer.read())
                     load.statuses[str(answer.status)] += 1
             else:
                 await self.ask(number, load)
@@ -279,9 +292,8 @@ def ours(options: argparse.Namespace, model: Path, dataset: Path, bodies: list[d
             rng = random.Random(0)
             killer = asyncio.get_running_loop().call_later(options.kill_after_s, kill_a_replica, process)
             with memory_of(process) as samples:
-                result["hostile"] = await clients.crowd(
-                    options.clients, options.requests, lambda n, load: clients.hostile(n, load, rng), options.most_s
-                )
+                count, ask = options.hostile_requests, lambda n, load: clients.hostile(n, load, rng)
+                result["hostile"] = await clients.crowd(options.clients, count, ask, options.most_s)
                 killed = killer.when() < asyncio.get_running_loop().time()
             killer.cancel()
             result["hostile"] |= {"a_replica_was_killed": killed, "memory": growth(samples)}
@@ -389,7 +401,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("serve.json"))
     parser.add_argument("--users", type=int, default=512, help="different requests")
     parser.add_argument("--candidates", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=2000, help="of the saturated and of the hostile part, each")
+    parser.add_argument("--requests", type=int, default=2000, help="of the saturated part")
+    parser.add_argument("--hostile_requests", type=int, default=10000, help="of the hostile part")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--rate", type=float, default=10, help="requests per second of the steady part")
     parser.add_argument("--steady_s", type=float, default=30)

@@ -19,6 +19,7 @@ from tests.test_lists import LISTS
 from vlrank import __version__
 from vlrank.config import EngineConfig, ServeConfig, TrainConfig
 from vlrank.serving.limits import TOKEN, needs_token
+from vlrank.serving.proxy import CALLBACK
 from vlrank.stages import STAGES
 from vlrank.submit import Environment
 
@@ -140,6 +141,13 @@ def test_an_image_installs_exactly_its_list(target: str, file: str) -> None:
     lists = set(re.findall(r"[\w-]+\.txt", stage))
     assert lists == {file}
     assert stage.rstrip().endswith("USER ray"), "images do not run as root"
+
+
+def test_ray_serve_finds_what_repeats_lost_requests_in_every_image() -> None:
+    [(name, place)] = CALLBACK.items()
+    assert f"\nENV {name}={place}\n" in dockerfile_stages()["base"]
+    module, function = place.split(":")
+    assert getattr(importlib.import_module(module), function)()
 
 
 def test_nothing_in_cluster_pins_a_version_of_its_own() -> None:

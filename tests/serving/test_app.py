@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import httpx
 import numpy as np
@@ -66,7 +67,7 @@ def ask(service: Service, *bodies: Any, path: str = "/v1/rank", token: str | Non
         async def metrics() -> bytes:
             return merged({"one": service.metrics.text()})
 
-        transport = httpx.ASGITransport(build_app(service, token, metrics))
+        transport = httpx.ASGITransport(build_app(service, token, metrics), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://vlrank") as client:
             if not bodies:
                 return [await client.get(path, **options)]
@@ -235,6 +236,13 @@ def test_an_engine_that_has_died_is_told_from_a_bad_request(
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
     assert service.died is not None
     assert service.batcher.admitted == 0
+
+
+def test_a_mistake_of_ours_is_said_in_the_form_of_a_refusal(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(service.catalogue), "user", lambda *_: 1 // 0)
+    answer = ask(service, {"user": 7, "candidates": [3, 4]})
+    assert (answer.status_code, answer.json()) == (500, {"message": ANY})
+    assert "ZeroDivisionError" in answer.json()["message"]
 
 
 def test_a_model_without_finite_scores_is_not_served(

@@ -7,9 +7,9 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,20 +120,54 @@ def test_a_client_that_leaves_gives_its_place_back(client: httpx.Client, server:
     assert len(ranking(client)) == 20
 
 
-def test_a_killed_replica_is_replaced_and_answers_the_same(client: httpx.Client, server: Program) -> None:
-    before = ranking(client)
-    [replica] = [process for process in server.family() if "Replica" in "".join(process.cmdline()[:1])]
-    replica.kill()
-    psutil.wait_procs([replica], timeout=60)
+def replicas(server: Program) -> list[psutil.Process]:
+    return [process for process in server.family() if "Replica" in "".join(process.cmdline()[:1])]
 
-    def answered() -> bool:
+
+@contextmanager
+def crowd(client: httpx.Client, clients: int) -> Iterator[list[httpx.Response]]:
+    """The answers that clients get who ask for the whole time of the block without a pause."""
+    seen: list[httpx.Response] = []
+    enough = threading.Event()
+
+    def keep_asking() -> None:
+        with httpx.Client(base_url=client.base_url, timeout=60, trust_env=False) as own:
+            while not enough.is_set():
+                seen.append(own.post("/v1/rank", json=BODY))
+
+    with ThreadPoolExecutor(clients) as pool:
+        asking = [pool.submit(keep_asking) for _ in range(clients)]
         try:
-            return client.post("/v1/rank", json=BODY).status_code == 200
-        except httpx.TransportError:
-            return False
+            yield seen
+        finally:
+            enough.set()
+    for each in asking:
+        each.result()
 
-    server.wait_for(answered, "a new replica")
-    assert ranking(client) == before
+
+def kill_under_load(client: httpx.Client, server: Program) -> None:
+    """A replica with requests in work gets SIGKILL; all clients get the answer of before, sooner or later."""
+    before = ranking(client)
+    with crowd(client, 16) as seen:
+        server.wait_for(lambda: len(seen) > 32, "answers")
+        first = replicas(server)[0]
+        first.kill()
+        psutil.wait_procs([first], timeout=60)
+        answered = len(seen)
+        server.wait_for(lambda: len(seen) > answered + 64, "answers of another replica")
+    assert not [answer.text for answer in seen if answer.status_code != 200]
+    places = [[(place["id"], place["score"]) for place in answer.json()["ranking"]] for answer in seen]
+    assert places == [before] * len(seen)
+
+
+def test_a_killed_replica_costs_its_clients_time_and_no_answer(client: httpx.Client, server: Program) -> None:
+    """It is the only one: what it had in work waits for its successor."""
+    kill_under_load(client, server)
+
+
+def test_serves_own_refusals_are_json_too(client: httpx.Client) -> None:
+    answer = client.post("/v1/rank", json=BODY, headers={"X-Request-Timeout-Seconds": "0.000001"})
+    assert (answer.status_code, "timed out" in answer.json()["message"]) == (408, True)
 
 
 def test_another_model_takes_over_without_a_gap(
@@ -142,40 +176,36 @@ def test_another_model_takes_over_without_a_gap(
     """It is loaded beside the old one, which answers meanwhile: with another history the scores change."""
     other = run_folder(tmp_path / "second", tiny_text_model, SUMMARIES, max_history=1)
     before = ranking(client)
-    seen: list[tuple[int, str]] = []
-    enough = threading.Event()
 
-    def keep_asking() -> None:
-        with httpx.Client(base_url=client.base_url, timeout=60, trust_env=False) as own:
-            while not enough.is_set():
-                answer = own.post("/v1/rank", json=BODY)
-                seen.append((answer.status_code, answer.json().get("model", answer.text)))
-                time.sleep(0.01)
+    def model(answer: httpx.Response) -> tuple[int, str]:
+        return answer.status_code, answer.json().get("model", answer.text)
 
-    with ThreadPoolExecutor(2) as crowd:
-        asking = [crowd.submit(keep_asking) for _ in range(2)]
-        try:
-            words = ["--dataset", dataset.path, "--port", port, ray]
-            Program(*VLRANK, "serve", other, *words, env=WITH_TOKEN).finish()
-            server.wait_for(lambda: seen[-1] == (200, "second"), "an answer of the second model")
-        finally:
-            enough.set()
-    for each in asking:
-        each.result()
-    assert set(seen) == {(200, "first"), (200, "second")}
+    with crowd(client, 2) as seen:
+        words = ["--dataset", dataset.path, "--port", port, "replicas=2", ray]
+        Program(*VLRANK, "serve", other, *words, env=WITH_TOKEN).finish()
+        server.wait_for(lambda: model(seen[-1]) == (200, "second"), "an answer of the second model")
+    assert {model(answer) for answer in seen} == {(200, "first"), (200, "second")}
     assert ranking(client) != before
 
 
-def test_a_signal_ends_the_server_after_the_answers_it_owes(server: Program, client: httpx.Client, port: int) -> None:
+def test_the_other_replica_answers_what_a_killed_one_had_in_work(client: httpx.Client, server: Program) -> None:
+    server.wait_for(lambda: len(replicas(server)) == 2, "the end of the first model's replica")
+    kill_under_load(client, server)
+
+
+def test_a_signal_ends_the_server_after_the_answers_it_owes(server: Program, client: httpx.Client) -> None:
     def asked(_: int) -> int:
-        with httpx.Client(timeout=60, trust_env=False) as own:
-            try:
-                return own.post(f"http://127.0.0.1:{port}/v1/rank", json=BODY).status_code
-            except httpx.ConnectError:
-                return 0  # came when the server had ended
+        try:
+            return together.post("/v1/rank", json=BODY).status_code
+        except httpx.ConnectError:
+            return 0  # came when the server had ended
 
     family = server.family()
-    with ThreadPoolExecutor(48) as crowd:
+    limits = httpx.Limits(max_connections=48)  # one client: making 48 takes longer than the server's end
+    with (
+        httpx.Client(base_url=client.base_url, timeout=60, trust_env=False, limits=limits) as together,
+        ThreadPoolExecutor(48) as crowd,
+    ):
         asking = [crowd.submit(asked, i) for i in range(48)]
         server.wait_for(lambda: sum(each.done() for each in asking) > 4, "the first answers")
         server.process.send_signal(signal.SIGTERM)

@@ -51,6 +51,10 @@ def build_app(service: Service, token: str | None, metrics: Callable[[], Awaitab
     async def http_error(request: Request, error: HTTPException) -> Response:
         return JSONResponse({"message": str(error.detail)}, error.status_code, error.headers)
 
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return JSONResponse({"message": f"the request failed: {type(error).__name__}: {error}"}, 500)
+
     def accept() -> None:
         if service.draining:
             raise Refused(503, "the server ends", {"Retry-After": "5", "Connection": "close"})

@@ -11,11 +11,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from vlrank.serving.proxy import PATHS
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-PATHS = ("/v1/rank", "/v1/rerank", "/v2/rerank", "/health", "/metrics")
 LEFT = "left"
 """Status of a request whose client did not wait for the answer."""
 

@@ -19,8 +19,9 @@ from vlrank.engines.resources import engine_actor, ranking_engine
 from vlrank.errors import UserError
 from vlrank.installation import install_command
 from vlrank.reranking.plan import open_ranking_model, shown_items
-from vlrank.runtime import cluster_address, ray_session
+from vlrank.runtime import cluster_address, environment, ray_session
 from vlrank.serving.limits import TOKEN, needs_token
+from vlrank.serving.proxy import CALLBACK
 from vlrank.supervisor import allow_grace
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def run(config: ServeConfig) -> Summary:
     own = cluster_address(config.ray) is None
     if own:
         _check_port(config.host, config.port)
-    with ray_session(config.ray):
+    with environment(CALLBACK if own else {}), ray_session(config.ray):
         started = time.monotonic()
         _deploy(config, folder, token, own)
         lines["ready after"] = f"{time.monotonic() - started:,.1f} s"
@@ -180,9 +181,18 @@ def _drain(seconds: float) -> int:
 
     handle: Any = serve.get_deployment_handle(DEPLOYMENT, APP)
     end = time.monotonic() + seconds
-    while sum(left for left, _ in handle.broadcast("drain").results(timeout_s=seconds)) and time.monotonic() < end:
-        time.sleep(0.05)
-    time.sleep(_LINGER_S)
-    answered = sum(answered for _, answered in handle.broadcast("drain").results(timeout_s=seconds))
+
+    def drain() -> tuple[int, int]:
+        """Requests in work, and those answered; includes the successor of a replica that died meanwhile."""
+        counts = handle.broadcast("drain").results(timeout_s=seconds)
+        return sum(left for left, _ in counts), sum(answered for _, answered in counts)
+
+    while True:
+        while drain()[0] and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(_LINGER_S)
+        left, answered = drain()
+        if not left or time.monotonic() > end:
+            break
     handle.broadcast("close").results(timeout_s=seconds)
     return answered  # Ray ends with this command, and Serve with Ray
