@@ -1,12 +1,13 @@
-"""Every vision family beside transformers in float32 on a CPU, on tiny models with random weights.
+"""Every family beside transformers in float32 on a CPU, on tiny models with random weights.
 
     python bench/families.py --out bench/results/families_h100.json --parts packed      # on a GPU
     python bench/families.py --out bench/results/families_cpu.json                      # vLLM, on a CPU
 
-The models are those of tests/vision_families.py. ``packed`` compares losses of packed rows with those of each prompt
-alone, and scores of the packed engine and of transformers on this machine's device. The other parts are vLLM's: greedy
-texts from pictures of different shapes and prompts of different length (``texts``), and label log-probabilities with
-pictures and with captions. Each part has its own process. An existing result keeps the cells that are not run again.
+The vision models are those of tests/vision_families.py, the language models a Qwen3 and a Llama. ``packed`` compares
+losses of packed rows with those of each prompt alone, and scores of the packed engine and of transformers on this
+machine's device. The other parts are vLLM's: greedy texts from pictures of different shapes and prompts of different
+length (``texts``), and label log-probabilities in each mode (``raw_image`` to ``semantic_summary_small``). Each part
+has its own process. An existing result keeps the cells that are not run again.
 """
 
 from __future__ import annotations
@@ -29,15 +30,21 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 TOKENS, SIDE = 8, 96
-PARTS = ("texts", "raw_image", "caption")
+PARTS = ("texts", "raw_image", "caption", "semantic_summary", "semantic_summary_small")
+LANGUAGE_MODELS = ("qwen3", "llama")
 
 
-def rows(folder: Path, what: str, shop: Any) -> tuple[Any, Any]:
+def parts_of(family: str) -> tuple[str, ...]:
+    """What applies: language models see no pictures, and have a mode of their own."""
+    return ("texts", "semantic_summary_small") if family in LANGUAGE_MODELS else ("packed", *PARTS[:-1])
+
+
+def rows(folder: Path, what: str, shop: Any, *, sees: bool) -> tuple[Any, Any]:
     """A job of six items, and its prepared rows."""
     from vlrank.generation.job import Job, prepare
     from vlrank.generation.prompts import load_prompt
 
-    job = Job(load_prompt(f"{what}/v1", what), str(folder), "m", max_tokens=TOKENS, image_side=SIDE)  # type: ignore[arg-type]
+    job = Job(load_prompt(f"{what}/v1", what), str(folder), "m", sees=sees, max_tokens=TOKENS, image_side=SIDE)  # type: ignore[arg-type]
     made = np.empty(6, dtype=object)
     for i, (item, meta) in enumerate(list(shop.item_meta().items())[:6]):
         text = meta["text"] * (1 + i % 3)
@@ -57,10 +64,11 @@ def texts(folder: Path, shop: Any) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     engine: Any = None
-    for what in ("caption", "semantic_summary"):
-        job, made = rows(folder, what, shop)
+    sees = folder.name not in LANGUAGE_MODELS
+    for what in ("caption", "semantic_summary")[0 if sees else 1 :]:
+        job, made = rows(folder, what, shop, sees=sees)
         if engine is None:
-            args = generation_args(job.folder, EngineConfig(), None, max_model_len=1024, pictures=1, seed=0)
+            args = generation_args(job.folder, EngineConfig(), None, max_model_len=1024, pictures=int(sees), seed=0)
             engine = LLM(**{name: value for name, value in args.items() if name != "worker_extension_cls"})
         prompts = [
             {"prompt": row["prompt"], **({"multi_modal_data": row["multimodal_data"]} if row["with_image"] else {})}
@@ -184,12 +192,33 @@ def _apart(given: list[Any], expected: list[Any]) -> float:
     return float(f"{max(float(np.abs(a - b).max()) for a, b in zip(given, expected, strict=True)):.2g}")
 
 
+def make_model(family: str, folder: Path, part: str) -> None:
+    """A model folder with random weights, named after its family."""
+    import torch
+    from tests.vision_families import family_folder
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from vlrank.demo.base_models import corpus, save_model, text_model, train_tokenizer
+
+    if family not in LANGUAGE_MODELS:
+        # vLLM's kernel for CPUs takes no other width of gated delta heads than the published models'.
+        wide = {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
+        wide |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+        family_folder(family, folder, corpus(), **(wide if family == "qwen3_5" and part != "packed" else {}))
+        return
+    tokenizer = train_tokenizer(corpus())
+    model: Any = text_model(tokenizer)
+    if family == "llama":
+        same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        same += ("num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range", "eos_token_id")
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**{name: getattr(model.config, name) for name in same})).float()
+    save_model(folder, model, tokenizer)
+
+
 def child(family: str, part: str, home: Path) -> dict[str, Any]:
     """One engine's part, in this process."""
-    from tests.vision_families import family_folder
-
     from vlrank.compat import patch_torchvision
-    from vlrank.demo.base_models import corpus
     from vlrank.demo.shop import make_shop
     from vlrank.engines.resources import has_gpu, vllm_env
 
@@ -197,10 +226,7 @@ def child(family: str, part: str, home: Path) -> dict[str, Any]:
     os.environ.update(vllm_env(has_gpu()))
     folder, pictures = home / family, home / "pictures"
     if not folder.exists():
-        # vLLM's kernel for CPUs takes no other width of gated delta heads than the published models'.
-        wide = {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
-        wide |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
-        family_folder(family, folder, corpus(), **(wide if family == "qwen3_5" and part != "packed" else {}))
+        make_model(family, folder, part)
     pictures.mkdir(exist_ok=True)
     if part == "texts":
         return texts(folder, make_shop(home / f"shop-{family}", n_items=8, n_users=8))
@@ -213,8 +239,10 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the result goes, as JSON")
-    parser.add_argument("--families", nargs="*", default=list(FAMILIES), help="only these")
-    parser.add_argument("--parts", nargs="*", default=list(PARTS), help="texts, raw_image, caption: vLLM; packed")
+    parser.add_argument("--families", nargs="*", default=[*FAMILIES, *LANGUAGE_MODELS], help="only these")
+    parser.add_argument(
+        "--parts", nargs="*", default=list(PARTS), choices=("packed", *PARTS), help="all but packed: vLLM"
+    )
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -234,7 +262,7 @@ def main() -> None:
     cells = json.loads(args.out.read_text())["cells"] if args.out.is_file() else {}
     with tempfile.TemporaryDirectory() as home:
         for family in args.families:
-            for part in args.parts:
+            for part in (part for part in args.parts if part in parts_of(family)):
                 begun, file = time.monotonic(), Path(home) / "result.json"
                 file.unlink(missing_ok=True)
                 command = [sys.executable, __file__, "--out", str(file), "--child", family, part, home]

@@ -54,8 +54,9 @@ def test_an_adapter_of_the_text_model_on_the_vision_base_is_refused(
     with pytest.raises(UserError, match=r"does not fit its base model .*missing keys.*unexpected keys") as caught:
         check_adapter(model, engine)
     assert "model.layers.0" in caught.value.problem
-    with pytest.raises(UserError, match="does not fit"):
-        open_scorer(model, EngineConfig(name="transformers"))
+    for name in ("transformers", "packed"):
+        with pytest.raises(UserError, match="does not fit"):
+            open_scorer(model, EngineConfig(name=name))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

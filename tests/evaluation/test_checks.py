@@ -68,6 +68,7 @@ def test_scores_that_contradict_or_say_nothing() -> None:
     assert "not finite" in check([1, float("nan"), 0])[0]
     constant = np.log([0.5, 0.3, 0.2]).tolist()
     assert "do not depend on the candidates" in check(*[constant] * 6)[0]
+    assert "do not depend on the candidates" in check(*[np.log([1 / 3] * 3).tolist()] * 6)[0]
     assert check(*[constant] * 5, np.log([0.6, 0.3, 0.1]).tolist()) == []
     assert check(*[[-1, -2, -3]] * 6) == [], "ranks are alike by nature"
 

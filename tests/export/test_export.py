@@ -40,7 +40,7 @@ def adapter_run(tiny_text_model: Path, tiny_vision_model: Path, shop: Dataset, t
         kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
         torch.manual_seed(0)
         targets = {"target_modules": r".*(language_model|model).*layers.*(q_proj|up_proj|down_proj)"} | lora
-        model = get_peft_model(kind.from_pretrained(base), LoraConfig(r=4, lora_alpha=8, **targets))
+        model = get_peft_model(kind.from_pretrained(base), LoraConfig(**{"r": 4, "lora_alpha": 8, **targets}))
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "lora_embedding" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -78,6 +78,8 @@ def of_run(folder: Path, kind: Any = AutoModelForCausalLM) -> torch.Tensor:
         {"use_dora": True},
         {"target_modules": ["q_proj", "lm_head"]},  # tied to the embeddings, which stay as they are
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"r": 128, "use_rslora": True},
+        {"target_modules": "all-linear"},
     ],
     ids=str,
 )
@@ -175,6 +177,21 @@ def test_an_adapter_alone_and_another_number_format(adapter_run: Run, tmp_path: 
     assert not (tmp_path / "adapter" / "optimizer.pt").exists()
     run(ExportConfig(run=str(folder), out=tmp_path / "half", sample=0, dtype="bfloat16"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
+
+
+def test_an_adapter_of_the_text_model_is_not_merged_into_a_vision_base(
+    adapter_run: Run, tiny_vision_model: Path, tmp_path: Path
+) -> None:
+    """None of its matrices would be: the base would be published under the adapter's name."""
+    folder = adapter_run()
+    file = folder / "qwen3vl_rerank" / "checkpoint-3" / "vlrank.json"
+    changes = {"mode": "caption", "family": "vision", "base_model": str(tiny_vision_model)}
+    atomic_write_json(file, json.loads(file.read_text()) | changes)
+    file = file.with_name("adapter_config.json")
+    atomic_write_json(file, json.loads(file.read_text()) | {"base_model_name_or_path": str(tiny_vision_model)})
+    with pytest.raises(UserError, match="does not fit its base model"):
+        run(ExportConfig(run=str(folder), out=tmp_path / "out", sample=0))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_exported_is_one_message_and_leaves_nothing(

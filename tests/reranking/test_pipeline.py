@@ -9,16 +9,19 @@ from typing import get_args
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.processes import two_shards
 from tests.summaries import with_summaries
-from vlrank.config import EngineConfig, RankingConfig, RayConfig, RerankConfig, Split, load_config
+from vlrank.config import EngineConfig, EvaluateConfig, RankingConfig, RayConfig, RerankConfig, Split, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
 from vlrank.data.schemas import CANDIDATES, RANKINGS
 from vlrank.data.tables import atomic_write_json
 from vlrank.engines import vllm_args
 from vlrank.errors import UserError
+from vlrank.evaluation.run import run as evaluate
 from vlrank.prompting.modes import mode_spec
 from vlrank.prompting.prior import with_prior
 from vlrank.reranker import Qwen3VLReranker
@@ -113,6 +116,7 @@ def test_a_model_that_does_not_look_is_noticed() -> None:
 
     places = np.log(rng.dirichlet(np.ones(20)))
     assert constant([places] * 6)
+    assert constant([np.full(20, -np.log(20))] * 6)
     assert constant([with_prior(places, np.log1p(items)) for items in lists], popularity_prior=True)
     assert not constant([with_prior(places, np.log1p(items)) for items in lists])
     assert not constant([places + rng.normal(size=20) * 0.01 for _ in lists])
@@ -291,6 +295,19 @@ def test_rankings_equal_the_notebooks_and_a_second_run_does_nothing(
     targets = [histories[user][1] for user in by_retriever["user_id"]]
     assert np.mean([items[0] == t for items, t in zip(by_retriever["item_ids"], targets, strict=True)]) > 0.8
     assert "fusion=" in by_retriever["source"][0]
+
+
+@pytest.mark.stack
+def test_rankings_of_a_constant_model_say_so(cluster: None, dataset: Dataset, model: Path, tmp_path: Path) -> None:
+    """All scores are equal: the lists are the retriever's, with the retriever's numbers."""
+    constant, out = tmp_path / "constant", tmp_path / "r.parquet"
+    shutil.copytree(model, constant)
+    [file] = constant.rglob("model.safetensors")
+    save_file({key: torch.zeros_like(weight) for key, weight in load_file(file).items()}, file, {"format": "pt"})
+    said = run(config(dataset, constant, out)).lines["warning"]
+    assert "do not depend on the candidates" in str(said)
+    evaluate(load_config(EvaluateConfig, dataset=dataset.path, rankings=(out,), out=tmp_path / "report"))
+    assert "do not depend on the candidates" in (tmp_path / "report" / "metrics.json").read_text()
 
 
 @pytest.mark.stack

@@ -22,7 +22,23 @@ def load_whole(kind: Any, name: str, **options: Any) -> Any:
         options["attn_implementation"] = "eager"  # sdpa would leave the soft cap out
     model, info = kind.from_pretrained(name, output_loading_info=True, use_safetensors=True, **options)
     refuse_missing(name, info["missing_keys"])
+    _drop_contradictions(model)
     return model
+
+
+def _drop_contradictions(model: Any) -> None:
+    """Leave out settings of generation that contradict each other: transformers ignores them and refuses to write them.
+
+    Folders have such (a temperature without sampling), and a checkpoint could not be saved. The tokens' ids stay.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = type(settings)(**{name: getattr(settings, name) for name in names})
 
 
 def check_whole(model: Any, folder: str) -> None:
