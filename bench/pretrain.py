@@ -1,4 +1,4 @@
-"""How the demo's base models came to be: ``python bench/pretrain.py text|vision OUT.safetensors``.
+"""How the demo's models came to be: ``python bench/pretrain.py text|vision|captioner OUT.safetensors``.
 
 A real Qwen can read a numbered list, tell what a picture shows and find the line that fits a description long before it
 is fine-tuned. A model with random weights cannot, and learning it takes more tokens than a laptop reads in a demo. So
@@ -6,8 +6,10 @@ the tiny models are pre-trained once, on one CPU core, and their weights ship wi
 
     text text.safetensors --steps 1200
     vision vision.safetensors --steps 2000 --start_from text.safetensors
+    captioner captioner.safetensors
 
-What they are taught, on freshly drawn products (never those of a demo's shop), styles and colours always independent:
+What the two that rank are taught, on freshly drawn products (never those of a demo's shop), styles and colours always
+independent:
 
 - **point**: a numbered list of products that all differ, some products that were read before, and the number of the
   one line that has their style and colour (or style and kind). In text, and (vision) with pictures for lines.
@@ -21,17 +23,22 @@ line that it names. Matrices are trained with Muon (Jordan et al. 2024), which n
 
 What they are *not* taught: anything about users. That a history strays from its owner's taste, which styles go with
 which colours (`shop.HOME_COLOUR`) and what sells best is left to fine-tuning.
+
+The captioner is a model of its own, because one this small learns either to see well or to read lists well. It answers
+the two generation prompts about pictures of nine visual tokens, and ranks nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import bisect
+import functools
+import io
 import itertools
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -41,9 +48,22 @@ import torch
 from PIL import Image
 
 from vlrank.compat import patch_torchvision
+from vlrank.config import What
 from vlrank.data.items import ItemMeta
-from vlrank.demo.base_models import CELL, DEMO_SIZES, corpus, picture_options, text_model, train_tokenizer, vision_model
-from vlrank.demo.shop import BRANDS, COLOURS, KINDS, PATTERNS, STYLES, draw
+from vlrank.demo.base_models import (
+    CAPTIONER_SIDE,
+    CAPTIONER_SIZES,
+    CELL,
+    DEMO_SIZES,
+    PATCH,
+    corpus,
+    picture_options,
+    text_model,
+    train_tokenizer,
+    vision_model,
+)
+from vlrank.demo.captions import caption_accuracy
+from vlrank.demo.shop import BRANDS, COLOURS, KINDS, PATTERNS, STYLES, Product, draw, make_products, picture_bytes
 from vlrank.generation.prompts import load_prompt
 from vlrank.prompting.chat_template import render_messages
 from vlrank.prompting.modes import mode_spec
@@ -328,12 +348,12 @@ def _picture_bank(copies: int) -> tuple[Bank, npt.NDArray[np.float32]]:
     return kinds, np.stack(patches)
 
 
-def picture_patches(picture: Image.Image) -> npt.NDArray[np.float32]:
-    """A picture as the vision tower takes it, at the size of one visual token: [4 patches, values]."""
+def picture_patches(picture: Image.Image, side: int = CELL) -> npt.NDArray[np.float32]:
+    """A square picture as the vision tower takes it at ``side`` pixels: [patches, values]; by default 4 patches."""
     patch_torchvision()
     from transformers import Qwen2VLImageProcessor
 
-    processor = Qwen2VLImageProcessor(**picture_options(CELL * CELL))
+    processor = Qwen2VLImageProcessor(**picture_options(side * side))
     return np.asarray(processor(images=[picture], return_tensors="np")["pixel_values"], dtype=np.float32)
 
 
@@ -506,27 +526,163 @@ def teach(
             )
 
 
+# ---- the captioner --------------------------------------------------------------------------------------------------
+
+
+def train_captioner(*, steps: int, batch: int, lr: float, seed: int, n_pictures: int) -> Any:
+    """Teach a fresh captioner to answer the two generation prompts; prints its loss, and its accuracy at the end.
+
+    Args:
+        steps: Batches.
+        batch: Pictures, each with a prompt, per step.
+        lr: AdamW's; most of a step of Muon would be Muon's own.
+        seed: Of weights and batches.
+        n_pictures: How many products are drawn to learn from.
+
+    Returns:
+        The model, float32.
+    """
+    torch.set_num_threads(1)  # as in `pretrain`
+    tokenizer = train_tokenizer(corpus())
+    products = make_products(n_pictures, seed=1_000_003)
+    patches = torch.from_numpy(_captioner_patches(products))
+    model = vision_model(tokenizer, **CAPTIONER_SIZES, seed=seed).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    rng = np.random.default_rng(seed)
+    start, losses = time.perf_counter(), []
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, step / 20, (steps - step + 1) / (0.5 * steps))
+        shown = rng.choice(len(products), batch, replace=False)
+        what: What = "caption" if rng.random() < 0.6 else "semantic_summary"
+        rows = [_captioner_row(tokenizer, products[i], what, rng) for i in shown]
+        inputs, labels = _padded(tokenizer, rows)
+        states = model.model(**inputs, **_pixels(patches[torch.from_numpy(shown)]), use_cache=False).last_hidden_state
+        wanted = labels[:, 1:]
+        logits = model.lm_head(states[:, :-1][wanted != -100])
+        loss = torch.nn.functional.cross_entropy(logits, wanted[wanted != -100])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if step % _PRINT_EVERY == 0:
+            took = time.perf_counter() - start
+            print(f"captioner step {step} {took:.0f}s loss {np.mean(losses[-_PRINT_EVERY:]):.4f}", flush=True)
+        if step % (4 * _PRINT_EVERY) == 0 or step == steps:
+            print({part: round(share, 4) for part, share in _held_out(model.eval(), tokenizer).items()}, flush=True)
+            model.train()
+    return model
+
+
+def _captioner_row(tokenizer: Any, product: Product, what: What, rng: np.random.Generator) -> tuple[list[int], int]:
+    """Token ids of a prompt with its answer, and how many of them are the answer."""
+    text = f"{product.title} | {product.brand} | Home > {product.kind}s"
+    text += f" | {product.description}" if rng.random() < 0.7 else ""
+    if what == "caption":
+        answer = caption(product.colour, product.pattern, product.kind)
+    else:
+        answer = summary(product.style, product.colour, product.kind)
+    ids = _captioner_prompt(tokenizer, what, text)
+    answer_ids = tokenizer(f"{answer}{END}", add_special_tokens=False)["input_ids"]
+    return [*ids, *answer_ids], len(answer_ids)
+
+
+def _captioner_prompt(tokenizer: Any, what: What, text: str) -> list[int]:
+    """Token ids of a generation prompt, with as many visual tokens as a picture of the captioner has."""
+    rendered = render_messages(tokenizer, load_prompt(None, what).messages(text, with_image=True))
+    visual = (CAPTIONER_SIDE // CELL) ** 2
+    rendered = rendered.replace("<|image_pad|>", "<|image_pad|>" * visual)
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def _padded(tokenizer: Any, rows: Sequence[tuple[list[int], int]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs [rows, longest] padded on the right, and labels with -100 outside of the answers."""
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), width), -100)
+    for i, (row, answer) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        labels[i, len(row) - answer : len(row)] = ids[i, len(row) - answer : len(row)]
+    image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    mask = (ids != tokenizer.pad_token_id).long()
+    return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == image_id).int()}, labels
+
+
+def _pixels(patches: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A model's picture inputs from patches [pictures, patches, patch values]."""
+    side = CAPTIONER_SIDE // PATCH
+    return {
+        "pixel_values": patches.flatten(0, 1).float(),
+        "image_grid_thw": torch.tensor([[1, side, side]] * len(patches)),
+    }
+
+
+def _captioner_patches(products: Sequence[Product]) -> npt.NDArray[np.float16]:
+    """Patches of the products' pictures as `vlrank generate` shows them: [products, patches, patch values]."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(2) as pool:
+        return np.stack(list(pool.map(_captioner_picture, products, chunksize=16)))
+
+
+def _captioner_picture(product: Product) -> npt.NDArray[np.float16]:
+    torch.set_num_threads(1)
+    picture = Image.open(io.BytesIO(picture_bytes(product, seed=1_000_003)))
+    picture.thumbnail((CAPTIONER_SIDE, CAPTIONER_SIDE), Image.Resampling.BICUBIC)
+    return picture_patches(picture, CAPTIONER_SIDE).astype(np.float16)
+
+
+@functools.cache
+def _held_out_products() -> tuple[list[Product], torch.Tensor]:
+    products = make_products(576, seed=2_000_003)
+    products = [replace(product, source_id=f"SHOP{number:06d}") for number, product in enumerate(products, 500_001)]
+    return products, torch.from_numpy(_captioner_patches(products))
+
+
+def _held_out(model: Any, tokenizer: Any) -> dict[str, float]:
+    """`caption_accuracy` on 576 products whose pictures were not learned from."""
+    products, patches = _held_out_products()
+    ids = torch.tensor([_captioner_prompt(tokenizer, "caption", "")] * len(products))
+    image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == image_id).int()}
+    with torch.no_grad():
+        answers = model.generate(**inputs, **_pixels(patches), max_new_tokens=12, do_sample=False)[:, ids.shape[1] :]
+    said = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return caption_accuracy(products, {p.source_id: text for p, text in zip(products, said, strict=True)})
+
+
 def main() -> None:
     """Command line."""
     from safetensors.torch import save_file
 
-    parser = argparse.ArgumentParser(description="Pre-train a tiny base model of the demo.")
-    parser.add_argument("family", choices=["text", "vision"])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch", type=int, default=8, help="conversations per step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's, for embeddings and norms")
-    parser.add_argument("--muon_lr", type=float, default=0.02)
-    parser.add_argument("--grow", type=int, default=200, help="steps after which lists have 20 lines")
-    parser.add_argument("--start_from", type=Path, help="vision: weights of a text model")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description="Pre-train a tiny model of the demo.")
+    commands = parser.add_subparsers(dest="model", required=True)
+    for name in ("text", "vision", "captioner"):
+        captions = name == "captioner"
+        command = commands.add_parser(name)
+        command.add_argument("out", type=Path)
+        command.add_argument("--steps", type=int, default=600 if captions else 800)
+        command.add_argument("--batch", type=int, default=48 if captions else 8, help="conversations per step")
+        command.add_argument("--lr", type=float, default=2e-3 if captions else 3e-3, help="AdamW's")
+        command.add_argument("--seed", type=int, default=0)
+        if captions:
+            command.add_argument("--n_pictures", type=int, default=2000, help="drawn to learn from")
+        else:
+            command.add_argument("--muon_lr", type=float, default=0.02, help="for matrices; AdamW has the others")
+            command.add_argument("--grow", type=int, default=200, help="steps after which lists have 20 lines")
+        if name == "vision":
+            command.add_argument("--start_from", type=Path, help="weights of a text model")
     args = parser.parse_args()
-    options = {name: value for name, value in vars(args).items() if name not in ("family", "out")}
-    model = pretrain(args.family, DEMO_SIZES, **options)
+    options = {name: value for name, value in vars(args).items() if name not in ("model", "out")}
+    if args.model == "captioner":
+        model, sizes = train_captioner(**options), CAPTIONER_SIZES
+    else:
+        model, sizes = pretrain(args.model, DEMO_SIZES, **options), DEMO_SIZES
     state = {
         name: tensor.half().contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"
     }
-    save_file(state, args.out, metadata={"sizes": str(DEMO_SIZES)})
+    save_file(state, args.out, metadata={"sizes": str(sizes)})
     print(f"wrote {args.out}")
 
 

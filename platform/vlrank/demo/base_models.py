@@ -232,33 +232,50 @@ def picture_options(longest_edge: int) -> dict[str, Any]:
 
 
 DEMO_SIZES = {"hidden": 64, "layers": 3, "heads": 4}
-"""Shape of the demo's two models, as their weights have it."""
+"""Shape of the demo's two base models for ranking, as their weights have it."""
+CAPTIONER_SIZES = {"hidden": 64, "layers": 2, "heads": 4, "vision_layers": 3}
+"""Shape of the demo's captioner."""
+CAPTIONER_SIDE = 3 * CELL
+"""Pixels along one side of the captioner's pictures: in one visual token, stripes and handles are blurred."""
 WEIGHTS = Path(__file__).parent / "weights"
 
 
 def make_demo_models(folder: Path) -> dict[str, Path]:
-    """The demo's base models, ``text`` and ``vision``, with the weights that bench/pretrain.py made.
+    """The demo's models, with the weights that bench/pretrain.py made.
+
+    ``text`` and ``vision`` are the base models of the rerankers; ``captioner`` writes captions and summaries. A model
+    this small learns either to see well or to read lists well.
 
     Returns:
-        Family -> model folder; an existing one is left as it is.
+        Name -> model folder; an existing one is left as it is.
     """
     from safetensors.torch import load_file
-    from tokenizers import Tokenizer
 
-    tokenizer = _dressed(Tokenizer.from_file(str(WEIGHTS / "tokenizer.json")))
-    folders = {}
-    for family, build in (("text", text_model), ("vision", vision_model)):
-        folders[family] = folder / family
-        if (folder / family / "generation_config.json").exists():  # written last
+    tokenizer = demo_tokenizer()
+    builds = {
+        "text": lambda: text_model(tokenizer, **DEMO_SIZES),
+        "vision": lambda: vision_model(tokenizer, **DEMO_SIZES),
+        "captioner": lambda: vision_model(tokenizer, **CAPTIONER_SIZES),
+    }
+    for name, build in builds.items():
+        if (folder / name / "generation_config.json").exists():  # written last
             continue
-        model = build(tokenizer, **DEMO_SIZES)
-        state = {name: value.float() for name, value in load_file(WEIGHTS / f"{family}.safetensors").items()}
+        model = build()
+        state = {key: value.float() for key, value in load_file(WEIGHTS / f"{name}.safetensors").items()}
         missing, unexpected = model.load_state_dict(state, strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:
-            raise ValueError(f"{family}.safetensors does not fit its config: {missing[:3]} {unexpected[:3]}")
+            raise ValueError(f"{name}.safetensors does not fit its config: {missing[:3]} {unexpected[:3]}")
         model.tie_weights()
-        save_model(folders[family], model, tokenizer)
-    return folders
+        side = CAPTIONER_SIDE if name == "captioner" else CELL
+        save_model(folder / name, model, tokenizer, image_pixels=side * side)
+    return {name: folder / name for name in builds}
+
+
+def demo_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of all three models, from its file."""
+    from tokenizers import Tokenizer
+
+    return _dressed(Tokenizer.from_file(str(WEIGHTS / "tokenizer.json")))
 
 
 def corpus() -> list[str]:
