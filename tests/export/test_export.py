@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,12 +22,17 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from vlrank.config import ExportConfig
+from tests.engines.brute_force import RANKING, picture_items, text_items
+from vlrank.config import EngineConfig, ExportConfig
 from vlrank.data.dataset import Dataset
 from vlrank.data.tables import atomic_write_json
 from vlrank.engines.models import open_model
+from vlrank.engines.scoring import open_scorer
+from vlrank.engines.transformers_scorer import load_model, score_labels
 from vlrank.errors import UserError
 from vlrank.export.run import run
+from vlrank.prompting.encoding import Encoder
+from vlrank.prompting.modes import mode_spec
 
 Run = Callable[..., Path]
 
@@ -154,6 +161,29 @@ def test_in_8_bits_transformers_loads_it_and_the_card_says_how_rankings_change(
     assert "FP8" in (out / "README.md").read_text()
     apart = (logits(AutoModelForCausalLM.from_pretrained(out)) - of_run(folder)).abs().mean()
     assert apart < 0.1 * of_run(folder).abs().mean()
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize(("mode", "quantization"), [("raw_image", None), ("semantic_summary_small", "fp8")])
+def test_vllm_loads_it_and_ranks_as_transformers_does(
+    adapter_run: Run, tmp_path: Path, mode: str, quantization: Any
+) -> None:
+    pytest.importorskip("vllm")
+    out = tmp_path / "out"
+    run(ExportConfig(run=str(adapter_run(mode)), out=out, sample=0, quantization=quantization))
+    model = open_model(out)
+    encoder = Encoder.load(out, mode_spec(model.mode), RANKING)
+    items = picture_items(12, tmp_path) if mode == "raw_image" else text_items(12)
+    prompts = [encoder.encode(text_items(k, "old"), items[:n]) for k, n in [(0, 4), (3, 12), (1, 9)]]
+    expected = score_labels(load_model(model, "float32"), encoder, prompts)
+    engine = open_scorer(replace(model, ranking=RANKING), EngineConfig(name="vllm", max_model_len=4096))
+    try:
+        scored = engine.score_labels(encoder, prompts)
+    finally:
+        engine.close()
+    atol = 0.1 if quantization else 1e-3  # activations are rounded to 8 bits by kernels of either's own
+    for ours, theirs in zip(scored, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=atol)
 
 
 def test_a_base_in_4_bits_becomes_whole(adapter_run: Run, tiny_text_model: Path, tmp_path: Path) -> None:
