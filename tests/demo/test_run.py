@@ -8,6 +8,7 @@ import pytest
 from vlrank.config import DemoConfig
 from vlrank.demo import run as demo
 from vlrank.demo.shop import make_products, make_shop
+from vlrank.recipes.recipe import name_of
 
 
 def test_the_summary_says_how_many_captions_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +24,13 @@ def test_the_summary_says_how_many_captions_are_right(tmp_path: Path, monkeypatc
     ]
     dataset.add_generated("caption", pl.DataFrame(rows, schema_overrides={"item_id": pl.Int32}))
     assert demo._captions(config) == "right kind 75.0%, colour 50.0%, pattern 75.0%, all three 50.0% of 4 items"
+
+
+def test_modes_that_nobody_asked_for_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "N_ITEMS", 4)
+    monkeypatch.setattr(demo, "N_USERS", 4)
+    recipe = demo._recipe(DemoConfig(out=tmp_path, modes=("caption",), trials=0))
+    names = ["shop", "captions", "summaries", "caption_model", "caption", "caption_zero_shot", "report"]
+    assert [name_of(stage) for stage in recipe.stages] == names
+    assert recipe.stages[-1]["rankings"] == ["caption", "caption_zero_shot"]
+    assert recipe.stages[-1]["runs"] == ["caption_model"]

@@ -19,7 +19,7 @@ from vlrank.data.tables import atomic_write_json
 from vlrank.demo.captions import caption_accuracy
 from vlrank.demo.shop import make_products, write_raw_shop
 from vlrank.errors import UserError
-from vlrank.recipes.recipe import RunConfig
+from vlrank.recipes.recipe import RunConfig, name_of
 from vlrank.recipes.run import run as run_recipe
 
 N_ITEMS, N_USERS = 288, 480
@@ -95,7 +95,7 @@ def _recipe(config: DemoConfig) -> RunConfig:
     absent = {name for mode in MODES if mode not in config.modes for name in (mode, mode + _UNTRAINED, f"{mode}_model")}
     if not config.trials:
         absent.add("sweep")
-    stages = [stage for stage in recipe["stages"] if next(iter(stage.values())) not in absent]
+    stages = [stage for stage in recipe["stages"] if name_of(stage) not in absent]
     for stage in stages:
         if "tune" in stage:
             stage["trials"] = config.trials

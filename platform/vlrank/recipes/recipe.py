@@ -63,7 +63,7 @@ class RunConfig(Config):
         kept = {key: value for key, value in values.items() if key in cls.model_fields}
         entries = [dict(entry) if isinstance(entry, dict) else entry for entry in values["stages"]]
         whole = [entry for entry in entries if isinstance(entry, dict) and entry]
-        named = {_name_of(entry): entry for entry in whole if isinstance(_name_of(entry), str)}
+        named = {name_of(entry): entry for entry in whole if isinstance(name_of(entry), str)}
         settings = values.get("settings") or {}
         for key, value in values.items():
             if key in kept:
@@ -197,7 +197,7 @@ def _stage_of(entry: Mapping[Any, Any]) -> Any:
     return next(iter([*found, *(key for key in entry if key not in known), *entry]))
 
 
-def _name_of(entry: Mapping[Any, Any]) -> Any:
+def name_of(entry: Mapping[Any, Any]) -> Any:
     """The name in ``{STAGE: NAME, ...}``; the stage itself where none is given."""
     stage = _stage_of(entry)
     return stage if entry[stage] is None else entry[stage]
@@ -209,7 +209,7 @@ def _entries(config: RunConfig) -> dict[str, tuple[str, dict[str, Any]]]:
     for number, entry in enumerate(config.stages, 1):
         if not entry:
             raise UserError(f"stage {number} of the recipe is empty", "Write `- STAGE: NAME` and its settings.")
-        stage, name = _stage_of(entry), _name_of(entry)
+        stage, name = _stage_of(entry), name_of(entry)
         if stage not in STAGES:
             raise UserError(
                 f"stage {number} of the recipe has `{stage}`, which is no stage{_near(stage, list(STAGES))}",
