@@ -17,8 +17,9 @@ from tests.prompting.tokenizers_zoo import ZOO
 from vlrank.config import EngineConfig
 from vlrank.engines.models import ModelFolder, open_model
 from vlrank.engines.packed_files import read_known, remember
+from vlrank.engines.packed_layer import Matrix
 from vlrank.engines.packed_load import open_packed
-from vlrank.engines.packed_model import PackedModel
+from vlrank.engines.packed_model import PackedModel, side_by_side
 from vlrank.engines.transformers_scorer import load_model
 from vlrank.prompting.encoding import Encoder
 from vlrank.prompting.modes import mode_spec
@@ -248,3 +249,11 @@ def test_a_cache_that_cannot_be_written_is_no_mistake(tmp_path: Path, cache: Pat
     cache.write_text("a file where a folder should be")
     assert not remember(model, PackedModel.of(load_model(model, "float32", "cpu")))
     assert read_known(model, torch.float32, CPU) is None
+
+
+def test_scores_do_not_depend_on_where_a_file_puts_a_matrix() -> None:
+    odd = torch.randn(64 * 64 + 1)[1:].view(64, 64)
+    assert odd.data_ptr() % 64
+    kept = side_by_side([Matrix(odd)]).weight
+    assert kept.data_ptr() % 64 == 0
+    assert torch.equal(kept, odd)
