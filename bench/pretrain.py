@@ -93,13 +93,13 @@ class Thing:
 
 
 def caption(colour: str, pattern: str, kind: str) -> str:
-    """The caption that the vision model is taught, e.g. ``A blue striped mug.``"""
+    """The caption that models with pictures are taught, e.g. ``A blue striped mug.``"""
     seen = colour if pattern == "plain" else f"{colour} {pattern}"
     return f"A {seen} {kind.lower()}."
 
 
 def summary(style: str, colour: str, kind: str) -> str:
-    """The summary that the vision model is taught, from text and picture, e.g. ``A Nordic mug in blue.``"""
+    """The summary that models with pictures are taught, e.g. ``A Nordic mug in blue.``"""
     article = "An" if style[0] in "AEIOU" else "A"
     return f"{article} {style} {kind.lower()} in {colour}."
 
@@ -643,11 +643,10 @@ def _held_out_products() -> tuple[list[Product], torch.Tensor]:
 def _held_out(model: Any, tokenizer: Any) -> dict[str, float]:
     """`caption_accuracy` on 576 products whose pictures were not learned from."""
     products, patches = _held_out_products()
-    ids = torch.tensor([_captioner_prompt(tokenizer, "caption", "")] * len(products))
-    image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == image_id).int()}
+    prompt = _captioner_prompt(tokenizer, "caption", "")
+    inputs, _ = _padded(tokenizer, [(prompt, 0)] * len(products))
     with torch.no_grad():
-        answers = model.generate(**inputs, **_pixels(patches), max_new_tokens=12, do_sample=False)[:, ids.shape[1] :]
+        answers = model.generate(**inputs, **_pixels(patches), max_new_tokens=12, do_sample=False)[:, len(prompt) :]
     said = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return caption_accuracy(products, {p.source_id: text for p, text in zip(products, said, strict=True)})
 

@@ -243,11 +243,11 @@ def side_by_side(parts: Sequence[Matrix]) -> Matrix:
     biases = [part.bias for part in parts if part.bias is not None]
     if len(biases) not in (0, len(parts)):
         raise Unsuited("a part of its query, key and value projections has a bias")
-    weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else aligned(parts[0].weight)
+    weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else _aligned(parts[0].weight)
     return Matrix(weight, torch.cat(biases) if biases else None)
 
 
-def aligned(matrix: torch.Tensor) -> torch.Tensor:
+def _aligned(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix, from an address that PyTorch would have chosen: files put it anywhere.
 
     On CPUs the last bit of a product may depend on the address, and one file would score in two ways.
