@@ -34,6 +34,10 @@ from typing import Any
 import numpy as np
 import psutil
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.processes import command_line, family, of_living
+
 from generate import machine
 from rerank import Shape, copy_model, job, make_dataset, write_random_weights
 
@@ -200,15 +204,14 @@ def memory_of(process: psutil.Process, every_s: float = 1.0) -> Iterator[dict[st
 
     def look() -> None:
         while not done.wait(every_s):
-            for child in process.children(recursive=True):
-                with contextlib.suppress(psutil.Error, IndexError):
-                    title = child.cmdline()[0]
-                    for part, name in names.items():
-                        if part in title:
-                            if seen.setdefault(name, child.pid) != child.pid:
-                                seen[name] = child.pid
-                                found[name].clear()
-                            found[name].append(round(child.memory_info().rss / 2**20, 1))
+            titled = of_living(family(process.pid), lambda child: (command_line(child), child.memory_info().rss))
+            for child, (title, resident) in titled.items():
+                for part, name in names.items():
+                    if part in title:
+                        if seen.setdefault(name, child.pid) != child.pid:
+                            seen[name] = child.pid
+                            found[name].clear()
+                        found[name].append(round(resident / 2**20, 1))
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
@@ -233,11 +236,9 @@ def growth(samples: dict[str, list[float]]) -> dict[str, Any]:
 
 def kill_a_replica(process: psutil.Process) -> None:
     """SIGKILL, as when a machine's memory is full."""
-    for child in process.children(recursive=True):
-        with contextlib.suppress(psutil.Error, IndexError):
-            if "ServeReplica" in child.cmdline()[0]:
-                child.kill()
-                return
+    for child, title in of_living(family(process.pid), command_line).items():
+        if "ServeReplica" in title and of_living([child], psutil.Process.kill):
+            return
     raise SystemExit("there is no replica to kill")
 
 

@@ -33,6 +33,11 @@ from typing import Any
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.processes import command_line, family, of_living
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_DISK = 90e9
 """On a smaller disk the state of a fully trained 2B model is not saved: it needs 51 GB beside the checkpoints."""
@@ -97,7 +102,7 @@ class Watch:
     steps: list[tuple[float, int]] = field(default_factory=list)
     written: dict[int, int] = field(default_factory=dict)
 
-    def look(self, process: psutil.Process, out: Path) -> None:
+    def look(self, pid: int, out: Path) -> None:
         """Once; what cannot be seen is left out."""
         now = time.time()
         if shutil.which("nvidia-smi"):
@@ -112,12 +117,10 @@ class Watch:
             self.steps.append((now, step))
         except (OSError, ValueError):
             pass
-        try:
-            for child in process.children(recursive=True):
-                if "RayTrainWorker" in " ".join(child.cmdline()):
-                    self.written[child.pid] = child.io_counters().write_chars
-        except psutil.Error:
-            pass
+        lines = of_living(family(pid), command_line)
+        workers = [child for child, line in lines.items() if "RayTrainWorker" in line]
+        counters = of_living(workers, psutil.Process.io_counters)
+        self.written |= {child.pid: counter.write_chars for child, counter in counters.items()}
 
     def seen(self) -> dict[str, Any]:
         """As the report has it."""
@@ -232,7 +235,7 @@ def run(words: list[str], out: Path, limit: float, log: Path, env: dict[str, str
 
         def look() -> None:
             while not over.wait(0.5):
-                watch.look(psutil.Process(process.pid), out)
+                watch.look(process.pid, out)
 
         looking = threading.Thread(target=look, daemon=True)
         looking.start()
@@ -303,5 +306,4 @@ def tiny_models(work: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "platform"))
     main()

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from hypothesis import settings
 
+from tests.processes import command_line, end, of_living
 from tests.vision_families import FAMILIES, family_folder
 from vlrank.config import PrepareConfig
 from vlrank.data.dataset import Dataset, write_dataset
@@ -46,22 +47,18 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     if hasattr(session.config, "workerinput"):
         return  # the controller looks when all workers have ended
     _, left = psutil.wait_procs(_started_by_tests(), timeout=20)
+    lines = of_living(left, command_line)
     for process in left:
-        print(f"left behind: {process.pid} {' '.join(process.cmdline())[:200]}")
-        process.kill()
+        print(f"left behind: {process.pid} {lines.get(process, '(has ended since)')[:200]}")
+    end(left)
     if left and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def _started_by_tests() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get(SESSION) == os.environ[SESSION]:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    others = (process for process in psutil.process_iter() if process.pid != os.getpid())
+    sessions = of_living(others, lambda process: process.environ().get(SESSION))
+    return [process for process, session in sessions.items() if session == os.environ[SESSION]]
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
+Fact = TypeVar("Fact")
 PATIENCE_S = 600.0
 """A limit against hanging for ever, not a measure of speed."""
 
@@ -44,8 +45,7 @@ class Program:
 
     def family(self) -> list[psutil.Process]:
         """The process and all its descendants."""
-        own = psutil.Process(self.pid)
-        return [own, *own.children(recursive=True)]
+        return family(self.pid)
 
     def wait_for(self, happened: Callable[[], object], what: str = "what the test waits for") -> None:
         """Until something is true, while the process goes on."""
@@ -71,22 +71,50 @@ class Program:
             self.process.kill()
             self.process.wait()
             _, alive = psutil.wait_procs(family, timeout=60)
-            _end(alive)
+            end(alive)
 
     def lose_power(self) -> None:
         """The process and all its descendants at once, as when a machine goes away."""
         if self.process.poll() is None:
-            _end(self.family())
+            end(self.family())
         self.process.wait()
 
 
-def _end(processes: list[psutil.Process]) -> None:
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all its descendants; empty when it has ended and nobody waits for it any more."""
+    try:
+        own = psutil.Process(pid)
+        return [own, *own.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def of_living(
+    processes: Iterable[psutil.Process], read: Callable[[psutil.Process], Fact]
+) -> dict[psutil.Process, Fact]:
+    """What ``read`` returns for each process, without those of which nothing can be read.
+
+    A listed process may have ended before it is read; it is then gone, or a zombie until its parent waits for it.
+    """
+    facts = {}
     for process in processes:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=60)
+        with contextlib.suppress(psutil.Error):
+            facts[process] = read(process)
+    return facts
+
+
+def command_line(process: psutil.Process) -> str:
+    """As `ps` shows it; of Ray's workers it is their title.
+
+    Raises:
+        psutil.Error: the process has ended; `of_living` leaves it out.
+    """
+    return " ".join(process.cmdline()).strip()  # behind a title the old words leave blanks
+
+
+def end(processes: Iterable[psutil.Process]) -> None:
+    """Kill those that live, and wait until they have ended."""
+    psutil.wait_procs(of_living(processes, psutil.Process.kill), timeout=60)
 
 
 def two_shards(folder: Path, *arguments: object) -> Program:

@@ -15,6 +15,7 @@ import pytest
 from ray.train import FailureConfig, WorkerGroupError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
+from tests.processes import command_line, of_living
 from vlrank.config import RayConfig
 from vlrank.errors import UserError
 from vlrank.ray_train import always_met, preload_for, with_failure_policy, worker_error
@@ -151,8 +152,8 @@ def test_workers_of_a_ray_of_our_own_start_in_the_processes_that_wait_for_them(t
 
         total = torch.tensor(dist.get_rank() + 1.0)
         dist.all_reduce(total)
-        others = {child.pid: child.cmdline()[0] for child in psutil.Process().parent().children()}
-        (controller,) = [pid for pid, title in others.items() if "_Controller" in title]
+        others = of_living(psutil.Process().parent().children(), command_line)
+        (controller,) = [process.pid for process, title in others.items() if "_Controller" in title]
         return {
             "total": total.item(),
             "rank": os.environ["RANK"],

@@ -14,7 +14,7 @@ import ray
 from ray._private import services
 from ray._private.node import Node
 
-from tests.processes import Program
+from tests.processes import Program, command_line, of_living
 from vlrank import runtime
 from vlrank.compat import patient_start
 from vlrank.config import RayConfig
@@ -155,7 +155,7 @@ def test_a_session_works_without_what_nobody_asked_ray_for() -> None:
     started = services.start_api_server, services.start_raylet, Node.start_monitor, Node.start_log_monitor
     preload = Preload(("json.tool",), processes=1)
     with ray_session(RayConfig(address="local", num_cpus=2), preload=preload):
-        commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+        commands = of_living(psutil.Process().children(recursive=True), command_line).values()
         assert ray.get(ray.remote(lambda: "json.tool" in sys.modules).remote())
         assert os.environ[runtime.STARTED_HERE]
     for needless in (

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.processes import of_living
 from vlrank import supervisor
 
 COMMAND = """
@@ -114,9 +115,8 @@ def start(tmp_path: Path) -> Iterator[Any]:
 
     yield command
     for each in started:
-        for process in [each.process, *each.descendants]:
-            if isinstance(process, subprocess.Popen) or process.is_running():
-                process.kill()
+        each.process.kill()
+        of_living(each.descendants, psutil.Process.kill)
         each.process.wait()
 
 
@@ -175,9 +175,7 @@ def test_an_interrupt_that_somebody_swallowed_is_still_one(start: Any) -> None:
 def test_a_signal_to_the_command_alone_or_to_all_its_processes(start: Any, work: str) -> None:
     """`ray job stop` and scancel signal each process of a job; Ray's own handler exits without a word."""
     command = start(work)
-    for process in (command.descendants[0], psutil.Process(command.process.pid)):
-        if process.is_running():
-            process.send_signal(signal.SIGTERM)
+    of_living((command.descendants[0], psutil.Process(command.process.pid)), psutil.Process.terminate)
     code, said = command.end()
     assert code == 130
     assert said in ("said by the command\n", f"interrupted: {said.removeprefix('interrupted: ')}")

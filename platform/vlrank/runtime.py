@@ -226,7 +226,12 @@ def _unusable(folder: Path) -> str | None:
 
 def ray_processes() -> list[psutil.Process]:
     """Ray's own processes that this one has started."""
-    return [process for process in psutil.Process().children() if process.name() in ("gcs_server", "raylet")]
+    found = []
+    for process in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # others of its children end at any time
+            if process.name() in ("gcs_server", "raylet"):
+                found.append(process)
+    return found
 
 
 @contextmanager

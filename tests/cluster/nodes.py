@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.processes import family, of_living
+
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -73,10 +75,7 @@ class Nodes:
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
         """End a node as a lost machine would: all its processes at once, without a word."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+        of_living(family(node.pid), psutil.Process.kill)
         node.wait()
 
     def metric(self, name: str, **tags: str) -> float:

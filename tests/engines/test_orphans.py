@@ -10,6 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import command_line, end, of_living
+from vlrank.supervisor import running
+
 WORKERS = """
 import multiprocessing, sys, time
 from pathlib import Path
@@ -46,15 +49,15 @@ if __name__ == "__main__":
 def kill(process: "subprocess.Popen[str]", *, at_least: int) -> None:
     """Kill -9; what was below it must be gone ten seconds later."""
     descendants = psutil.Process(process.pid).children(recursive=True)
-    workers = [one for one in descendants if "resource_tracker" not in " ".join(one.cmdline())]
+    lines = of_living(descendants, command_line)
+    workers = [one for one, line in lines.items() if "resource_tracker" not in line]
     assert len(workers) >= at_least
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 10
-    while left := [one for one in workers if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]:
+    while left := [one for one in workers if running(one)]:
         if time.monotonic() > deadline:
-            for one in left:
-                one.kill()
+            end(left)
             raise AssertionError(f"still there: {left}")
         time.sleep(0.1)
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from scipy.stats import kendalltau
 
+from tests.processes import of_living
 from vlrank.config import EngineConfig
 from vlrank.engines.models import open_model
 from vlrank.engines.resources import EngineDied
@@ -170,9 +171,8 @@ def test_an_unreadable_picture_fails_alone(vision: Served, tmp_path: Path) -> No
 def test_a_dead_core_is_not_the_prompts_fault(text: Served) -> None:
     """The last one: the engine is gone after it. Rows would go to the quarantine that another engine could answer."""
     encoded = text.encoder.encode([], text_items(5, "dead"))
-    for child in psutil.Process().children(recursive=True):
-        if "EngineCore" in child.name():
-            child.kill()
+    names = of_living(psutil.Process().children(recursive=True), psutil.Process.name)
+    of_living((child for child, name in names.items() if "EngineCore" in name), psutil.Process.kill)
     for _ in range(2):
         with pytest.raises(EngineDied):
             text.engine.score_labels(text.encoder, [encoded])

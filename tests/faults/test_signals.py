@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.processes import Program
+from tests.processes import Program, command_line, of_living
 from vlrank.data.dataset import Dataset
 
 pytestmark = pytest.mark.stack
@@ -70,14 +70,8 @@ def start(command: Callable[[str], Words]) -> Iterator[Callable[[str], Program]]
 
 def named(program: Program, name: str) -> list[psutil.Process]:
     """The descendants with this name or, of a Python process, this word in its title."""
-    found = []
-    for process in program.family()[1:]:
-        try:
-            if process.name() == name or name in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    called = of_living(program.family()[1:], lambda process: process.name() == name or name in command_line(process))
+    return [process for process, matches in called.items() if matches]
 
 
 WORKING = {
@@ -146,7 +140,7 @@ def test_a_lost_process_of_ray_ends_a_command_with_one_message(
 ) -> None:
     program = start(name)
     family = reach(program, name, "work")
-    (victim,) = [process for process in family if process.name() == lost]
+    (victim,) = [process for process, called in of_living(family, psutil.Process.name).items() if called == lost]
     victim.kill()
     check(program, family, 1, f"Ray's process {lost} ended while the command was running")
 
@@ -155,9 +149,7 @@ def test_a_signal_to_every_process_of_a_job(start: Callable[[str], Program]) -> 
     """scancel and systemd reach each process of a control group, Ray's own ones too."""
     program = start("train")
     family = reach(program, "train", "work")
-    for process in family:
-        if process.is_running():
-            process.send_signal(signal.SIGTERM)
+    of_living(family, psutil.Process.terminate)
     said = program.finish(130)  # with a line of Ray, perhaps, whose workers end before its driver hears of anything
     assert said.count(INTERRUPTED) == 1, said
     assert "Traceback" not in said, said

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import Program
+from tests.processes import Program, command_line, family, of_living
 from vlrank.config import RayConfig, TrainConfig, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.runtime import ray_session
@@ -54,14 +54,8 @@ def wait_for_evaluation(folder: Path, seconds: float = 300) -> None:
 
 
 def workers(of: int) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process(of).children(recursive=True):
-        try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    lines = of_living(family(of), command_line)
+    return [process for process, line in lines.items() if "RayTrainWorker" in line]
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +181,8 @@ def test_a_terminated_driver_ends_as_by_ctrl_c(settings: Callable[..., TrainConf
     driver.wait_for(lambda: read_history(config.out), "an evaluation")
     # Importing torch where nothing computes costs seconds of every start, and of every trial's.
     started = driver.family()
-    with_torch = [one.name() for one in started if loads_torch(one)]
-    assert with_torch == ["ray::RayTrainWorker"]
+    with_torch = of_living(started, lambda one: one.name() if loads_torch(one) else None)
+    assert [name for name in with_torch.values() if name] == ["ray::RayTrainWorker"]
     driver.process.send_signal(signal.SIGTERM)
     said = driver.finish(130)
     assert "interrupted; what was committed stays" in said

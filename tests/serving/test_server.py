@@ -20,7 +20,7 @@ import polars as pl
 import psutil
 import pytest
 
-from tests.processes import Program
+from tests.processes import Program, command_line, of_living
 from tests.serving.conftest import SUMMARIES, run_folder
 from vlrank.data.dataset import Dataset
 from vlrank.prompting.negatives import sampled_candidates
@@ -121,7 +121,7 @@ def test_a_client_that_leaves_gives_its_place_back(client: httpx.Client, server:
 
 
 def replicas(server: Program) -> list[psutil.Process]:
-    return [process for process in server.family() if "Replica" in "".join(process.cmdline()[:1])]
+    return [process for process, line in of_living(server.family(), command_line).items() if "ServeReplica" in line]
 
 
 @contextmanager
