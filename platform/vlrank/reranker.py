@@ -63,7 +63,7 @@ class Qwen3VLReranker:
         self.spec = mode_spec(mode)
         self.ranking = load_config(RankingConfig, top_k=top_k, max_history=max_history, **ranking)
         # A GPU computes whole rows: short ones answer a single user sooner.
-        self.engine_config = load_config(EngineConfig, name=engine, row_tokens=8192)
+        self.engine_config = load_config(EngineConfig, name=engine, row_tokens=16384, low_latency=True)
         self.model = None if model is None else str(model)
         self.item_meta: Mapping[int, ItemMeta] | None = None
         self._ranker: Ranker | None = None

@@ -1,7 +1,7 @@
 """One pass over a packed row must say exactly what asking for every answer in full would say."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.prompting.tokenizers_zoo import ZOO
 from vlrank.config import EngineConfig, RankingConfig
-from vlrank.engines import packed_attention, packed_load
+from vlrank.engines import packed, packed_attention, packed_load
 from vlrank.engines.models import open_model
 from vlrank.engines.packed import PackedScorer
 from vlrank.engines.packed_attention import Context, RowAttention
@@ -254,7 +254,7 @@ def test_two_ways_of_attention_agree(shapes: list[tuple[int, LabelTrie, int]], f
     for masked, joined in zip(*ways, strict=True):
         torch.testing.assert_close(joined, masked, atol=1e-5, rtol=1e-5)
     whole, reads_only = ways[0]
-    torch.testing.assert_close(whole[attention.reads[:reads]], reads_only, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole[attention.tensors["reads"][:reads]], reads_only, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_of_many_prompts_agree_with_prompts_alone(text: tuple[PackedScorer, Encoder, Any], gpu_rows: None) -> None:
@@ -269,6 +269,88 @@ def test_rows_of_many_prompts_agree_with_prompts_alone(text: tuple[PackedScorer,
         together = scored(scorer, encoder, [prompts[i] for i in order])
         for i, scores in zip(order, together, strict=True):
             np.testing.assert_allclose(scores, expected[i], atol=1e-5)
+    scorer.close()
+
+
+def replayed(compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    """As a CUDA graph: the same launches again, on what lies in the same places now."""
+    hidden = compute().clone()
+    return lambda: hidden.copy_(compute()), hidden
+
+
+def test_recorded_passes_give_what_prompts_get_alone(
+    text: tuple[PackedScorer, Encoder, Any], gpu_rows: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU all rows but the first two of a shape are replays, with other prompts in the same places."""
+    alone, encoder, model = text
+    monkeypatch.setattr(packed, "_READS", 64)
+    scorer = PackedScorer(PackedModel.of(model, keep=True), row_tokens=2048, record=replayed)
+    counts = [20, 12, 5, 30, 2, 9, 20, 15, 3, 25]
+    prompts = [encoder.encode(text_items(i % 4, "old"), text_items(n, f"item {i}")) for i, n in enumerate(counts)]
+    expected = scored(alone, encoder, prompts)
+    for _ in range(2):
+        for i, prompt in enumerate(prompts):
+            np.testing.assert_allclose(scored(scorer, encoder, [prompt])[0], expected[i], atol=1e-5)
+    for several in (prompts, prompts[::-1]):
+        for prompt, scores in zip(several, scored(scorer, encoder, several), strict=True):
+            np.testing.assert_allclose(scores, expected[prompts.index(prompt)], atol=1e-5)
+    assert 0 < len(scorer._passes._recorded) < 8
+    scorer.close()
+
+
+def test_recorded_passes_see_the_pictures_of_their_own_row(
+    vision: tuple[PackedScorer, Encoder, Any], tmp_path: Path, gpu_rows: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, encoder, model = vision
+    monkeypatch.setattr(packed, "_READS", 64)
+    items = picture_items(9, tmp_path)
+    prompts = [encoder.encode(text_items(2, "old"), items[i : i + 3]) for i in range(6)]
+    scorer = PackedScorer(PackedModel.of(model, keep=True), row_tokens=2048, record=replayed)
+    for prompt, scores in zip(prompts, scored(alone, encoder, prompts), strict=True):
+        np.testing.assert_allclose(scored(scorer, encoder, [prompt])[0], scores, atol=1e-5)
+    assert scorer._passes._recorded
+    scorer.close()
+
+
+def test_what_cannot_be_recorded_is_launched_step_by_step(
+    text: tuple[PackedScorer, Encoder, Any], gpu_rows: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone, encoder, model = text
+
+    def refused(compute: Callable[[], torch.Tensor]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    scorer = PackedScorer(PackedModel.of(model, keep=True), row_tokens=1024, record=refused)
+    prompt = encoder.encode([], text_items(5))
+    [expected] = scored(alone, encoder, [prompt])
+    for _ in range(4):
+        np.testing.assert_allclose(scored(scorer, encoder, [prompt])[0], expected, atol=1e-5)
+    assert capsys.readouterr().out.count("cannot be recorded") == 1
+    scorer.close()
+
+
+def test_rows_are_short_only_where_that_changes_no_bit(
+    text: tuple[PackedScorer, Encoder, Any], gpu_rows: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries choose kernels by the size of a product; one user's scores must not depend on who else asks."""
+    alone, encoder, model = text
+    monkeypatch.setattr(packed, "_READS", 64)
+    scorer = PackedScorer(PackedModel.of(model, keep=True), row_tokens=4096, record=replayed)
+    sizes: list[int] = []
+    compute = PackedModel.forward
+
+    def forward(model: PackedModel, attention: RowAttention, *rest: Any) -> torch.Tensor:
+        sizes.append(attention.row.size)
+        return compute(model, attention, *rest) * (1 + 2**-20 * (attention.row.size == 512))
+
+    monkeypatch.setattr(PackedModel, "forward", forward)
+    assert scorer.shorten_rows([512, 1024, 2048], like=4096) == [1024, 2048]
+    sizes.clear()
+    prompts = [encoder.encode([], text_items(5, f"item {i}")) for i in range(20)]
+    for few in (prompts[:1], prompts):
+        for a, b in zip(scored(scorer, encoder, few), scored(alone, encoder, few), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    assert {1024, 4096} <= set(sizes)
     scorer.close()
 
 

@@ -398,5 +398,5 @@ def test_mistakes_are_found_before_anything_starts(
 
 
 def test_short_rows_stay_the_default_where_another_key_of_the_engine_is_set(run: Path, dataset: Dataset) -> None:
-    assert config(run, dataset, engine={"gpus": 0.5}).engine.row_tokens == 4096
+    assert config(run, dataset, engine={"gpus": 0.5}).engine.row_tokens == 16384
     assert config(run, dataset, pictures={"max_bytes": 5}).pictures.attempts == 1

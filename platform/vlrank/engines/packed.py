@@ -1,9 +1,9 @@
 """The packed engine: label tries of many prompts in one forward pass over packed rows. Nothing is decoded.
 
-Prompts of all callers go into one queue, from which a thread fills rows. On a GPU all rows have one length, and the
-next row is launched while one is computed. A prompt's scores depend neither on its neighbours nor on its place in the
-row: every product has the same shape for every row, and attention sees no more than the prompt. On a CPU every row
-holds one prompt, for the same reason.
+Prompts of all callers go into one queue, from which a thread fills rows. On a GPU rows have one length, or one of a few
+that were seen to give the same bits, and the next row is launched while one is computed. A prompt's scores depend
+neither on its neighbours nor on its place in the row: every product has a shape that was compared, and attention sees
+no more than the prompt. On a CPU every row holds one prompt, for the same reason.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from vlrank.engines.packed_attention import Context, RowAttention, kernel_for
+from vlrank.engines.packed_graphs import Record, RowPasses
 from vlrank.engines.packed_model import PackedModel
 from vlrank.engines.packed_rows import PackedRow, PromptTokens
 from vlrank.engines.resources import EngineDied
@@ -34,7 +35,8 @@ Float32 = npt.NDArray[np.float32]
 
 _SHORTEST_ROW = 4096
 _LONG_STEP = 8192  # a prompt longer than a row gets one of the next multiple
-_TOKENS_PER_READ = 64  # a GPU's rows have one place to read for so many tokens
+_TOKENS_PER_READ = 64  # a GPU's rows have one place to read for so many tokens,
+_READS = 1024  # and at least so many, so that the last layer's products have one shape in rows of all usual lengths
 _LOOKED_AT = 512  # waiting prompts that may fill a row
 
 
@@ -69,12 +71,18 @@ class _Prefix:
         return self.row.numel() * self.row.element_size() // self.row.shape[2] * (self.end - self.start)
 
 
+def _reads(length: int) -> int:
+    """Places to read of a row."""
+    return max(_READS, length // _TOKENS_PER_READ)
+
+
 class PackedScorer:
     """A `scoring.LabelScorer` over packed rows; may be called from several threads, which fill rows together.
 
     Args:
         model: The weights; given up when the scorer is closed.
         row_tokens: Length of a GPU's rows; None gives every prompt a row of its own, without filling.
+        record: Makes one launch of a pass, see `packed_graphs`; None launches every pass step by step.
         prefix_bytes: For the keys and values of prefixes.
         feature_bytes: For features of pictures, on the device and in the host's memory.
 
@@ -89,10 +97,12 @@ class PackedScorer:
         self,
         model: PackedModel,
         row_tokens: int | None = None,
+        record: Record | None = None,
         prefix_bytes: int = 2**30,
         feature_bytes: tuple[int, int] = (2**30, 2**30),
     ) -> None:
         self.model, self.row_tokens, self._prefix_bytes = model, row_tokens, prefix_bytes
+        self._shorter: list[int] = []
         self.features: PictureFeatures | None = None
         if model.family:
             from vlrank.engines.packed_pictures import PictureFeatures  # which takes seconds, and transformers
@@ -100,6 +110,7 @@ class PackedScorer:
             self.features = PictureFeatures(model.family, model.visual, *feature_bytes)
         self.exact: PackedScorer | None = None
         self._kernel = kernel_for(*model.sizes[:3], model.device, model.dtype)
+        self._passes = RowPasses(model, self._kernel, record)
         self._prefixes: OrderedDict[bytes, _Prefix] = OrderedDict()
         self._heads: dict[int, tuple[LabelTrie, npt.NDArray[np.float64], npt.NDArray[np.float64], list[int]]] = {}
         self._waiting: deque[_Job] = deque()
@@ -129,6 +140,31 @@ class PackedScorer:
             self._wake.notify()
         return [self._answer(request, job) for request, job in zip(requests, jobs, strict=True)]
 
+    def shorten_rows(self, lengths: Sequence[int], like: int) -> list[int]:
+        """Let rows be as short as what waits, before the first prompt comes; their passes are recorded here.
+
+        Args:
+            lengths: To choose from.
+            like: Tokens of a row with whose results theirs must agree to the last bit: libraries choose the kernels of
+                products by their sizes.
+
+        Returns:
+            The lengths that agree, which are used from now on.
+        """
+        drawn = np.random.default_rng(0)
+        trie = LabelTrie(((1, 2), (1, 3, 2), (4, 2)))
+        ids = [drawn.integers(0, len(self.model.embeddings), min(lengths) // 4) for _ in range(3)]
+        prompts = [PromptTokens(part, np.tile(np.arange(len(part)), (3, 1)), trie) for part in ids]
+        read = sum(prompt.reads for prompt in prompts)
+
+        def results(length: int) -> torch.Tensor:
+            return self._passes(PackedRow(prompts, length, _reads(length)))[:read]
+
+        expected = results(like)
+        # The first pass of a length is launched step by step, the second one is a replay.
+        self._shorter = [n for n in sorted(lengths) if all(torch.equal(results(n), expected) for _ in range(2))]
+        return self._shorter
+
     def close(self) -> None:
         """Finish what is queued and give the memory back."""
         with self._wake:
@@ -137,7 +173,7 @@ class PackedScorer:
         self._thread.join()
         self._prefixes.clear()
         self.features = None
-        del self.model
+        del self.model, self._passes
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -212,8 +248,8 @@ class PackedScorer:
         if not self._waiting:
             return []
         first = self._waiting[0]
-        length = self._length(first.body.size)
-        if length is None or length != self.row_tokens:
+        length = self.row_tokens
+        if length is None or first.body.size >= length:
             return [self._waiting.popleft()]
         jobs: list[_Job] = []
         tokens, reads, known = 0, 0, dict[bytes, int]()
@@ -221,7 +257,8 @@ class PackedScorer:
             if (job.prefix is None) != (first.prefix is None) or job.encoder is not first.encoder:
                 continue
             prefixes = known | ({job.key: len(job.prefix.ids)} if job.prefix else {})
-            fits = tokens + job.body.size <= length and reads + job.body.reads <= length // _TOKENS_PER_READ
+            # One token and one read are left over for padding, see `RowShape`.
+            fits = tokens + job.body.size < length and reads + job.body.reads < _reads(length)
             if fits and (not jobs or sum(prefixes.values()) <= length):
                 jobs.append(job)
                 tokens, reads, known = tokens + job.body.size, reads + job.body.reads, prefixes
@@ -233,9 +270,13 @@ class PackedScorer:
         return sorted(jobs, key=lambda job: job.key)  # prompts of one prefix are neighbours
 
     def _length(self, tokens: int) -> int | None:
-        if self.row_tokens is None or tokens <= self.row_tokens:
-            return self.row_tokens
-        return -(-tokens // _LONG_STEP) * _LONG_STEP
+        """Of the shortest row with room for so many tokens and one more."""
+        if self.row_tokens is None:
+            return None
+        for length in (*self._shorter, self.row_tokens):
+            if tokens < length <= self.row_tokens:
+                return length
+        return -(-(tokens + 1) // _LONG_STEP) * _LONG_STEP
 
     def _launch(self, jobs: list[_Job]) -> None:
         try:
@@ -275,6 +316,7 @@ class PackedScorer:
     def _shorten(self, jobs: list[_Job], error: torch.OutOfMemoryError) -> None:
         """Put the prompts back, for rows of half the length; where rows are short already, the prompts fail."""
         self._prefixes.clear()
+        self._passes.clear()
         torch.cuda.empty_cache()
         longest = max(max(job.body.size, len(job.prefix.ids) if job.prefix else 0) for job in jobs)
         if self.row_tokens is None or self.row_tokens // 2 < _SHORTEST_ROW or longest > self.row_tokens:
@@ -288,14 +330,14 @@ class PackedScorer:
 
     def _hidden(self, jobs: list[_Job]) -> torch.Tensor:
         """Launch a row: [reads, hidden]."""
-        length = self._length(max(job.body.size for job in jobs))
-        row = PackedRow([job.body for job in jobs], length, None if length is None else length // _TOKENS_PER_READ)
+        length = self._length(sum(job.body.size for job in jobs))
+        row = PackedRow([job.body for job in jobs], length, None if length is None else _reads(length))
         features = None
         if paths := [path for job in jobs for path in job.body.pictures]:
             assert self.features is not None
             features = self.features(jobs[0].encoder, paths)
         if jobs[0].prefix is None:
-            return self.model.forward(self._attention(row), features)
+            return self._passes(row, features)
         prefixes = {job.key: job.prefix for job in jobs if job.prefix is not None}
         held = self._held(prefixes)
         keys = list(prefixes)

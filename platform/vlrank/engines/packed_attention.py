@@ -8,7 +8,7 @@ and in float32, each prompt takes one or two calls of PyTorch's attention with a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlrank.engines import varlen
-from vlrank.engines.packed_rows import PackedRow, PromptTokens
+from vlrank.engines.packed_rows import PackedRow, PromptTokens, RowShape
 from vlrank.prompting.labels import LabelTrie
 
 _log = logging.getLogger(__name__)
@@ -42,6 +42,44 @@ class Context:
     of: Sequence[int]
 
 
+class RowTensors:
+    """The numbers of a row on a device, which travel in one piece.
+
+    Args:
+        arrays: By name.
+        device: Where they go.
+    """
+
+    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], device: torch.device) -> None:
+        self._bytes = sent(_in_one_piece(arrays), device)
+        self._views: dict[str, torch.Tensor] = {}
+        start = 0
+        for name, array in arrays.items():
+            kind = torch.int64 if array.dtype == np.int64 else torch.int32
+            self._views[name] = self._bytes[start : start + array.nbytes].view(kind).view(array.shape)
+            start += _aligned(array.nbytes)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._views[name]
+
+    def renew(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Put the numbers of another row of the same shape in the same places."""
+        self._bytes.copy_(pinned(_in_one_piece(arrays), self._bytes.device), non_blocking=True)
+
+
+def _in_one_piece(arrays: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
+    whole = np.zeros(sum(_aligned(array.nbytes) for array in arrays.values()), dtype=np.uint8)
+    start = 0
+    for array in arrays.values():
+        whole[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        start += _aligned(array.nbytes)
+    return whole
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
+
+
 class RowAttention:
     """Attention for one row on one device.
 
@@ -51,6 +89,10 @@ class RowAttention:
         scaling: Factor of the scores.
         kernel: None computes with masks.
         context: Of the row's prompts; None where they have no prefix.
+        shape: Of the row, to which it is padded; needs a kernel, and no context.
+
+    Attributes:
+        tensors: `PackedRow.arrays` on the device.
     """
 
     def __init__(
@@ -60,21 +102,20 @@ class RowAttention:
         scaling: float,
         kernel: Kernel | None,
         context: Context | None = None,
+        shape: RowShape | None = None,
     ) -> None:
         self.row, self.device, self.scaling, self.kernel, self.context = row, device, scaling, kernel, context
-        self._documents: dict[str, tuple[torch.Tensor, torch.Tensor, int, int]] = {}
-        self.reads, self.tails = sent(row.reads, device), sent(row.tails, device)
-        self._tails_in_reads = sent(row.tails_in_reads, device)
-        if kernel is not None:
-            self._document("self", row.segments, row.segments)
-            self._document("tails", *row.behind(ends=False))
-            self._document("reads", *row.behind(ends=True))
-            chains = np.cumsum([0, *(n for span in row.spans for n in span.chains)]).tolist()
-            self._document("chains", chains, chains)
-            if context is not None:
-                self._document("context", self._behind_context([s.stop for s in row.spans], row.size), context.bounds)
-                ends = np.cumsum([prompt.reads for prompt in row.prompts]).tolist()
-                self._document("context of reads", self._behind_context(ends, len(row.reads)), context.bounds)
+        arrays = row.arrays(shape)
+        documents = row.documents
+        if context is not None:
+            ends = np.cumsum([prompt.reads for prompt in row.prompts]).tolist()
+            documents["context"] = self._behind_context([s.stop for s in row.spans], row.size), [*context.bounds]
+            documents["context of reads"] = self._behind_context(ends, len(row.reads)), [*context.bounds]
+            for name in ("context", "context of reads"):
+                for side, bounds in zip(("queries", "keys"), documents[name], strict=True):
+                    arrays[f"{name} {side}"] = np.asarray(bounds, dtype=np.int32)
+        self._longest = _bounds_of(shape) if shape else {name: _longest(*both) for name, both in documents.items()}
+        self.tensors = RowTensors(arrays, device)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -88,10 +129,10 @@ class RowAttention:
         if self.kernel is None:
             return self._masked(q, k, v, prefix, ends=False)
         out, lse = self._flash("self", q, k, v, causal=True)
-        if len(self.tails):
-            far = self._flash("tails", q[self.tails], k, v)
-            joined, joined_lse = join((out[self.tails], lse[:, self.tails]), far)
-            out[self.tails], lse[:, self.tails] = joined, joined_lse
+        if len(tails := self.tensors["tails"]):
+            far = self._flash("tails", q[tails], k, v)
+            joined, joined_lse = join((out[tails], lse[:, tails]), far)
+            out[tails], lse[:, tails] = joined, joined_lse
         if prefix is not None:
             out = _joined(self.device.type)((out, lse), self._flash("context", q, *prefix))
         return out
@@ -102,21 +143,15 @@ class RowAttention:
         """The same at the row's reads only: [reads, heads, head dim]."""
         if self.kernel is None:
             return self._masked(q, k, v, prefix, ends=True)
-        out, lse = self._flash("reads", q[self.reads], k, v)
-        if len(self.tails):
-            at = self._tails_in_reads
-            near = self._flash("chains", q[self.tails], k[self.tails], v[self.tails], causal=True)
+        reads, tails, at = (self.tensors[name] for name in ("reads", "tails", "tails_in_reads"))
+        out, lse = self._flash("reads", q[reads], k, v)
+        if len(tails):
+            near = self._flash("chains", q[tails], k[tails], v[tails], causal=True)
             joined, joined_lse = join(near, (out[at], lse[:, at]))
             out[at], lse[:, at] = joined, joined_lse
         if prefix is not None:
-            out, _ = join((out, lse), self._flash("context of reads", q[self.reads], *prefix))
+            out, _ = join((out, lse), self._flash("context of reads", q[reads], *prefix))
         return out
-
-    def _document(self, name: str, queries: Sequence[int], keys: Sequence[int]) -> None:
-        longest = (max((b - a for a, b in pairwise(bounds)), default=1) for bounds in (queries, keys))
-        q, k = (sent(np.asarray(bounds, dtype=np.int32), self.device) for bounds in (queries, keys))
-        longest_q, longest_k = (-(-length // 128) * 128 for length in longest)
-        self._documents[name] = q, k, longest_q, longest_k
 
     def _behind_context(self, ends: Sequence[int], size: int) -> list[int]:
         """Bounds of the queries of each prefix. The filling joins the last one: kernels want keys for every query."""
@@ -130,7 +165,8 @@ class RowAttention:
         self, name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.kernel is not None
-        return self.kernel(q, k, v, *self._documents[name], self.scaling, causal)
+        bounds = self.tensors[f"{name} queries"], self.tensors[f"{name} keys"]
+        return self.kernel(q, k, v, *bounds, *self._longest[name], self.scaling, causal)
 
     def _masked(
         self,
@@ -155,7 +191,9 @@ class RowAttention:
                 mask = torch.from_numpy(span.visible(masked, before)).to(self.device)
                 parts.append(self._attend(q[masked.start : masked.stop], keys, values, mask))
         out = torch.cat(parts) if parts else q[:0]
-        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, (len(self.reads) if ends else self.row.size) - len(out)))
+        return torch.nn.functional.pad(
+            out, (0, 0, 0, 0, 0, (len(self.row.reads) if ends else self.row.size) - len(out))
+        )
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))
@@ -163,6 +201,22 @@ class RowAttention:
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scaling, enable_gqa=True
         )
         return out[0].transpose(0, 1)
+
+
+def _longest(queries: Sequence[int], keys: Sequence[int]) -> tuple[int, int]:
+    q, k = (max((b - a for a, b in pairwise(bounds)), default=1) for bounds in (queries, keys))
+    return -(-q // 128) * 128, -(-k // 128) * 128
+
+
+def _bounds_of(shape: RowShape) -> dict[str, tuple[int, int]]:
+    """Bounds of the lengths of queries and of keys in the documents of all rows of a shape."""
+    padded = max(shape.longest_read, shape.tails)  # one document holds the padded tails
+    return {
+        "self": (shape.longest, shape.longest),
+        "tails": (padded, shape.longest),
+        "reads": (shape.longest_read, shape.longest),
+        "chains": (shape.longest_read, shape.longest_read),
+    }
 
 
 def join(
@@ -189,8 +243,13 @@ def _joined(device: str) -> Callable[..., torch.Tensor]:
 
 def sent(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """An array on a device, without waiting for what the device computes."""
+    return pinned(array, device).to(device, non_blocking=True)
+
+
+def pinned(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """An array in memory that a device reads by itself."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 @cache
@@ -213,8 +272,8 @@ def kernel_for(heads: int, key_heads: int, head_dim: int, device: torch.device, 
 
     def results(kernel: Kernel | None) -> list[torch.Tensor]:
         found = []
-        for given, held in ((None, None), (context, prefix)):
-            attention = RowAttention(row, device, head_dim**-0.5, kernel, given)
+        for given, held, shape in ((None, None, None), (context, prefix, None), (None, None, RowShape.of(row))):
+            attention = RowAttention(row, device, head_dim**-0.5, kernel, given, shape if kernel else None)
             found += [attention(q, k, v, held)[used].float(), attention.at_reads(q, k, v, held)[reads].float()]
         return found
 

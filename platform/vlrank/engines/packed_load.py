@@ -20,6 +20,7 @@ from vlrank.engines.compiled import keep_compiled
 from vlrank.engines.models import ModelFolder
 from vlrank.engines.packed import PackedScorer
 from vlrank.engines.packed_files import read_known, remember
+from vlrank.engines.packed_graphs import CudaGraphs
 from vlrank.engines.packed_model import PackedModel, Unsuited, check, use_kernels
 from vlrank.engines.resources import gpu_share, weights_bytes
 from vlrank.engines.structure import core
@@ -31,6 +32,7 @@ from vlrank.storage import location
 ROW_TOKENS = 65536
 """Length of a GPU's rows. Long rows waste little at their ends; 64 thousand tokens of a 2B model take 4 GiB."""
 
+_SHORT_ROWS = (2048, 4096, 8192, 16384)
 _LAYERS_CHECKED = 4
 _TOLERANCE = 1e-2
 
@@ -64,15 +66,30 @@ def open_packed(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
             use_kernels(weights)
         settings = {
             "row_tokens": config.row_tokens or ROW_TOKENS,
+            "record": CudaGraphs(),
             "prefix_bytes": int(0.4 * total),
             "feature_bytes": (int(0.2 * total), 16 * 2**30),
         }
         torch.cuda.empty_cache()
     scorer = PackedScorer(served, **settings)
+    if cuda and config.low_latency:
+        _shorten_rows(scorer)
     if served is not packed:
-        few = {"prefix_bytes": settings["prefix_bytes"] // 8, "feature_bytes": (2**30, 2**30)}
+        few = {"record": None, "prefix_bytes": settings["prefix_bytes"] // 8, "feature_bytes": (2**30, 2**30)}
         scorer.exact = PackedScorer(packed, **settings | few)
     return scorer
+
+
+def _shorten_rows(scorer: PackedScorer) -> None:
+    assert scorer.row_tokens is not None
+    lengths = [n for n in _SHORT_ROWS if n <= scorer.row_tokens]
+    try:
+        found = scorer.shorten_rows(lengths, like=max(ROW_TOKENS, scorer.row_tokens))
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        found = scorer.shorten_rows(lengths, like=scorer.row_tokens)
+    if missing := [f"{n:,}" for n in lengths if n not in found]:
+        print(f"rows of {', '.join(missing)} tokens are not used: their results are not those of long rows", flush=True)
 
 
 def _loaded(model: ModelFolder, dtype: str, encoder: Encoder | None) -> PackedModel:

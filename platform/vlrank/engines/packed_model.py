@@ -18,7 +18,7 @@ from torch.nn.functional import embedding
 from vlrank.engines.families import vision_family
 from vlrank.engines.families.family import VisionFamily
 from vlrank.engines.packable import varying_rotation
-from vlrank.engines.packed_attention import RowAttention, sent
+from vlrank.engines.packed_attention import RowAttention
 from vlrank.engines.packed_layer import (
     E4M3_MAX,
     Adapter,
@@ -146,15 +146,15 @@ class PackedModel:
             context: A layer's number -> keys and values of the prefixes that the row continues.
             store: Called with each layer's number, keys and values: the row holds prefixes. Nothing is read then.
         """
-        row, device = attention.row, self.device
-        x = embedding(sent(row.ids, device), self.embeddings)
+        row = attention.tensors
+        x = embedding(row["ids"], self.embeddings)
         deepstack: tuple[torch.Tensor, ...] = ()
         visual = None
         if features is not None:
-            visual = sent(row.visual, device)
+            visual = row["visual"]
             first, *rest = features.to(self.dtype).split(x.shape[1], dim=1)
             x, deepstack = x.index_copy(0, visual, first), tuple(rest)
-        positions = sent(row.positions, device)
+        positions = row["positions"]
         cos, sin = self.rotary(x, positions[:, None] if self.axes == 3 else positions[:1])
         cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
         for i, layer in enumerate(self.layers):
@@ -167,7 +167,7 @@ class PackedModel:
                     return x[:0]
             if last:
                 # Nothing behind the last layer's keys and values mixes places any more.
-                x = after_attention(x[attention.reads], attention.at_reads(q, k, v, prefix), layer, self.sizes)
+                x = after_attention(x[row["reads"]], attention.at_reads(q, k, v, prefix), layer, self.sizes)
                 break
             x = self.after(x, attention(q, k, v, prefix), layer, self.sizes)
             if visual is not None and i < len(deepstack):

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ from vlrank.prompting.labels import LabelTrie
 Int = npt.NDArray[np.int64]
 
 _FILLING = 256  # attention is quadratic in the length of a segment: short ones cost the filling little
+_TOKENS_PER_DOCUMENT = 64  # a row's shape has room for a document and a tail for so many tokens,
+_ROOM = 256  # at most for so many, and for more where it has more
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,50 @@ class Span:
         segment = begins[places - self.start]
         sees = (own <= places[:, None]) & ((own >= segment[:, None]) | (own < self.end))
         return np.concatenate([np.ones((len(places), context), dtype=bool), sees], axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """What rows are padded to, so that all rows of one shape are computed by the very same launches.
+
+    Attributes:
+        tokens: Of the row; the last one is filling.
+        reads: Places to read; the last one is of no use.
+        tails, visual: Places of chains' tokens and of visual tokens; padded with the last token.
+        documents: Of every list of documents; padded with empty ones.
+        longest: Bound of the length of a document.
+        longest_read: Bound of the reads of a prompt.
+    """
+
+    tokens: int
+    reads: int
+    tails: int
+    visual: int
+    documents: int
+    longest: int
+    longest_read: int
+
+    @classmethod
+    def of(cls, row: PackedRow) -> RowShape | None:
+        """The shape of a row; None where it has no token or no read to spare."""
+        reads = sum(prompt.reads for prompt in row.prompts)
+        if row.filled >= row.size or not 0 < reads < len(row.reads):
+            return None
+        room = min(row.size // _TOKENS_PER_DOCUMENT, _ROOM)
+        return cls(
+            tokens=row.size,
+            reads=len(row.reads),
+            tails=_power_of_two(len(row.tails), room),
+            visual=_power_of_two(len(row.visual), room),
+            documents=_power_of_two(len(row.segments) - 1, room),
+            longest=_power_of_two(max(b - a for a, b in pairwise(row.segments)), 1024),
+            longest_read=_power_of_two(max(prompt.reads for prompt in row.prompts), 128),
+        )
+
+
+def _power_of_two(number: int, least: int) -> int:
+    """The next power of two; 0 stays 0."""
+    return max(least, 1 << (number - 1).bit_length()) if number else 0
 
 
 @dataclass(frozen=True)
@@ -175,15 +222,22 @@ class PackedRow:
         """Places of visual tokens."""
         return np.concatenate([s.start + p.visual for p, s in zip(self.prompts, self.spans, strict=True)])
 
-    def behind(self, ends: bool) -> tuple[list[int], list[int]]:
-        """Bounds of queries and of keys, for attention of chains to their bodies.
+    @property
+    def documents(self) -> dict[str, tuple[list[int], list[int]]]:
+        """Bounds of queries and of keys for each call of a kernel.
 
-        Args:
-            ends: Queries are `reads` (a prompt's last token and its tail) instead of `tails`.
-
-        Returns:
-            Bounds of the queries, and those of the keys in the row. Keys of chains are documents without queries.
+        ``self``: every segment to itself; ``tails`` and ``reads``: chains, and reads, to their bodies; ``chains``: the
+        chains, taken out of the row, to themselves. Keys of chains are documents without queries.
         """
+        chains = [*accumulate((n for span in self.spans for n in span.chains), initial=0)]
+        return {
+            "self": (self.segments, self.segments),
+            "tails": self._behind(ends=False),
+            "reads": self._behind(ends=True),
+            "chains": (chains, chains),
+        }
+
+    def _behind(self, ends: bool) -> tuple[list[int], list[int]]:
         queries, keys = [0], [0]
         for span in self.spans:
             queries.append(queries[-1] + span.stop - span.end + ends)
@@ -192,3 +246,31 @@ class PackedRow:
                 queries.append(queries[-1])
                 keys.append(span.stop)
         return queries, keys
+
+    def arrays(self, shape: RowShape | None = None) -> dict[str, npt.NDArray[Any]]:
+        """All numbers that a pass over the row is told, padded to a shape.
+
+        Returns:
+            int64 ``ids``, ``positions`` [3, size], ``reads``, ``tails``, ``tails_in_reads`` and ``visual``; int32
+            bounds of `documents`, of queries and of keys, e.g. ``self queries``.
+        """
+        places = {"tails": self.tails, "tails_in_reads": self.tails_in_reads, "visual": self.visual}
+        bounds = {
+            f"{name} {side}": np.asarray(of_side, dtype=np.int32)
+            for name, both in self.documents.items()
+            for side, of_side in zip(("queries", "keys"), both, strict=True)
+        }
+        if shape is not None:
+            sizes = {"tails": shape.tails, "tails_in_reads": shape.tails, "visual": shape.visual}
+            unused = {"tails": self.size - 1, "tails_in_reads": len(self.reads) - 1, "visual": self.size - 1}
+            places = {name: _padded(array, sizes[name], unused[name]) for name, array in places.items()}
+            # Padded tails belong to the last document that has any: what no document holds may be no number, and goes
+            # on into the next layer's keys and values.
+            queries = bounds["tails queries"]
+            queries[queries == queries[-1]] = shape.tails
+            bounds = {name: _padded(array, shape.documents + 1, array[-1]) for name, array in bounds.items()}
+        return {"ids": self.ids, "positions": self.positions, "reads": self.reads} | places | bounds
+
+
+def _padded(array: npt.NDArray[Any], size: int, value: int) -> npt.NDArray[Any]:
+    return np.pad(array, (0, size - len(array)), constant_values=value)
