@@ -71,7 +71,7 @@ class _Prefix:
         return self.row.numel() * self.row.element_size() // self.row.shape[2] * (self.end - self.start)
 
 
-def _reads(length: int) -> int:
+def row_reads(length: int) -> int:
     """Places to read of a row."""
     return max(_READS, length // _TOKENS_PER_READ)
 
@@ -158,7 +158,7 @@ class PackedScorer:
         read = sum(prompt.reads for prompt in prompts)
 
         def results(length: int) -> torch.Tensor:
-            return self._passes(PackedRow(prompts, length, _reads(length)))[:read]
+            return self._passes(PackedRow(prompts, length, row_reads(length)))[:read]
 
         expected = results(like)
         # The first pass of a length is launched step by step, the second one is a replay.
@@ -258,7 +258,7 @@ class PackedScorer:
                 continue
             prefixes = known | ({job.key: len(job.prefix.ids)} if job.prefix else {})
             # One token and one read are left over for padding, see `RowShape`.
-            fits = tokens + job.body.size < length and reads + job.body.reads < _reads(length)
+            fits = tokens + job.body.size < length and reads + job.body.reads < row_reads(length)
             if fits and (not jobs or sum(prefixes.values()) <= length):
                 jobs.append(job)
                 tokens, reads, known = tokens + job.body.size, reads + job.body.reads, prefixes
@@ -331,7 +331,7 @@ class PackedScorer:
     def _hidden(self, jobs: list[_Job]) -> torch.Tensor:
         """Launch a row: [reads, hidden]."""
         length = self._length(sum(job.body.size for job in jobs))
-        row = PackedRow([job.body for job in jobs], length, None if length is None else _reads(length))
+        row = PackedRow([job.body for job in jobs], length, None if length is None else row_reads(length))
         features = None
         if paths := [path for job in jobs for path in job.body.pictures]:
             assert self.features is not None
