@@ -37,22 +37,22 @@ class Served:
     encoder: Encoder
 
 
-def adapt(model: Path, folder: Path) -> Any:
-    """An adapter with random weights, written to ``folder`` as training writes it."""
+def adapt(model: Path, folder: Path, **changes: Any) -> Any:
+    """An adapter with random weights, written to ``folder`` as training writes it; ``changes`` are of its shape."""
     from peft import LoraConfig, get_peft_model
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
-    adapted = get_peft_model(load_model(open_model(model)), lora)
+    shape = {"r": 4, "lora_alpha": 8, "target_modules": targets, "init_lora_weights": False} | changes
+    adapted = get_peft_model(load_model(open_model(model)), LoraConfig(**shape))
     adapted.save_pretrained(folder)
     return adapted
 
 
 @pytest.fixture(scope="module")
 def text(tiny_text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One engine for the base model and an adapter on it."""
+    """One engine for the base model and an adapter on it, as large as people train them elsewhere."""
     folder = tmp_path_factory.mktemp("adapter")
-    adapted = adapt(tiny_text_model, folder)
+    adapted = adapt(tiny_text_model, folder, r=128, lora_alpha=64, target_modules="all-linear")
     engine = open_scorer(open_model(folder), CONFIG)
     encoder = Encoder.load(tiny_text_model, mode_spec("semantic_summary_small"), RANKING)
     yield Served(engine, load_model(open_model(tiny_text_model)), adapted, encoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,48 @@ def test_plain_transformers_gives_the_runs_scores(adapter_run: Run, tmp_path: Pa
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), of_run(folder), atol=1e-4, rtol=1e-4)
 
 
+def in_four_bits(model: Path, folder: Path) -> Path:
+    pytest.importorskip("bitsandbytes")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    AutoModelForCausalLM.from_pretrained(model, quantization_config=nf4).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+def in_bfloat16(model: Path, folder: Path) -> Path:
+    shutil.copytree(model, folder)
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"target_modules": "all-linear"}], ids=str)
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [(None, "float32"), (in_bfloat16, "bfloat16"), (in_four_bits, "bfloat16")]
+)
+def test_the_packed_engine_ranks_with_the_same_bits(
+    adapter_run: Run,
+    tiny_text_model: Path,
+    tmp_path: Path,
+    stored: Callable[[Path, Path], Path] | None,
+    dtype: str,
+    lora: dict[str, Any],
+) -> None:
+    """The engine merges the run's adapter by itself, PEFT the exported one: both in float32, rounded once."""
+    base = stored(tiny_text_model, tmp_path / "base") if stored else None
+    folder, out = adapter_run(base=base, **lora), tmp_path / "out"
+    run(ExportConfig(run=str(folder), out=out, sample=0))
+    models = [replace(open_model(place), ranking=RANKING) for place in (folder, out)]
+    prompts = [(text_items(k, "old"), text_items(n)) for k, n in [(0, 4), (3, 12), (1, 9)]]
+    ranked = []
+    for model in models:
+        engine = open_scorer(model, EngineConfig(name="packed", dtype=dtype))
+        encoder = Encoder.load(out, mode_spec(model.mode), RANKING)
+        ranked.append(engine.score_labels(encoder, [encoder.encode(*prompt) for prompt in prompts]))
+        engine.close()
+    for before, after in zip(*ranked, strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
 def test_a_text_model_with_its_card_and_its_rankings(adapter_run: Run, shop: Dataset, tmp_path: Path) -> None:
     metric = {"mean": 0.5, "low": 0.4, "high": 0.6}
     names = ("recall@5", "ndcg@5", "mrr@5", "recall@10", "ndcg@10", "mrr@10", "recall@20", "ndcg@20", "mrr@20")
@@ -187,11 +230,7 @@ def test_vllm_loads_it_and_ranks_as_transformers_does(
 
 
 def test_a_base_in_4_bits_becomes_whole(adapter_run: Run, tiny_text_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    AutoModelForCausalLM.from_pretrained(tiny_text_model, quantization_config=nf4).save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(tiny_text_model).save_pretrained(tmp_path / "base")
-    folder, out = adapter_run(base=tmp_path / "base"), tmp_path / "out"
+    folder, out = adapter_run(base=in_four_bits(tiny_text_model, tmp_path / "base")), tmp_path / "out"
     run(ExportConfig(run=str(folder), out=out, sample=0))
     plain = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert plain.dtype == torch.bfloat16

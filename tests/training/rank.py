@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from vlrank.config import TrainConfig
 from vlrank.data.dataset import Dataset
+from vlrank.engines.structure import decoder_layers
 from vlrank.training.data import TrainingData
 from vlrank.training.model import resolve_base
 from vlrank.training.saving import Write
@@ -58,7 +59,7 @@ def wrapping(trainer: Any) -> dict[str, Any]:
     if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
         names = ("gradient_as_bucket_view", "find_unused_parameters")
         return {name: getattr(wrapped, name) for name in names}
-    layers = trainer.model.model.layers if hasattr(trainer.model, "model") else []
+    layers = decoder_layers(trainer.model)
     states = [layer._get_fsdp_state() for layer in layers if hasattr(layer, "_get_fsdp_state")]
     return {
         "prefetched": [len(state._states_to_forward_prefetch) for state in states],

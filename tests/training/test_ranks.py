@@ -53,22 +53,43 @@ def trained(config: TrainConfig, world: int) -> tuple[dict[str, Any], dict[str, 
     return found, load_file(Path(config.out) / "last" / "model.safetensors")
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def base_model(request: pytest.FixtureRequest, tiny_text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return model_of(tmp_path_factory.mktemp("base") / "model", tiny_text_model, tied=request.param)
+@pytest.mark.parametrize(
+    ("mode", "special"),
+    [
+        ("semantic_summary_small", {"tied": True}),
+        ("semantic_summary_small", {"tied": False}),
+        ("raw_image", {"train_vision": False}),  # from features of the pictures
+        ("raw_image", {"train_vision": True}),
+    ],
+    ids=str,
+)
+def test_two_ranks_learn_what_one_learns(
+    mode: str,
+    special: dict[str, bool],
+    tiny_text_model: Path,
+    tiny_vision_model: Path,
+    settings: Make,
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-
-def test_two_ranks_learn_what_one_learns(base_model: str, settings: Make, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    base_model, vision = str(tiny_vision_model), mode == "raw_image"
+    if not vision:
+        base_model = model_of(tmp_path / "base", tiny_text_model, **special)
 
     def run(name: str, world: int, **changes: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         common = {"method": "full", "epochs": 1, "lr": 1e-4, "negatives": 3, "val_users": 8, "model": base_model}
-        config = settings(
-            "semantic_summary_small", out=tmp_path / name, workers=world, micro_batch_size=3, **common, **changes
-        )
+        common |= special if vision else {}
+        config = settings(mode, out=tmp_path / name, workers=world, micro_batch_size=3, **common, **changes)
         return trained(config, world)
 
     expected, weights = run("one", 1)
+    learned = [
+        name
+        for name, weight in load_file(Path(base_model) / "model.safetensors").items()
+        if not torch.equal(weight, weights[name])
+    ]
+    assert any("visual" in name for name in learned) == special.get("train_vision", False)
     tied = "lm_head.weight" not in weights
     assert tied == json.loads((Path(base_model) / "config.json").read_text())["tie_word_embeddings"]
     for parallel in ("ddp", "fsdp2"):
@@ -77,16 +98,16 @@ def test_two_ranks_learn_what_one_learns(base_model: str, settings: Make, tmp_pa
         assert found["ndcg"] == pytest.approx(expected["ndcg"]), parallel
         if parallel == "ddp":
             assert found["gradient_as_bucket_view"]
-            assert not found["find_unused_parameters"]
+            assert found["find_unused_parameters"] == special.get("train_vision", False)
         else:
-            assert found["prefetched"] == [1, 1, 0]
-            assert found["reshards"] == [False, False, False]
+            assert found["prefetched"] == [1] * (len(found["prefetched"]) - 1) + [0]
+            assert not any(found["reshards"])
         assert others.keys() == weights.keys(), parallel
         for name, weight in weights.items():
             torch.testing.assert_close(others[name].float(), weight, rtol=1e-4, atol=2e-5, msg=f"{parallel} {name}")
-        model, missing = AutoModelForCausalLM.from_pretrained(tmp_path / parallel / "last", output_loading_info=True)
+        kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        model, missing = kind.from_pretrained(tmp_path / parallel / "last", output_loading_info=True)
         assert not missing["missing_keys"]
-        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-        torch.testing.assert_close(
-            model.lm_head.weight.float(), others["model.embed_tokens.weight" if tied else "lm_head.weight"]
-        )
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+        embeddings = "model.language_model.embed_tokens.weight" if vision else "model.embed_tokens.weight"
+        torch.testing.assert_close(model.lm_head.weight.float(), others[embeddings if tied else "lm_head.weight"])

@@ -294,7 +294,10 @@ def _adapters(module: Any, base: Any) -> list[Adapter]:
 
 
 def merged(weight: torch.Tensor, adapters: Sequence[Adapter]) -> torch.Tensor:
-    """A matrix [out, in] with LoRA adapters in it, computed in float32 and rounded once to its own type."""
+    """A matrix [out, in] with LoRA adapters in it, computed in float32 and rounded once to its own type.
+
+    These are the bits of PEFT's merge, which `vlrank export` uses for its variants of LoRA; it takes seconds to import.
+    """
     if not adapters:
         return weight
     wide = weight.float()

@@ -64,6 +64,8 @@ def write_model(model: ModelFolder, target: Path, *, merge: bool, quantization: 
 def merged_model(model: ModelFolder) -> Any:
     """The model in float32 on the CPU, its base's 4-bit weights as what they stand for, its adapter merged by PEFT.
 
+    PEFT knows every variant of LoRA; of a plain one the result has the bits of the packed engine's `merged`.
+
     Raises:
         UserError: the model cannot be loaded, or PEFT cannot merge its adapter.
     """
