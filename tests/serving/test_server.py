@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -118,6 +120,27 @@ def test_a_client_that_leaves_gives_its_place_back(client: httpx.Client, server:
     server.wait_for(some_have_left, "a request without an answer")
     server.wait_for(lambda: metric(client, "vlrank_admitted_requests") == 0, "the end of all requests")
     assert len(ranking(client)) == 20
+
+
+def test_more_requests_than_the_queue_holds_are_sent_away_and_the_others_ranked(client: httpx.Client) -> None:
+    """Clients that come again after `Retry-After` seconds get through; a queue without an end would let all wait."""
+    body = BODY | {"candidates": [1, 2]}
+    right = client.post("/v1/rank", json=body).json()["ranking"]
+
+    async def crowd(size: int) -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=120, trust_env=False, limits=limits) as own:
+            return await asyncio.gather(*(own.post("/v1/rank", json=body) for _ in range(size)))
+
+    answers = asyncio.run(crowd(400))
+    assert Counter(answer.status_code for answer in answers).keys() == {200, 429}
+    for answer in answers:
+        if answer.status_code == 200:
+            assert answer.json()["ranking"] == right
+        else:
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert answer.json()["message"]
+    assert client.post("/v1/rank", json=body).json()["ranking"] == right
 
 
 def replicas(server: Program) -> list[psutil.Process]:
