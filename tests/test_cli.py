@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from vlrank.cli import cli
 from vlrank.config import EvaluateConfig, TrainConfig
 from vlrank.console import Summary
+from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
 from vlrank.options import main, stage_command
 from vlrank.stages import STAGES
@@ -101,6 +102,38 @@ def _run(command: click.Command, *arguments: str) -> int:
     with pytest.raises(SystemExit) as stop:
         main(command, arguments)
     return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train {shop} --mode semantic_summary_small --model {model} --out run",
+        "tune {shop} --modes semantic_summary_small --out sweep train.model={model}",
+        "rerank {shop} --model {model} --out ranked.parquet",
+        "generate {shop} --what semantic_summary --model {model}",
+        "serve {model} --dataset {shop}",
+        "export {model} --out exported",
+    ],
+    ids=lambda words: words.split()[0],
+)
+@pytest.mark.parametrize("model", ["capton", "runs/capton", "models/of/capton"])
+def test_a_misspelt_model_is_the_same_message_in_every_command(
+    words: str, model: str, shop: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: as a name of the hub it was looked up in a network for minutes, by each trial of a sweep."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^model folder {model} does not exist\nGive a model folder, a run folder"):
+        cli(words.format(shop=shop.path, model=model).split(), standalone_mode=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", ["rerank {shop} --model {model} --out a.parquet", "serve {model} --dataset {shop}"])
+def test_what_may_be_a_path_or_a_model_on_the_hub_is_said_to_be_no_folder(words: str, shop: Dataset) -> None:
+    with pytest.raises(
+        UserError, match=r"model folder sweep/capton does not exist\nCheck the path.* as_mode="
+    ) as error:
+        cli(words.format(shop=shop.path, model="sweep/capton").split(), standalone_mode=False)
+    assert "hub" in str(error.value.remedy)
 
 
 def test_options_become_the_config() -> None:

@@ -223,11 +223,11 @@ class Qwen3VLReranker:
         Raises:
             UserError: nothing usable at ``path``.
         """
-        from vlrank.engines.models import open_model
+        from vlrank.engines.models import open_model, unknown_mode
 
         folder = open_model(path, mode)
         if folder.mode is None:
-            raise UserError(f"{path} has no vlrank.json, so its mode is unknown", "Give mode=... as well.")
+            raise unknown_mode(folder, "give mode=... as well.")
         reranker = cls(folder.mode, model=path, engine=engine, **{**folder.ranking.model_dump(), **ranking})
         reranker.item_meta = item_meta
         return reranker

@@ -187,11 +187,13 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
         open_model(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         open_model(tmp_path / "absent")
-    for name in ("runs/capton", "./caption", "~/runs/caption", "work/runs/caption", "runs/caption/"):
+    for name in ("nowhere", "runs/capton", "./caption", "~/runs/caption", "work/runs/caption", "runs/caption/"):
         with pytest.raises(UserError, match=f"model folder {name} does not exist"):  # not "no such name on the hub"
             open_model(name)
-    for name in ("Qwen/Qwen3-VL-2B-Instruct", "gpt2"):
-        assert open_model(name).base == name
+    assert open_model("Qwen/Qwen3-VL-2B-Instruct").base == "Qwen/Qwen3-VL-2B-Instruct"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file, not a folder"):
+        open_model(tmp_path / "file")
     (tmp_path / "best.json").write_text('{"checkpoint": "qwen3vl_rerank/checkpoint-7"}')
     with pytest.raises(UserError, match="checkpoint-7, which does not exist"):
         open_model(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,23 +57,15 @@ def open_model(model: str | Location, mode: str | None = None) -> ModelFolder:
     Raises:
         UserError: nothing usable there, or a model that the mode is not for.
     """
-    path = location(model)
-    if path.is_dir():
-        path = best_checkpoint(path)
-    elif (
-        isinstance(path, BucketPath)
-        or path.is_absolute()
-        or str(model).startswith(_LIKE_A_FOLDER)
-        or str(model).count("/") > 1
-    ):
-        raise UserError(f"model folder {model} does not exist", "Give a run folder of `vlrank train` or a checkpoint.")
-    else:
+    place = model_place(model)
+    if place is None:
         spec = mode_spec(mode) if mode else None
         if spec is not None and (config := known_config(str(model))):
             check_architecture(config, str(model), spec)
         return ModelFolder(
             str(model), str(model), spec.name if spec else None, RankingConfig(), spec.family if spec else "text"
         )
+    path = best_checkpoint(place)
     if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         raise UserError(
             f"{path} holds no model: neither config.json nor adapter_config.json",
@@ -97,6 +90,42 @@ def open_model(model: str | Location, mode: str | None = None) -> ModelFolder:
     return ModelFolder(
         str(path), base, mode_spec(name).name if name else None, ranking, _family(base, details), details
     )
+
+
+def model_place(model: str | Location) -> Location | None:
+    """The folder that is meant by a model's name; None where only the hub can have it.
+
+    Raises:
+        UserError: there is no such folder, and the hub has no such names.
+    """
+    path = location(model)
+    if isinstance(path, Path):
+        path = Path(os.path.expanduser(path))  # pathlib's raises where there is no such user
+    if path.is_dir():
+        return path
+    name = str(model)
+    if path.is_file():
+        raise UserError(f"model {name} is a file, not a folder", _MODELS)
+    like_a_folder = isinstance(path, BucketPath) or path.is_absolute() or name.startswith(_LIKE_A_FOLDER)
+    if like_a_folder or (name.count("/") != 1 and known_config(name) is None):  # a few old names have no owner
+        raise UserError(f"model folder {name} does not exist", _MODELS)
+    return None
+
+
+_MODELS = (
+    "Give a model folder, a run folder of `vlrank train`, or a Hugging Face name with its owner, like "
+    "Qwen/Qwen3-VL-2B-Instruct."
+)
+
+
+def unknown_mode(model: ModelFolder, remedy: str) -> UserError:
+    """For a model that does not say what it was trained for, where that is needed; ``remedy`` begins in lower case."""
+    if not location(model.path).is_dir():  # more often a wrong path than a model on the hub
+        return UserError(
+            f"model folder {model.path} does not exist",
+            f"Check the path. If it is a model on the hub, its mode is unknown: {remedy}",
+        )
+    return UserError(f"{model.path} has no vlrank.json, so its mode is unknown", remedy[0].upper() + remedy[1:])
 
 
 def best_checkpoint(path: Location) -> Location:

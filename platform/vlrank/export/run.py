@@ -13,7 +13,7 @@ from vlrank.config import ExportConfig, RerankConfig
 from vlrank.console import Summary, announce, console
 from vlrank.data.dataset import Dataset
 from vlrank.data.tables import atomic_write_text, read_json
-from vlrank.engines.models import ModelFolder, on_this_node, open_model
+from vlrank.engines.models import ModelFolder, on_this_node, open_model, unknown_mode
 from vlrank.errors import UserError
 from vlrank.export.card import Facts, card
 from vlrank.installation import install_command
@@ -31,7 +31,7 @@ def run(config: ExportConfig) -> Summary:
     # What is exported; mistakes are found before a model is loaded.
     model = open_model(config.run)
     if model.mode is None:
-        raise UserError(f"{model.path} has no vlrank.json, so its mode is unknown", "Give a run of `vlrank train`.")
+        raise unknown_mode(model, "give a run of `vlrank train`.")
     if config.quantization and model.is_adapter and not config.merge:
         raise UserError("an adapter has no weights of its own to quantise", "Leave --no_merge out.")
     if config.quantization and find_spec("compressed_tensors") is None:

@@ -24,7 +24,7 @@ from vlrank.data.quarantine import quarantine_folder
 from vlrank.data.tables import file_sha256
 from vlrank.engines.adapters import check_adapter
 from vlrank.engines.families import VISION_FAMILIES
-from vlrank.engines.models import model_config
+from vlrank.engines.models import model_config, model_place
 from vlrank.engines.resources import engine_gpus, engine_name
 from vlrank.engines.vllm_args import context_length
 from vlrank.errors import UserError
@@ -259,8 +259,8 @@ def _check_model(model: str, revision: str | None) -> tuple[str, bool]:
             f"model {model}: engines that generate load no models by URL",
             "Give a folder that every node has, or a Hugging Face name like Qwen/Qwen3-VL-2B-Instruct.",
         )
-    folder = Path(model)
-    if folder.is_dir():
+    folder = model_place(model)
+    if isinstance(folder, Path):
         for needed, what in (("config.json", "model"), ("tokenizer_config.json", "tokenizer")):
             if not (folder / needed).is_file():
                 raise UserError(
@@ -268,11 +268,6 @@ def _check_model(model: str, revision: str | None) -> tuple[str, bool]:
                     "Save model and tokenizer (and, for pictures, the processor) into one folder with save_pretrained.",
                 )
         model = str(folder.absolute())
-    elif folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise UserError(
-            f"model folder {model} does not exist",
-            "Give a folder, or a Hugging Face name like Qwen/Qwen3-VL-2B-Instruct.",
-        )
     return model, "vision_config" in model_config(model, revision)
 
 

@@ -18,7 +18,7 @@ from vlrank.data.candidates_io import check_output
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
 from vlrank.data.tables import file_size
-from vlrank.engines.models import ModelFolder, open_model
+from vlrank.engines.models import ModelFolder, open_model, unknown_mode
 from vlrank.engines.resources import ranking_engine
 from vlrank.errors import UserError
 from vlrank.prompting.chat_template import check_chat_template
@@ -97,7 +97,7 @@ def open_ranking_model(config: RerankConfig | ServeConfig) -> tuple[ModelFolder,
     """
     folder = open_model(config.model, config.as_mode)
     if folder.mode is None:
-        raise UserError(f"{folder.path} has no vlrank.json, so its mode is unknown", "Give as_mode=... as well.")
+        raise unknown_mode(folder, "give as_mode=... as well.")
     spec = mode_spec(folder.mode)
     if note := check_chat_template(tokenizer_folder(folder), pictures=spec.pixels):
         announce("Note:", note, "yellow")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlrank.config import TrainConfig
 from vlrank.data.tables import read_json
 from vlrank.engines.families import check_architecture, vision_family
-from vlrank.engines.models import known_config
+from vlrank.engines.models import known_config, model_place
 from vlrank.engines.resources import maybe_quantised
 from vlrank.engines.structure import core
 from vlrank.engines.weights import check_whole, load_whole
@@ -21,7 +21,7 @@ from vlrank.errors import UserError
 from vlrank.installation import install_command
 from vlrank.prompting.chat_template import check_chat_template
 from vlrank.prompting.modes import Family, ModeSpec, mode_spec
-from vlrank.storage import Location, is_url, location
+from vlrank.storage import Location
 from vlrank.training.collate import ANSWER_ROOM
 
 if TYPE_CHECKING:
@@ -90,10 +90,8 @@ def resolve_base(config: TrainConfig) -> Base:
     defaults = mode_defaults(config.mode)
     name = config.model or defaults["model"]
     method = config.method or defaults["method"]
-    if is_url(name):
-        name = str(_model_folder(location(name), spec))
-    elif Path(name).exists() or name.startswith(("/", "./", "../", "~")):
-        name = str(_model_folder(Path(name).expanduser().resolve(), spec))
+    if (place := model_place(name)) is not None:
+        name = str(_model_folder(place.resolve(), spec))
     elif config_at_hand := known_config(name):
         check_architecture(config_at_hand, name, spec)
     check_chat_template(name, pictures=spec.pixels)
