@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from tests.engines.brute_force import RANKING, picture_items, text_items
-from vlrank.config import EngineConfig, ExportConfig
+from vlrank.config import EngineConfig, ExportConfig, RankingConfig
 from vlrank.data.dataset import Dataset
 from vlrank.data.tables import atomic_write_json
 from vlrank.engines.models import open_model
@@ -62,7 +63,8 @@ def adapter_run(tiny_text_model: Path, tiny_vision_model: Path, shop: Dataset, t
         atomic_write_json(checkpoint / "vlrank.json", {**details, "base_model": str(base)})
         best = {"checkpoint": "qwen3vl_rerank/checkpoint-3", "metric": "ndcg@10", "value": 0.25, "epoch": 1, "step": 3}
         atomic_write_json(folder / "best.json", best)
-        settings = {"dataset": str(shop.path), "out": str(folder), "mode": mode, "lr": 0.0003, "epochs": 10}
+        settings: dict[str, Any] = {"dataset": str(shop.path), "out": str(folder), "mode": mode, "lr": 0.0003}
+        settings |= {"epochs": 10, "ranking": RankingConfig(max_history=7).model_dump(mode="json")}
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
         return folder
 
@@ -172,6 +174,8 @@ def test_a_text_model_with_its_card_and_its_rankings(adapter_run: Run, shop: Dat
     assert "| method | Recall@10 | NDCG@10 | MRR@10 |" in text
     assert "lr: 0.0003" in text
     assert "epochs" not in text  # its default
+    assert "ranking:\n  max_history: 7\n```" in text
+    assert "filters" not in text
     assert f"{shop.n_items} items" in text
     assert "12 validation users: 100.0% the same first item" in text
     for file in out.glob("*.json"):
@@ -263,6 +267,23 @@ def test_an_adapter_of_the_text_model_is_not_merged_into_a_vision_base(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_full_disk_is_one_message_and_leaves_nothing(
+    adapter_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: bool
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise (
+            OSError(errno.ENOSPC, "No space left on device")
+            if not merge
+            else SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        )
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file" if merge else "shutil.copyfile", full)
+    with pytest.raises(UserError, match=r"cannot write .*out: No space left on device"):
+        run(ExportConfig(run=str(adapter_run()), out=tmp_path / "out", sample=0, merge=merge))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_what_cannot_be_exported_is_one_message_and_leaves_nothing(
     adapter_run: Run, tiny_text_model: Path, tmp_path: Path
 ) -> None:
@@ -273,6 +294,7 @@ def test_what_cannot_be_exported_is_one_message_and_leaves_nothing(
         (ExportConfig(run=folder, out=out, evaluation=tmp_path / "none"), "has no metrics.json"),
         (ExportConfig(run=folder, out=out, dataset=tmp_path / "none"), "dataset .*none does not exist"),
         (ExportConfig(run=folder, out=tmp_path / "run"), "exists and is not empty"),
+        (ExportConfig(run=str(tmp_path / "capton"), out=out), "capton does not exist"),
     ):
         with pytest.raises(UserError, match=said):
             run(config)

@@ -105,7 +105,8 @@ def _data(facts: Facts) -> Iterator[str]:
     kept = ", ".join(f"{key} {options[key]}" for key in ("min_rating", "min_uc", "min_sc") if key in options)
     method = str(split.get("method", "unknown")).replace("_", "-")
     files = ", ".join(f"`{file['name']}`" for role in manifest.get("inputs", {}).values() for file in role)
-    yield (f"## Data\n\n{counts}; split {method}; filters: {kept}.{f' Raw files: {files}.' if files else ''}")
+    facts = "; ".join([counts, f"split {method}", *([f"filters: {kept}"] if kept else [])])
+    yield f"## Data\n\n{facts}.{f' Raw files: {files}.' if files else ''}"
 
 
 def _metrics(metrics: Mapping[str, Any]) -> Iterator[str]:
@@ -140,12 +141,8 @@ def _columns(group: Mapping[str, Any]) -> list[str]:
 def _recipe(facts: Facts) -> Iterator[str]:
     if not facts.settings:
         return
-    defaults = {name: field.default for name, field in TrainConfig.model_fields.items()}
-    used = {
-        key: value
-        for key, value in facts.settings.items()
-        if key not in _LOCAL and value is not None and value != _plain(defaults.get(key))
-    }
+    defaults = {name: _plain(field.default) for name, field in TrainConfig.model_fields.items()}
+    used = _changed({key: value for key, value in facts.settings.items() if key not in _LOCAL}, defaults)
     best, text = facts.result.get("best", {}), ""
     if best:
         chosen = f"{label(best['metric'])} on validation users: {best['value']:.4f}, step {best['step']:,}"
@@ -154,6 +151,18 @@ def _recipe(facts: Facts) -> Iterator[str]:
         f"## Training\n\n`vlrank train` with these settings; the others are its defaults.{text}\n\n"
         f"```yaml\n{yaml.safe_dump(used, sort_keys=False)}```"
     )
+
+
+def _changed(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not the defaults, of nested ones too."""
+    changed = {}
+    for key, value in settings.items():
+        default = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            value = _changed(value, default) or None
+        if value is not None and value != default:
+            changed[key] = value
+    return changed
 
 
 def _plain(value: Any) -> Any:

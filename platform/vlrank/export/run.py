@@ -12,7 +12,7 @@ from typing import Any
 from vlrank.config import ExportConfig, RerankConfig
 from vlrank.console import Summary, announce, console
 from vlrank.data.dataset import Dataset
-from vlrank.data.tables import atomic_write_text, read_json
+from vlrank.data.tables import atomic_write_text, disk_errors, read_json
 from vlrank.engines.models import ModelFolder, on_this_node, open_model, unknown_mode
 from vlrank.errors import UserError
 from vlrank.export.card import Facts, card
@@ -53,9 +53,9 @@ def run(config: ExportConfig) -> Summary:
         from vlrank.export.weights import write_model  # imports torch
 
         console.print(f"writing {model.path} to {config.out}")
-        write_model(
-            on_this_node(model), draft, merge=config.merge, quantization=config.quantization, dtype=config.dtype
-        )
+        here = on_this_node(model)
+        with disk_errors(config.out):
+            write_model(here, draft, merge=config.merge, quantization=config.quantization, dtype=config.dtype)
         agreed = _agreement(config, setup, draft) if setup else {}
         facts = Facts(
             model=model,
@@ -78,6 +78,7 @@ def run(config: ExportConfig) -> Summary:
         "size": f"{size / 1e6:,.1f} MB",
         "agreement with the run": compared,
         "metrics in the card": str(config.evaluation) if metrics else "none (--evaluation REPORT)",
+        "to publish": "the command below, with your name on the hub for USER",
     }
     upload = f"hf upload USER/{shlex.quote(config.out.name)} {shlex.quote(str(config.out))}"
     return Summary(f"export: {config.run}", lines, config.out, agreed, next=upload)
