@@ -183,7 +183,7 @@ class PackedRow:
             tail = np.tile(prompt.positions.max() + 1 + after, (3, 1))
             parts += [prompt.positions, tail]
         filling = np.tile(np.arange(self.size - self.filled), (3, 1)) % _FILLING
-        return np.concatenate([*parts, filling], axis=1).astype(np.int64)
+        return np.concatenate([*parts, filling], axis=1).astype(np.int64, copy=False)
 
     @cached_property
     def segments(self) -> list[int]:
