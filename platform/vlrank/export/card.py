@@ -105,8 +105,8 @@ def _data(facts: Facts) -> Iterator[str]:
     kept = ", ".join(f"{key} {options[key]}" for key in ("min_rating", "min_uc", "min_sc") if key in options)
     method = str(split.get("method", "unknown")).replace("_", "-")
     files = ", ".join(f"`{file['name']}`" for role in manifest.get("inputs", {}).values() for file in role)
-    facts = "; ".join([counts, f"split {method}", *([f"filters: {kept}"] if kept else [])])
-    yield f"## Data\n\n{facts}.{f' Raw files: {files}.' if files else ''}"
+    made = "; ".join([counts, f"split {method}", *([f"filters: {kept}"] if kept else [])])
+    yield f"## Data\n\n{made}.{f' Raw files: {files}.' if files else ''}"
 
 
 def _metrics(metrics: Mapping[str, Any]) -> Iterator[str]:
