@@ -124,3 +124,16 @@ def test_training_goes_without_what_it_did_not_ask_for() -> None:
         "assert not any(name.startswith(hidden) for name in sys.modules)"
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_installed_is_read_once_for_all_libraries_that_ask() -> None:
+    """Each reading costs a start of training with Unsloth most of a second."""
+    done = python(
+        "import importlib.metadata as metadata; from vlrank import compat\n"
+        "read, readings = metadata.packages_distributions, []\n"
+        "metadata.packages_distributions = lambda: readings.append(1) or read()\n"
+        "compat.list_packages_once(); compat.list_packages_once()\n"
+        "assert metadata.packages_distributions() == metadata.packages_distributions() == read()\n"
+        "assert len(readings) == 1"
+    )
+    assert done.returncode == 0, done.stderr

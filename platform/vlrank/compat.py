@@ -10,7 +10,8 @@
 3. **What nobody asked for.** transformers' Trainer and PEFT import torchao, datasets and bitsandbytes wherever they are
    installed, and these much of PyTorch's compiler: more than half of a worker's imports. SciPy, for the losses of
    object detection, and boto3, for SageMaker, are an eighth of the rest (`hide_extras`). Tokenizers import PyTorch and
-   its compiler, although they do not use it (`hide_torch`, `show_torch`, `whole_transformers`).
+   its compiler, although they do not use it (`hide_torch`, `show_torch`, `whole_transformers`). transformers and TRL,
+   which Unsloth imports, each read the file lists of all installed packages: once is enough (`list_packages_once`).
 4. **Sharded weights without GPUs.** accelerate refuses what PyTorch can: `shard_on_cpus`.
 5. **Ray on a busy machine.** ``ray.init`` gives its node 30 seconds to register, whatever is set: `patient_start`.
 6. **Ray's own processes.** ``include_dashboard=False`` starts the API server nevertheless, and ``ray.init`` waits for
@@ -22,8 +23,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -120,6 +123,12 @@ def hide_vllm() -> None:
     if sys.modules.get("vllm") is not None:
         raise RuntimeError("vLLM is already imported in this process; Unsloth needs a process of its own")
     sys.modules["vllm"] = None  # type: ignore[assignment]
+
+
+def list_packages_once() -> None:
+    """Let what is installed be read from the disk once in this process; call before ``import unsloth``."""
+    if not hasattr(importlib.metadata.packages_distributions, "cache_info"):
+        importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)
 
 
 def hide_extras(*, bitsandbytes: bool) -> None:

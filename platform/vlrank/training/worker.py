@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlrank.compat import hide_extras, hide_vllm, shard_on_cpus
+from vlrank.compat import hide_extras, hide_vllm, list_packages_once, shard_on_cpus
 from vlrank.config import TrainConfig
 from vlrank.console import quiet_libraries
 from vlrank.data.items import ItemMeta
@@ -247,6 +247,7 @@ def start_process(config: TrainConfig, base: Base, device: Any) -> None:
     if base.unsloth:
         # Unsloth patches transformers and has to come first.
         hide_vllm()
+        list_packages_once()
         import unsloth  # noqa: F401
     elif not base.maybe_quantised:
         maybe_8bit = "8bit" in config.optim or (on_gpu and base.method == "full")
