@@ -9,6 +9,7 @@ from vlrank.config import (
     MODES,
     Config,
     EvaluateConfig,
+    PrepareConfig,
     RankingConfig,
     TrainConfig,
     load_config,
@@ -143,3 +144,12 @@ def test_every_key_is_explained_in_a_sentence(kind: type[Config]) -> None:
         text = field.description or ""
         assert text.endswith("."), name
         assert len(text.split()) >= 3, name
+
+
+def test_a_long_wrong_value_is_not_shown_whole() -> None:
+    """The message would be lost in it."""
+    template = "{title} " + "and so on " * 20 + "{titel}"
+    with pytest.raises(UserError) as caught:
+        load_config(PrepareConfig, dataset_code="beauty", text=template)
+    assert caught.value.problem.startswith("config key `text`: unknown field `{titel}`; fields are title, ")
+    assert caught.value.problem.endswith(" and so on a...")

@@ -1001,7 +1001,14 @@ def _explain(
         return f"unknown config key `{key}`" + (f", did you mean `{near[0]}`?" if near else "")
     if error_type == "missing":
         return f"config key `{key}` is required"
-    return f"config key `{key}`: {message[0].lower()}{message[1:]}, got {value!r}" if key else message
+    given = repr(value)
+    if len(given) > _LONGEST_SHOWN:
+        given = f"{given[:_LONGEST_SHOWN]}..."
+    return f"config key `{key}`: {message[0].lower()}{message[1:]}, got {given}" if key else message
+
+
+_LONGEST_SHOWN = 60
+"""Characters of a wrong value in a message, which has said before what is wrong with it."""
 
 
 def _keys(kind: type[Config], prefix: str = "") -> list[str]:

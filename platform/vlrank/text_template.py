@@ -48,13 +48,20 @@ def parse_template(template: str) -> tuple[str | TemplateField, ...]:
             parts.append(_field(found[1]))
         elif piece in ("{", "}"):
             raise ValueError(
-                f"`{piece}` at character {found.start() + 1} is half a pair; write {piece * 2} for a brace"
+                f"`{piece}` at character {found.start() + 1} is half a pair (`{_around(template, found.start())}`); "
+                f"write {piece * 2} for a brace"
             )
         else:
             parts.append(piece[0] if piece in ("{{", "}}") else piece)
     if not any(isinstance(part, TemplateField) for part in parts):
         raise ValueError(f"the template names no field; fields are {', '.join(TEXT_FIELDS)}")
     return tuple(parts)
+
+
+def _around(template: str, place: int, width: int = 15) -> str:
+    """What stands at a place, with ``width`` characters on both sides."""
+    start, end = max(0, place - width), place + width + 1
+    return f"{'...' * (start > 0)}{template[start:end]}{'...' * (end < len(template))}"
 
 
 def _field(text: str) -> TemplateField:
