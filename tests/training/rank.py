@@ -70,3 +70,5 @@ def wrapping(trainer: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     settings = json.loads(Path(sys.argv[3]).read_text(encoding="utf-8"))
     rank(int(sys.argv[1]), int(sys.argv[2]), TrainConfig.model_validate(settings))
+    # A process group's threads now and then abort an interpreter that ends by itself; Ray ends its workers like this.
+    os._exit(0)
