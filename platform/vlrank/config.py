@@ -836,7 +836,7 @@ class DemoConfig(Config):
     out: LocalPath = Field(Path("vlrank-demo"), description="Folder for everything that the demo makes.")
     modes: tuple[Mode, ...] = Field(MODES, description="Modes to train.")
     seed: Seed = Field(0, description="Seed of the shop and of training.")
-    trials: int = Field(3, ge=0, description="Trials of the sweep; 0 leaves the sweep out.")
+    trials: int = Field(2, ge=0, description="Trials of the sweep; 0 leaves the sweep out.")
     engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="Inference engine. auto takes vLLM where it is installed."
     )

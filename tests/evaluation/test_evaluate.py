@@ -291,7 +291,14 @@ def test_new_items_have_a_table_of_their_own(
     assert first["popularity"] == "0.0000"
     assert means(group, "popularity")["recall@1"] > 0
 
-    evaluated(data, tmp_path / "none", reranked(data, tmp_path / "w.parquet", "qwen3vl/caption", 1))
+    # A retriever that lists none of them: one line says so, and no table of zeros.
+    without = write(tmp_path / "w.parquet", Lists.from_dict({u: [*rare] for u in lists}), "qwen3vl/caption")
+    evaluated(new, tmp_path / "without", without, protocol="retrieval")
+    printed = capsys.readouterr().out
+    assert "of them 8 whose target has no training interaction: no list holds it" in printed
+    assert printed.count("NDCG@10   MRR@10") == 1
+
+    evaluated(data, tmp_path / "none", reranked(data, tmp_path / "x.parquet", "qwen3vl/caption", 1))
     assert "no training interaction" not in capsys.readouterr().out
 
 
@@ -365,5 +372,7 @@ def test_rankings_of_one_mode_are_told_apart_by_their_files() -> None:
         for (source, split, file), said in zip(found, ("", " candidates=ground_truth"), strict=True)
     ]
     assert _names(found) == ["caption", "caption_zero_shot"]  # type: ignore[arg-type]
+    other = [("qwen3vl/caption candidates=knn", "test", Path("a/reranked.parquet"))]
+    assert _names(found + other) == ["caption", "caption_zero_shot", "reranked"]  # type: ignore[arg-type]
     same = [("qwen3vl/caption", "test", Path(f"{folder}/caption.parquet")) for folder in "ab"]
     assert len(set(_names(same))) == 2  # type: ignore[arg-type]

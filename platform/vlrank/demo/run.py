@@ -22,7 +22,7 @@ from vlrank.errors import UserError
 from vlrank.recipes.recipe import RunConfig, name_of
 from vlrank.recipes.run import run as run_recipe
 
-N_ITEMS, N_USERS = 288, 480
+N_ITEMS, N_USERS = 480, 480
 _UNTRAINED = "_zero_shot"
 """End of the name of the rankings that a mode's base model made."""
 
@@ -97,6 +97,10 @@ def _recipe(config: DemoConfig) -> RunConfig:
         absent.add("sweep")
     stages = [stage for stage in recipe["stages"] if name_of(stage) not in absent]
     for stage in stages:
+        if "generate" in stage and config.engine != "auto":
+            stage.pop("engine", None)  # the chosen engine writes everything
+        if "rerank" in stage and stage["model"] in absent:  # the retriever's lists are there for any mode
+            stage["model"] = f"{config.modes[0]}_model"
         if "tune" in stage:
             stage["trials"] = config.trials
         if "evaluate" in stage:
@@ -106,11 +110,12 @@ def _recipe(config: DemoConfig) -> RunConfig:
 
 
 def _print_gains(metrics: dict[str, Any], modes: Sequence[Mode]) -> None:
-    """What training added to each mode, user by user."""
+    """What training added to the modes whose base model ranked too, user by user."""
     found = {(d["a"], d["b"]): d for d in metrics["groups"][0]["differences"] if d["metric"] == "ndcg@10"}
     table = Table("mode", "NDCG@10", "95% interval", "p (Holm)", title="What training added", title_justify="left")
     for mode in modes:
-        gain = found[mode, mode + _UNTRAINED]
-        interval = f"{gain['low']:+.3f}, {gain['high']:+.3f}"
-        table.add_row(mode, f"{gain['difference']:+.3f}", interval, f"{gain['p_holm']:.3f}")
-    console.print(table)
+        if gain := found.get((mode, mode + _UNTRAINED)):
+            interval = f"{gain['low']:+.3f}, {gain['high']:+.3f}"
+            table.add_row(mode, f"{gain['difference']:+.3f}", interval, f"{gain['p_holm']:.3f}")
+    if table.row_count:
+        console.print(table)

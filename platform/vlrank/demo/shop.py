@@ -6,6 +6,10 @@ and one colour. Styles and colours are distributed independently over the catalo
 picture; the tastes are correlated (`HOME_COLOUR`: six in ten friends of a style like the same colour), so that a
 reader of the history's texts alone can still learn which pictures its owner likes.
 
+Two things make it a shop for readers rather than for counters. Tastes move on: a user's first purchases follow another
+taste, so recent ones tell more. And a quarter of the products is **new**: nobody can buy them before the last two
+purchases, so the training part of a leave-one-out split has none of them.
+
 Everything is a pure function of the seed.
 """
 
@@ -47,7 +51,7 @@ _DESCRIPTIONS = (
     "{brand} makes this {kind} by hand, with a {style} touch.",
     "The {style} line of {brand}: a {kind} that lasts.",
 )
-_START = 1_500_000_000  # 2017-07-14, seconds since 1970
+_LAUNCH = 1_531_536_000  # 2018-07-14, when the new products come: seconds since 1970
 _DAY = 86_400
 
 # How a user picks: both halves of the taste, the text's half, the picture's half, anything.
@@ -55,6 +59,9 @@ _PICKS = ("both", "style", "colour", "any")
 _PICK_PROBABILITIES = (0.72, 0.12, 0.12, 0.04)
 _HOME_COLOUR_PROBABILITY = 0.6
 _DISLIKE_PROBABILITY = 0.08
+_PURCHASES = (8, 10)  # of a user, the upper bound excluded
+_SETTLED = 6  # a user's last purchases, which follow the present taste
+_AFTER_LAUNCH = 2  # a user's last purchases, which may be of new products: the validation and the test item
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,30 +122,45 @@ def make_tastes(n_users: int, seed: int = 0) -> list[Taste]:
     return tastes
 
 
+def new_products(products: Sequence[Product]) -> Sequence[Product]:
+    """The last quarter of the catalogue, which nobody can buy before the launch."""
+    return products[len(products) - len(products) // 4 :]
+
+
 def make_reviews(products: Sequence[Product], tastes: Sequence[Taste], seed: int = 0) -> list[Review]:
     """What the users bought and how they rated it, in order of time.
 
-    A user buys 7 to 10 different products. Seven in ten match both halves of the taste, others one half or none; within
-    a group popular products are likelier. A few purchases disappoint (rating 1 or 2): ``--min_rating 3`` drops them.
+    A user buys 8 or 9 different products, the last two after the launch of `new_products`. Seven in ten match both
+    halves of the taste, others one half or none; within a group popular products are likelier. All but the last six
+    follow an earlier taste, which is that of another user now. A few purchases before the launch disappoint (rating 1
+    or 2): ``--min_rating 3`` drops them.
     """
     rng = np.random.default_rng([seed, 3])
     popularity = np.arange(1, len(products) + 1) ** -0.3
     rng.shuffle(popularity)
     styles = np.array([product.style for product in products])
     colours = np.array([product.colour for product in products])
+    n_old = len(products) - len(new_products(products))
+    old = np.arange(len(products)) < n_old
+    earlier = [tastes[i] for i in rng.permutation(len(tastes))]
     reviews = []
-    for user, taste in enumerate(tastes, start=1):
-        likes = {"style": styles == taste.style, "colour": colours == taste.colour}
-        groups = {"both": likes["style"] & likes["colour"], **likes, "any": np.ones(len(products), dtype=bool)}
+    for user, now in enumerate(tastes, start=1):
+        count = int(rng.integers(*_PURCHASES))
+        before = min(count - _AFTER_LAUNCH, n_old)
+        count = min(count, before + _AFTER_LAUNCH, len(products))
+        gaps = rng.integers(_DAY, 30 * _DAY, count)
+        times = _LAUNCH + np.concatenate([-np.cumsum(gaps[:before])[::-1], np.cumsum(gaps[before:])])
         free = np.ones(len(products), dtype=bool)
-        time = _START + int(rng.integers(0, 365 * _DAY))
-        for _ in range(min(int(rng.integers(7, 11)), len(products))):
-            group = groups[str(rng.choice(_PICKS, p=_PICK_PROBABILITIES))] & free
-            weights = popularity * (group if group.any() else free)
+        for number, time in enumerate(times.tolist()):
+            taste = now if number >= count - _SETTLED else earlier[user - 1]
+            style, colour = styles == taste.style, colours == taste.colour
+            groups = {"both": style & colour, "style": style, "colour": colour, "any": np.ones_like(free)}
+            sold = free if number >= before else free & old
+            group = groups[str(rng.choice(_PICKS, p=_PICK_PROBABILITIES))] & sold
+            weights = popularity * (group if group.any() else sold)
             item = int(rng.choice(len(products), p=weights / weights.sum()))
             free[item] = False
-            time += int(rng.integers(_DAY, 30 * _DAY))
-            disliked = rng.random() < _DISLIKE_PROBABILITY
+            disliked = number < before and rng.random() < _DISLIKE_PROBABILITY
             rating = float(rng.integers(1, 3) if disliked else rng.integers(4, 6))
             reviews.append(Review(f"U{user:06d}", products[item].source_id, rating, time))
     return sorted(reviews, key=lambda review: (review.time, review.source_user))
@@ -360,7 +382,7 @@ def make_shop(path: str | Path, *, n_items: int = 288, n_users: int = 600, seed:
     Args:
         path: The dataset folder; must not exist.
         n_items: Products in the catalogue.
-        n_users: Users; each has 5 to 10 purchases after ratings below 3 are left out.
+        n_users: Users; each has 5 to 9 purchases after ratings below 3 are left out.
         seed: Of everything.
     """
     products = make_products(n_items, seed)

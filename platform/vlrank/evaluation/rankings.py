@@ -164,6 +164,8 @@ def _names(found: Sequence[tuple[str, Split, Location]]) -> list[str]:
             name = file.stem  # one mode several times, e.g. before and after training: file names tell them apart
         elif len(alike) > 1 or name in baselines.BASELINES:
             name = f"{name} ({file.stem})"
+        if (name, split) in used and file.stem not in baselines.BASELINES:
+            name = file.stem  # one mode over several candidates
         while (name, split) in used:
             name += "'"
         used.add((name, split))

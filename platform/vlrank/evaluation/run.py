@@ -163,7 +163,11 @@ def _print(groups: Sequence[Group], compared: Sequence[Difference]) -> None:
             {method.name: method.metrics for method in group.methods},
         )
         if cold := group.cold:  # apart: rivals that count interactions know nothing of them
-            _print_means(out, group, f"of them {cold.users:,} whose target has no training interaction", cold.metrics)
+            title = f"of them {cold.users:,} whose target has no training interaction"
+            if any(metrics.coverage for metrics in cold.metrics.values()):
+                _print_means(out, group, title, cold.metrics)
+            else:
+                out.print(Text(f"{title}: no list holds it", style="bold"), Text(), sep="\n")
         _print_differences(out, _shown(group), f"paired differences in {label(_main(group))}")
         for finding in group.findings:
             if finding.level != "note":
