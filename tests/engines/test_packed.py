@@ -366,10 +366,12 @@ def test_a_prompt_longer_than_a_row_gets_a_longer_one(text: tuple[PackedScorer, 
 
 
 def test_a_trie_with_more_nodes_than_a_row_has_places_is_read_too(
-    text: tuple[PackedScorer, Encoder, Any], gpu_rows: None
+    text: tuple[PackedScorer, Encoder, Any], gpu_rows: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone, encoder, model = text
+    monkeypatch.setattr(packed, "_READS", 16)
     trie = LabelTrie(tuple((a, b, 2) for a in range(10, 40) for b in (5, 6)))
+    assert len(trie.nodes) > packed.row_reads(1024)
     encoded = replace(encoder.encode([], text_items(3)), trie=trie)
     scorer = PackedScorer(PackedModel.of(model, keep=True), row_tokens=1024)
     [scores] = scored(scorer, encoder, [encoded])
