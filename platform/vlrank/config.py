@@ -736,10 +736,7 @@ class ServeConfig(Config):
         """Keep this stage's own defaults of nested keys where only some of them are given."""
         if not isinstance(values, dict):
             return values
-        own = {
-            "engine": {"row_tokens": 16384, "low_latency": True},
-            "pictures": cls.model_fields["pictures"].default.model_dump(),
-        }
+        own = {key: cls.model_fields[key].default.model_dump(exclude_unset=True) for key in ("engine", "pictures")}
         given = {key: values[key] for key in own if isinstance(values.get(key), dict)}
         return values | {key: own[key] | value for key, value in given.items()}
 

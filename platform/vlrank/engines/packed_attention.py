@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlrank.engines import varlen
-from vlrank.engines.packed_rows import PackedRow, PromptTokens, RowShape
+from vlrank.engines.packed_rows import Documents, PackedRow, PromptTokens, RowShape, bounds_of
 from vlrank.prompting.labels import LabelTrie
 
 _log = logging.getLogger(__name__)
@@ -105,16 +105,15 @@ class RowAttention:
         shape: RowShape | None = None,
     ) -> None:
         self.row, self.device, self.scaling, self.kernel, self.context = row, device, scaling, kernel, context
-        arrays = row.arrays(shape)
-        documents = row.documents
+        arrays, documents = row.arrays(shape), row.documents
         if context is not None:
             ends = np.cumsum([prompt.reads for prompt in row.prompts]).tolist()
-            documents["context"] = self._behind_context([s.stop for s in row.spans], row.size), [*context.bounds]
-            documents["context of reads"] = self._behind_context(ends, len(row.reads)), [*context.bounds]
-            for name in ("context", "context of reads"):
-                for side, bounds in zip(("queries", "keys"), documents[name], strict=True):
-                    arrays[f"{name} {side}"] = np.asarray(bounds, dtype=np.int32)
-        self._longest = _bounds_of(shape) if shape else {name: _longest(*both) for name, both in documents.items()}
+            behind: Documents = {
+                "context": (self._behind_context([s.stop for s in row.spans], row.size), context.bounds),
+                "context of reads": (self._behind_context(ends, len(row.reads)), context.bounds),
+            }
+            arrays, documents = arrays | bounds_of(behind), {**documents, **behind}
+        self._longest = _longest_of(shape) if shape else {name: _longest(*both) for name, both in documents.items()}
         self.tensors = RowTensors(arrays, device)
 
     def __call__(
@@ -208,7 +207,7 @@ def _longest(queries: Sequence[int], keys: Sequence[int]) -> tuple[int, int]:
     return -(-q // 128) * 128, -(-k // 128) * 128
 
 
-def _bounds_of(shape: RowShape) -> dict[str, tuple[int, int]]:
+def _longest_of(shape: RowShape) -> dict[str, tuple[int, int]]:
     """Bounds of the lengths of queries and of keys in the documents of all rows of a shape."""
     padded = max(shape.longest_read, shape.tails)  # one document holds the padded tails
     return {

@@ -47,22 +47,15 @@ class RowPasses:
 
     def __init__(self, model: PackedModel, kernel: Kernel | None, record: Record | None = None) -> None:
         self._model, self._kernel, self._record = model, kernel, record
-        self._met: set[tuple[RowShape, int]] = set()
-        self._recorded: OrderedDict[tuple[RowShape, int], _Recorded] = OrderedDict()
+        self._met: set[RowShape] = set()
+        self._recorded: OrderedDict[RowShape, _Recorded] = OrderedDict()
 
     def __call__(self, row: PackedRow, features: torch.Tensor | None = None) -> torch.Tensor:
         """`PackedModel.forward`, of rows without prefixes."""
         shape = self._shape(row, features)
-        if shape is None or self._record is None:
-            return self._model.forward(self._attention(row, shape), _padded(features, shape))
-        key = shape, 0 if features is None else features.shape[1]
-        if key not in self._met:  # what is compiled or chosen when it runs for the first time cannot be recorded
-            self._met.add(key)
-            return self._model.forward(self._attention(row, shape), _padded(features, shape))
-        recorded = self._recorded.get(key) or self._made(key, row, features)
+        recorded = None if shape is None else self._recording(row, features, shape)
         if recorded is None:
-            return self(row, features)
-        self._recorded.move_to_end(key)
+            return self._model.forward(self._attention(row, shape), _padded(features, shape))
         recorded.attention.tensors.renew(row.arrays(shape))
         if features is not None and recorded.features is not None:
             recorded.features[: len(features)].copy_(features)
@@ -85,9 +78,16 @@ class RowPasses:
     def _attention(self, row: PackedRow, shape: RowShape | None) -> RowAttention:
         return RowAttention(row, self._model.device, self._model.scaling, self._kernel, shape=shape)
 
-    def _made(self, key: tuple[RowShape, int], row: PackedRow, features: torch.Tensor | None) -> _Recorded | None:
-        assert self._record is not None
-        shape, _ = key
+    def _recording(self, row: PackedRow, features: torch.Tensor | None, shape: RowShape) -> _Recorded | None:
+        """That of a shape, made when it comes for the second time; None where the pass is launched step by step."""
+        if self._record is None:
+            return None
+        if shape not in self._met:  # what is compiled or chosen when it runs for the first time cannot be recorded
+            self._met.add(shape)
+            return None
+        if shape in self._recorded:
+            self._recorded.move_to_end(shape)
+            return self._recorded[shape]
         attention, held = self._attention(row, shape), _padded(features, shape)
         try:
             replay, hidden = self._record(lambda: self._model.forward(attention, held))
@@ -97,10 +97,10 @@ class RowPasses:
             print(f"ranking is slower than it could be: a pass cannot be recorded ({error})", flush=True)
             self._record = None
             return None
-        while len(self._recorded) >= _KEPT:
+        if len(self._recorded) >= _KEPT:
             self._recorded.popitem(last=False)
-        self._recorded[key] = _Recorded(attention, held, replay, hidden)
-        return self._recorded[key]
+        self._recorded[shape] = _Recorded(attention, held, replay, hidden)
+        return self._recorded[shape]
 
 
 def _padded(features: torch.Tensor | None, shape: RowShape | None) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ over the row gives the output of every node of every trie.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -23,6 +23,8 @@ import numpy.typing as npt
 from vlrank.prompting.labels import LabelTrie
 
 Int = npt.NDArray[np.int64]
+Documents = Mapping[str, tuple[Sequence[int], Sequence[int]]]
+"""Bounds of queries and of keys for each call of a kernel, by name."""
 
 _FILLING = 256  # attention is quadratic in the length of a segment: short ones cost the filling little
 _TOKENS_PER_DOCUMENT = 64  # a row's shape has room for a document and a tail for so many tokens,
@@ -222,8 +224,8 @@ class PackedRow:
         """Places of visual tokens."""
         return np.concatenate([s.start + p.visual for p, s in zip(self.prompts, self.spans, strict=True)])
 
-    @property
-    def documents(self) -> dict[str, tuple[list[int], list[int]]]:
+    @cached_property
+    def documents(self) -> Documents:
         """Bounds of queries and of keys for each call of a kernel.
 
         ``self``: every segment to itself; ``tails`` and ``reads``: chains, and reads, to their bodies; ``chains``: the
@@ -255,11 +257,7 @@ class PackedRow:
             bounds of `documents`, of queries and of keys, e.g. ``self queries``.
         """
         places = {"tails": self.tails, "tails_in_reads": self.tails_in_reads, "visual": self.visual}
-        bounds = {
-            f"{name} {side}": np.asarray(of_side, dtype=np.int32)
-            for name, both in self.documents.items()
-            for side, of_side in zip(("queries", "keys"), both, strict=True)
-        }
+        bounds = bounds_of(self.documents)
         if shape is not None:
             sizes = {"tails": shape.tails, "tails_in_reads": shape.tails, "visual": shape.visual}
             unused = {"tails": self.size - 1, "tails_in_reads": len(self.reads) - 1, "visual": self.size - 1}
@@ -270,6 +268,15 @@ class PackedRow:
             queries[queries == queries[-1]] = shape.tails
             bounds = {name: _padded(array, shape.documents + 1, array[-1]) for name, array in bounds.items()}
         return {"ids": self.ids, "positions": self.positions, "reads": self.reads} | places | bounds
+
+
+def bounds_of(documents: Documents) -> dict[str, npt.NDArray[np.int32]]:
+    """Bounds by list and side, e.g. ``self queries``."""
+    return {
+        f"{name} {side}": np.asarray(of_side, dtype=np.int32)
+        for name, both in documents.items()
+        for side, of_side in zip(("queries", "keys"), both, strict=True)
+    }
 
 
 def _padded(array: npt.NDArray[Any], size: int, value: int) -> npt.NDArray[Any]:
