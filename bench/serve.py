@@ -288,6 +288,8 @@ def ours(options: argparse.Namespace, model: Path, dataset: Path, bodies: list[d
             await clients.all_alone()
             result["steady"] = await clients.steady(options.rate, int(options.rate * options.steady_s))
             result["saturated"] = await clients.crowd(options.clients, options.requests, clients.ask, options.most_s)
+            async with clients.session.get(f"{clients.address}/metrics") as answer:
+                result["metrics"] = own_metrics(await answer.text())
             if not options.hostile:
                 return
             rng = random.Random(0)
@@ -306,6 +308,12 @@ def ours(options: argparse.Namespace, model: Path, dataset: Path, bodies: list[d
     with started(command, "serving at", options.start_s) as (process, facts):
         asyncio.run(parts(process))
     return result | facts
+
+
+def own_metrics(text: str) -> dict[str, float]:
+    """What the server counted itself, without the buckets of histograms."""
+    found = re.findall(r"^(vlrank_\w+(?:\{[^}]*\})?) (\S+)$", text, re.M)
+    return {name: float(value) for name, value in found if "_bucket" not in name and "_created" not in name}
 
 
 def settings_of(options: argparse.Namespace) -> list[str]:
