@@ -93,3 +93,22 @@ def test_a_full_disk_behind_stdout_is_one_message_and_behind_stderr_none() -> No
         messages = PlainConsole(file=full, stderr=True)
         messages.print("message")
         messages.print("another")
+
+
+def test_libraries_print_neither_bars_nor_notes_and_their_errors_still_show() -> None:
+    code = """
+import logging
+from vlrank.console import quiet_libraries
+quiet_libraries()
+from tqdm.auto import tqdm
+from ray.llm._internal.common.observability.logging import get_logger
+list(tqdm(range(3), desc="Compressing model"))
+get_logger("downloads").info("no mirror")
+logging.getLogger("vllm.triton_utils").warning("no backend")  # before vLLM sets up its logging
+get_logger("downloads").error("no network")
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("VLRANK_VERBOSE", "TQDM_DISABLE")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr.strip().endswith("no network")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr

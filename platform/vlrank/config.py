@@ -104,6 +104,9 @@ class ColumnsConfig(Config):
 
     user: str | None = Field(None, description="Column of the reviews with the user's id.")
     item: str | None = Field(None, description="Column of both files with the item's id.")
+    meta_item: str | None = Field(
+        None, description="Column of the metadata with the item's id, where the reviews call it otherwise."
+    )
     timestamp: str | None = Field(None, description="Column of the reviews with the time.")
     rating: str | None = Field(None, description="Column of the reviews with the rating.")
     title: str | None = Field(None, description="Column of the metadata with the title.")
@@ -118,7 +121,7 @@ class ColumnsConfig(Config):
         None,
         min_length=1,
         max_length=1,
-        description="Character between two columns. Default: a comma, or a tab in .tsv, .inter and .item files.",
+        description="Character between two columns. Default: the one by which the header names the columns needed.",
     )
 
 

@@ -99,8 +99,9 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "TQDM_DISABLE": "1",
 }
-_CHATTY = ("torchao", "torch.utils._pytree", "ray._private.worker", "ray.llm", "ray.tune")
+_CHATTY = ("torchao", "torch.utils._pytree", "ray._private.worker", "ray.llm", "vllm")
 
 
 def quiet_libraries() -> None:
@@ -114,6 +115,10 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a sweep says why a trial failed, without tracebacks
+    llm = logging.getLogger("ray.llm")
+    if not llm.handlers:  # each module of ray.llm logs at INFO unless the package has a handler
+        llm.addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True, slots=True)

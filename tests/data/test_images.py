@@ -20,6 +20,7 @@ from vlrank.config import PicturesConfig, PrepareConfig, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.data.images import Fetched, Fetcher, PictureError, check_url, is_public, normalise
 from vlrank.data.prepare import run
+from vlrank.errors import UserError
 
 from .hostile import HostileServer, hostile_server, huge_png, picture
 
@@ -248,6 +249,24 @@ def test_local_files(tmp_path: Path) -> None:
     assert [result.error_type for result in results] == [None, "FileNotFound", "NotAFile", "TooLarge", "NotAFile"]
 
 
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (picture("TIFF"), "a TIFF picture of"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC picture"),  # what telephones make
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "an AVIF picture"),
+        (b"<?xml version='1.0'?><svg width='9'/>", "an SVG drawing"),
+        (b"<!DOCTYPE html><p>404", "an HTML page"),
+        (b"", "an empty file"),
+    ],
+)
+def test_a_picture_of_another_format_is_named_with_the_formats_that_are_read(data: bytes, kind: str) -> None:
+    with pytest.raises(PictureError) as error:
+        normalise(data, 10_000_000)
+    assert str(error.value).startswith(kind)
+    assert ("expected JPEG, PNG" in str(error.value)) == bool(data)
+
+
 # ---- the stage ------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +325,20 @@ def test_pictures_can_be_added_to_a_dataset_that_was_made_without(tmp_path: Path
     dataset = prepare(**options)
     assert dataset.items()["image_path"].null_count() == 0
     assert dataset.item_meta()[1]["caption"] == "c"
+
+
+def test_a_wrong_picture_folder_stops_before_anything_is_made_and_the_right_one_needs_no_retry(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(picture("PNG"))
+    options = inputs(tmp_path / "in", {"a": "a.png", "b": "b.png"})
+    with pytest.raises(UserError, match=r"no picture .* exists: .*a.png and 1 more\n.*--image_root") as told:
+        prepare(**options)
+    assert str(told.value).count("a.png") == 1
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["m.jsonl", "r.jsonl"]
+    dataset = prepare(**options, image_root=tmp_path / "photos")
+    assert dataset.manifest["pictures"] == {"asked": True, "sources": 2, "stored": 1, "failed": 1}
+    (message,) = dataset.quarantine("pictures")["message"].to_list()
+    assert message.count("b.png") == 1
 
 
 def test_an_interrupted_run_goes_on_with_what_is_missing(tmp_path: Path, server: HostileServer) -> None:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlrank.config import PrepareConfig, load_config
+from vlrank.config import ColumnsConfig, PrepareConfig, load_config
 from vlrank.data.dataset import Dataset
 from vlrank.data.prepare import dry_run, run
 from vlrank.errors import UserError
@@ -384,7 +384,7 @@ def test_plan_says_what_would_be_read(tmp_path: Path) -> None:
 
 PROGRAM = """
 import sys
-from vlrank.config import PrepareConfig, load_config
+from vlrank.config import ColumnsConfig, PrepareConfig, load_config
 from vlrank.data import prepare
 from vlrank.errors import UserError
 {patch}
@@ -520,6 +520,7 @@ def test_a_dataset_that_older_options_made_is_not_taken_for_another(tmp_path: Pa
     run(config)
     manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
     del manifest["options"]["impossible_times"]
+    del manifest["options"]["columns"]["meta_item"]
     (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest))
     assert "nothing to do" in run(config).title
 
@@ -549,4 +550,40 @@ def test_items_that_the_metadata_lacks_are_told_from_untitled_ones(tmp_path: Pat
     with pytest.raises(
         UserError, match=r"6 of 6 items have no title.* \(5 have no usable row in the metadata\)\n.*ids"
     ):
+        run(config)
+
+
+def test_reviews_and_metadata_may_call_the_item_differently(tmp_path: Path) -> None:
+    config = _shop(tmp_path, [], titled=6)
+    rows = (tmp_path / "m.jsonl").read_text().replace('"item"', '"sku"')
+    (tmp_path / "m.jsonl").write_text(rows)
+    with pytest.raises(UserError, match=r"no usable row in the metadata\)\n.*columns.meta_item"):
+        run(config)
+    dataset = Dataset.open(str(run(config.model_copy(update={"columns": ColumnsConfig(meta_item="sku")})).output))
+    assert (dataset.items()["title"] != "").all()
+
+
+def test_a_table_of_items_without_the_item_column_names_the_key_for_it(tmp_path: Path) -> None:
+    config = _shop(tmp_path, [], titled=6)
+    (tmp_path / "m.csv").write_text("sku,title\ni1,T\n")
+    with pytest.raises(UserError, match=r"no item column .* its columns are sku, title\n.*columns.meta_item=NAME\.$"):
+        run(config.model_copy(update={"meta": (tmp_path / "m.csv",)}))
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}]', '[\n  {\n "a": 1}\n]', '\ufeff [{"a": 1},\n{"a": 2}]', "[\n\n{}]"])
+@pytest.mark.parametrize("role", ["reviews", "meta"])
+def test_a_json_array_is_refused_with_the_command_that_makes_lines_of_it(tmp_path: Path, text: str, role: str) -> None:
+    config = _shop(tmp_path, [], titled=6)
+    (tmp_path / "all items.json").write_text(text)
+    told = r"one JSON array, expected one object per line\n.*jq -c '\.\[\]' '.*items.json'"
+    with pytest.raises(UserError, match=told):
+        run(config.model_copy(update={role: (tmp_path / "all items.json",)}))
+    assert not (tmp_path / "d").exists()
+
+
+def test_json_reviews_with_other_names_are_told_from_broken_ones(tmp_path: Path) -> None:
+    config = _shop(tmp_path, [], titled=6)
+    rows = (tmp_path / "r.jsonl").read_text().replace('"item"', '"sku"')
+    (tmp_path / "r.jsonl").write_text(rows)
+    with pytest.raises(UserError, match=r"no item column .* its columns are user, sku, .*\n.*columns.item=NAME\.$"):
         run(config)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlrank.config import TrainConfig
+from vlrank.errors import UserError
 
 
 def quality(lr: float, epoch: int, seed: int = 0) -> float:
@@ -44,6 +45,8 @@ class StandIn:
             time.sleep(self.config.weight_decay)  # the one key without a meaning here: seconds per epoch
             if self.config.max_grad_norm == 13 and epoch == 2:
                 raise RuntimeError("the GPU fell off the bus")
+            if self.config.max_grad_norm == 14:
+                raise UserError("the model has\nno tokenizer", "Copy it.")
             report = {"epoch": epoch, self.config.metric: quality(self.config.lr, epoch, self.config.seed)}
             with history.open("a") as file:
                 file.write(json.dumps(report) + "\n")

@@ -90,9 +90,14 @@ def test_a_failing_trial_is_retried_then_reported_and_the_sweep_goes_on(cluster:
     assert summary.counts["completed"] + summary.counts["stopped"] == 3 - len(failed)
 
 
-def test_a_sweep_in_which_every_trial_fails_says_why(cluster: str, tmp_path: Path) -> None:
-    more = {"train": {"max_grad_norm": 13}, "trials": 1, "trial_retries": 0}
-    with pytest.raises(UserError, match=r"not one trial of the sweep succeeded\ncaption: .*the GPU fell off the bus"):
+@pytest.mark.parametrize(
+    ("max_grad_norm", "reason"), [(13, "the GPU fell off the bus"), (14, "failed: the model has no tokenizer\n")]
+)
+def test_a_sweep_in_which_every_trial_fails_says_why(
+    cluster: str, tmp_path: Path, max_grad_norm: int, reason: str
+) -> None:
+    more = {"train": {"max_grad_norm": max_grad_norm}, "trials": 1, "trial_retries": 0}
+    with pytest.raises(UserError, match=r"not one trial of the sweep succeeded\ncaption: .*" + reason):
         run(load_config(TuneConfig, **options(tmp_path / "sweep", **more)), build=StandIn)
 
 

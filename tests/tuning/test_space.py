@@ -16,7 +16,7 @@ from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
 from vlrank.tuning.mode_search import mode_search
 from vlrank.tuning.resources import TrialResources, concurrency, trial_resources
-from vlrank.tuning.run import dry_run
+from vlrank.tuning.run import dry_run, run
 from vlrank.tuning.space import RandInt, Uniform, default_point, nested, parse_space, sampled_points, trial_points
 
 
@@ -169,3 +169,19 @@ def test_a_dry_run_refuses_what_every_trial_would_refuse(shop: Dataset, tiny_tex
     for dataset, problem in ((tmp_path / "nowhere", "nowhere does not exist"), (shop.path, "vlrank generate")):
         with pytest.raises(UserError, match=problem):
             dry_run(config(dataset=dataset, out=tmp_path / "sweep", modes="semantic_summary_small", train=train))
+
+
+def test_a_model_that_the_hub_cannot_deliver_is_one_message_before_any_trial(
+    shop: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig
+
+    def offline(name: str, **options: Any) -> None:
+        raise OSError("We couldn't connect to the hub.\nDetails.")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
+    train = {"model": "nobody/nothing-1b", "ranking": {"missing": "text"}, "max_missing": 1}
+    asked = config(dataset=shop.path, out=tmp_path / "sweep", modes="semantic_summary_small", train=train)
+    with pytest.raises(UserError, match=r"^model nobody/nothing-1b was not found: We couldn't connect to the hub\.\n"):
+        run(asked)
+    assert not (tmp_path / "sweep").exists(), "the same --out takes a sweep of another model"

@@ -99,10 +99,8 @@ def normalise(data: bytes, max_pixels: int) -> tuple[bytes, str]:
     except Image.DecompressionBombError as error:
         raise PictureError("TooManyPixels", str(error)) from None
     except Exception as error:
-        kind = (
-            "an HTML page" if data[:512].lstrip().lower().startswith((b"<!doctype", b"<html")) else "no known picture"
-        )
-        raise PictureError("NotAPicture", f"{kind} ({len(data)} bytes): {type(error).__name__}") from None
+        message = f"{_kind(data)} of {len(data)} bytes ({type(error).__name__}), expected {', '.join(_FORMATS)}"
+        raise PictureError("NotAPicture", message if data else "an empty file") from None
     width, height = picture.size
     if width * height > max_pixels:
         raise PictureError("TooManyPixels", f"{width} x {height} pixels, at most {max_pixels} are allowed")
@@ -124,6 +122,20 @@ def normalise(data: bytes, max_pixels: int) -> tuple[bytes, str]:
         return buffer.getvalue(), "jpg"
     rgb.save(buffer, "PNG")
     return buffer.getvalue(), "png"
+
+
+def _kind(data: bytes) -> str:
+    """What a file that cannot be opened seems to be."""
+    start = data[:512].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    if b"<svg" in start:
+        return "an SVG drawing"
+    if data.startswith((b"II*\0", b"MM\0*")):
+        return "a TIFF picture"
+    if data[4:8] == b"ftyp":
+        return "an AVIF picture" if data[8:12] in (b"avif", b"avis") else "a HEIC picture or a film"
+    return "no known picture"
 
 
 # ---- fetching -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from vlrank.data import schemas
 from vlrank.data.dataset import store_image
 from vlrank.data.images import Fetched, fetch_pictures
 from vlrank.data.tables import atomic_path, disk_errors, next_file, read_parquet, write_parquet_atomic
-from vlrank.storage import BucketPath, Location, listing, several
+from vlrank.errors import UserError
+from vlrank.storage import BucketPath, Location, listing, remove_tree, several
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def fetch(target: Location, sources: Sequence[str], config: PrepareConfig) -> di
         config: Limits, workers and ``retry_failed``.
 
     Raises:
-        UserError: no space left.
+        UserError: no space left, or none of the pictures exists.
     """
     work = work_folder(target)
     known = _known(target, target / "pictures.parquet", schemas.PICTURES) if target.exists() else {}
@@ -71,6 +72,13 @@ def fetch(target: Location, sources: Sequence[str], config: PrepareConfig) -> di
                 known |= _commit(work, shard_rows)
                 failed += sum(row.data is None for row in shard_rows)
                 bar.advance(len(shard_rows), note=f"{failed} failed" if failed else None)
+    if known and all(fate.error_type == "FileNotFound" for fate in known.values()):
+        remove_tree(work)  # these are no failures to remember: the next run looks for them again
+        raise UserError(
+            f"no picture that the metadata names exists: {next(iter(known))}"
+            + (f" and {len(known) - 1:,} more" if len(known) > 1 else ""),
+            "Give the folder that the names are relative to: --image_root FOLDER.",
+        )
     return {source: known[source] for source in wanted if source in known}
 
 
@@ -166,7 +174,8 @@ def rejects(pictures: pl.DataFrame) -> Iterator[dict[str, str]]:
     """The failures as quarantine rows."""
     failed = pictures.filter(pl.col("error_type").is_not_null())
     for item_id, source, error_type, message in failed.select("item_id", "source", "error_type", "message").iter_rows():
-        yield {"key": str(item_id), "error_type": error_type, "message": f"{message} ({source})"}
+        place = "" if source in message else f" ({source})"
+        yield {"key": str(item_id), "error_type": error_type, "message": f"{message}{place}"}
 
 
 def counts(pictures: pl.DataFrame, *, asked: bool) -> dict[str, int | bool]:

@@ -27,7 +27,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlrank.config import PrepareConfig
+from vlrank.config import ColumnsConfig, PrepareConfig
 from vlrank.console import Summary, progress
 from vlrank.data import pictures, schemas
 from vlrank.data.amazon import locate
@@ -159,6 +159,8 @@ def _difference(manifest: Mapping[str, Any], options: Mapping[str, Any], inputs:
     """What an existing dataset was made with instead, in words; empty if it is the same."""
     old, old_inputs = manifest.get("options", {}), manifest.get("inputs", {})
     old = {**{key: PrepareConfig.model_fields[key].default for key in options if key not in old}, **old}
+    if isinstance(old.get("columns"), dict):
+        old["columns"] = {name: old["columns"].get(name, unset) for name, unset in ColumnsConfig().model_dump().items()}
     parts = [
         f"{key} was {old.get(key)!r}, now {options.get(key)!r}"
         for key in sorted(set(old) | set(options))
@@ -213,7 +215,8 @@ def _textless(counts: Mapping[str, int], shown: int) -> tuple[str, str]:
     reason = f"{absent + empty:,} of {shown + absent + empty:,} items have no title, brand, categories or description"
     if absent:
         reason += f" ({absent:,} have no usable row in the metadata)"
-    hint = "both files use the same ids (columns.item=NAME)" if absent > empty else "columns.title names the titles"
+    ids = "both files use the same ids (columns.item=NAME, columns.meta_item=NAME)"
+    hint = ids if absent > empty else "columns.title names the titles"
     return reason, f"Check that {hint}, or keep items without a text, shown by their id: keep_untitled=true."
 
 
@@ -378,7 +381,8 @@ def _read_items(
     path = writer.folder / "clean_items.tmp"
     with _ItemSpill(path) as spill, progress("read metadata", len(wanted)) as bar:
         for file in config.meta:
-            rows = items(fetch(file), wanted, _raw_options(config), rejects, config.max_text_chars)
+            rows = items(fetch(file), wanted, _raw_options(config).for_metadata(), rejects, config.max_text_chars)
+            number = 0
             for number, (key, item) in enumerate(rows, start=1):
                 if number % 1000 == 0:
                     bar.advance(1000)
@@ -392,6 +396,7 @@ def _read_items(
                 elif titled[item.source_id] != hash(item):
                     message = f"another row of {item.source_id} came first and says something else"
                     rejects.add(key, "DuplicateMetadata", message)
+            bar.advance(number % 1000)
         told: set[str] = set()  # without a title, by another text
         for source_id, (key, item) in untitled.items():
             if source_id in titled:

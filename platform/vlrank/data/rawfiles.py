@@ -12,8 +12,9 @@ import gzip
 import io
 import json
 import lzma
+import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,12 +228,33 @@ def parse_record(line: bytes) -> Mapping[str, Any]:
     return record
 
 
+def refuse_array(path: Path, lines: Sequence[bytes | int]) -> None:
+    """Refuse a file whose objects are the elements of one array: it has to be in memory whole to be read.
+
+    Raises:
+        UserError: the first lines open an array of objects.
+    """
+    head = b"".join(line for line in lines[:2] if isinstance(line, bytes)).removeprefix(b"\xef\xbb\xbf")
+    if re.match(rb"\s*\[\s*(\{|$)", head):
+        name = shlex.quote(str(path))
+        raise UserError(
+            f"input file {path} is one JSON array, expected one object per line",
+            f"Convert it: `jq -c '.[]' {name} > NEW.jsonl`.",
+        )
+
+
 def records(
     path: Path, rejects: Rejects, *, max_line_bytes: int, allow_truncated: bool = False
 ) -> Iterator[tuple[int, Any]]:
-    """(line number, line) of a file of JSON or literal lines; empty lines are skipped, too long ones put aside."""
+    """(line number, line) of a file of JSON or literal lines; empty lines are skipped, too long ones put aside.
+
+    Raises:
+        UserError: missing or damaged file, or one array instead of lines.
+    """
     with open_raw(path, rejects, allow_truncated=allow_truncated) as stream:
         for number, lines in line_blocks(stream, max_line_bytes):
+            if number == 1:
+                refuse_array(path, lines)
             for offset, line in enumerate(lines):
                 if isinstance(line, int):
                     rejects.add(

@@ -37,7 +37,16 @@ import pyarrow.json
 from vlrank.config import ColumnsConfig
 from vlrank.data.columns import is_dated, open_parquet, parquet_column, read_batches
 from vlrank.data.delimited import BYTE_ORDER_MARK, Dialect, Records, read_dialect, record_blocks
-from vlrank.data.rawfiles import Rejects, decode, excerpt, line_blocks, open_raw, parse_record, printable
+from vlrank.data.rawfiles import (
+    Rejects,
+    decode,
+    excerpt,
+    line_blocks,
+    open_raw,
+    parse_record,
+    printable,
+    refuse_array,
+)
 from vlrank.errors import UserError
 
 Kind = Literal["json", "delimited", "parquet"]
@@ -104,6 +113,11 @@ class RawOptions:
     allow_truncated: bool = False
     image_root: Path | None = None
 
+    def for_metadata(self) -> RawOptions:
+        """The same for files of items, where the item's id may have another name."""
+        columns = self.columns
+        return replace(self, columns=columns.model_copy(update={"item": columns.meta_item or columns.item}))
+
     def names(self, role: str) -> tuple[str, ...]:
         """The configured column of a role alone, or all names it is known by."""
         chosen = getattr(self.columns, role)
@@ -153,9 +167,14 @@ def _json_interactions(path: Path, options: RawOptions, rejects: Rejects) -> Ite
 
     with open_raw(path, rejects, allow_truncated=options.allow_truncated) as stream:
         for number, lines in line_blocks(stream, options.max_line_bytes):
+            if number == 1:
+                refuse_array(path, lines)
             batch = _fast_json(path, number, lines, names, options.timestamp_unit) if names else None
             numbers = range(number, number + len(lines))
-            yield batch or _row_by_row(path, numbers, lines, slow, rejects, options.max_line_bytes)
+            batch = batch or _row_by_row(path, numbers, lines, slow, rejects, options.max_line_bytes)
+            if number == 1 and not len(batch.rating) and (keys := _json_keys(lines)):
+                find_roles(path, keys, options, {"user", "item", "timestamp"}, roles)
+            yield batch
             names = names or _json_names(lines, {role: options.names(role) for role in roles})
 
 
@@ -170,6 +189,17 @@ def _json_names(lines: Sequence[bytes | int], aliases: Mapping[str, Sequence[str
             if found["user"] and found["item"] and found["timestamp"]:
                 return {role: name for role, name in found.items() if name}
     return None
+
+
+def _json_keys(lines: Sequence[bytes | int]) -> list[str]:
+    """The fields of a file's first objects; empty where a line is none."""
+    keys: dict[str, None] = {}
+    for line in lines[:100]:
+        try:
+            keys |= dict.fromkeys(parse_record(line) if isinstance(line, bytes) else ())
+        except ValueError:
+            continue
+    return list(keys)
 
 
 def _fast_json(
@@ -383,9 +413,12 @@ def find_roles(
             roles[role] = found
         elif role in required or getattr(options.columns, role):
             expected = getattr(options.columns, role) or f"one of {', '.join(ALIASES[role])}"
+            key = "meta_item" if role == "item" and "user" not in required else role
+            headless = kind_of(path) == "delimited" and "user" in required
             raise UserError(
                 f"{path} has no {role} column ({expected}); its columns are {', '.join(by_name)}",
-                f"Name it with columns.{role}=NAME (or columns.names=[...] for a file without a header line).",
+                f"Name it with columns.{key}=NAME"
+                + (" (or columns.names=[...] for a file without a header line)." if headless else "."),
             )
     return roles
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,7 +153,7 @@ def _retrieved(config: RerankConfig, dataset: Dataset, split: Split) -> pl.DataF
     if table.is_empty():
         raise UserError(
             f"candidates {config.candidates!r} of {dataset.path} hold no {split} users",
-            f"Make them: vlrank retrieve {dataset.path} --name {config.candidates}",
+            f"Make them: vlrank retrieve {shlex.quote(str(dataset.path))} --name {shlex.quote(config.candidates)}",
         )
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 import numpy as np
 import polars as pl
@@ -119,7 +120,7 @@ def _file(dataset: Dataset, config: RetrieveConfig) -> Location:
     if not path.is_file():
         raise UserError(
             f"retrieval method {config.method!r} is neither {', '.join(RETRIEVERS)}, {ensemble.PREFIX}A,B nor a file",
-            f"Example: vlrank retrieve {dataset.path} --method item_knn",
+            f"Example: vlrank retrieve {shlex.quote(str(dataset.path))} --method item_knn",
         )
     return path
 

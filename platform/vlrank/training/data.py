@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -60,7 +61,7 @@ class TrainingData:
             if rows.is_empty():
                 raise UserError(
                     f"candidates {name!r} of {dataset.path} hold no validation users",
-                    f"Make them again: vlrank retrieve {dataset.path} --name {name}",
+                    f"Make them again: vlrank retrieve {shlex.quote(str(dataset.path))} --name {shlex.quote(name)}",
                 )
             pools = dict(rows.iter_rows())
         sequences = dataset.train_sequences()

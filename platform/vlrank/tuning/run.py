@@ -9,8 +9,9 @@ resume from their last checkpoint.
 from __future__ import annotations
 
 import os
+import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -50,6 +51,10 @@ def run(config: TuneConfig, *, build: BuildTrainer | None = None) -> Summary:
 
         build = build_trainer
         users = {mode.mode: validation_users(mode.base) for mode in modes}
+        earlier = list(Sweep(config.out / "trials.jsonl"))
+        done = earlier and all(trial.status in ("completed", "stopped") for trial in earlier)
+        if runs_here(config) and not done:  # nodes of a cluster may reach, or have, what this machine does not
+            check_hub_models(mode.base for mode in modes)
 
     # Search, then train the chosen configurations again on fresh seeds, then look at the test users once.
     sweep, confirmation = open_sweep(config, modes, users), Sweep(config.out / "confirm.jsonl")
@@ -80,6 +85,20 @@ def validation_users(base: TrainConfig) -> int:
     return len(
         data.choose_samples(base, data.TrainingData.of_dataset(Dataset.open(base.dataset), base.candidates)).validation
     )
+
+
+def check_hub_models(bases: Iterable[TrainConfig]) -> None:
+    """Refuse a model on the hub that this machine can neither reach nor find in its cache.
+
+    Raises:
+        UserError: the hub's answer in one line.
+    """
+    from vlrank.config import mode_defaults
+    from vlrank.engines.models import model_config, model_place
+
+    for name in dict.fromkeys(base.model or mode_defaults(base.mode)["model"] for base in bases):
+        if model_place(name) is None:
+            model_config(name)
 
 
 def open_sweep(config: TuneConfig, modes: Sequence[ModeSearch], users: Mapping[str, int]) -> Sweep:
@@ -192,7 +211,8 @@ def _conclude(
     lines["epochs"] = f"{epochs:g} of {full} that full-length trials would take ({epochs / full:.0%})"
     lines["GPU-hours" if gpu_hours else "hours"] = gpu_hours or sum(trial.seconds for trial in trials) / 3600
     lines["report"] = config.out / "report.html"
-    lines["next"] = f"vlrank rerank {config.dataset} --model {next(iter(winners.values()))['run']} ..."
+    dataset, winner = (shlex.quote(str(path)) for path in (config.dataset, next(iter(winners.values()))["run"]))
+    lines["next"] = f"vlrank rerank {dataset} --model {winner} ..."
     counts = {"trials": len(trials), "epochs": int(epochs)}
     counts |= {status: sum(t.status == status for t in trials) for status in ("completed", "stopped", "failed")}
     return Summary(f"tune: {config.dataset}", lines, config.out, counts)

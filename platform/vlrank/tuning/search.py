@@ -23,6 +23,7 @@ from ray.tune.search import Searcher
 from vlrank.config import TrainConfig, TuneConfig, validate
 from vlrank.console import console
 from vlrank.data.tables import read_json_lines
+from vlrank.errors import UserError
 from vlrank.runtime import cluster_address, cluster_resources, environment
 from vlrank.tuning.asha import Asha
 from vlrank.tuning.gauges import SweepGauges
@@ -33,7 +34,7 @@ from vlrank.tuning.space import Point, optuna_point
 from vlrank.tuning.trials import Sweep, Trial, drop_checkpoints
 
 ERROR_FILE = "error.txt"
-"""In a failed trial's run folder: the traceback of its last attempt."""
+"""In a failed trial's run folder: the traceback of its last attempt; its last line is the reason."""
 
 _WIND_DOWN_S = 5.0
 """The workers of a paused trial may take this long to end; until then no other trial works in its folder."""
@@ -104,7 +105,7 @@ class Search:
         return optuna_point(results, dimensions, index=index, total=self.config.trials, seed=self.config.seed)
 
     def failure(self, trial: Trial) -> str:
-        """Why a trial failed: the exception and its message, from the last line of its traceback."""
+        """Why a trial failed: the last line of its error file."""
         error_file = self.runs / trial.trial_id / ERROR_FILE
         if not error_file.exists():
             return "its process died (killed, out of memory, or its node was lost)"
@@ -229,9 +230,10 @@ def _trial_function(build: BuildTrainer) -> Callable[[dict[str, Any]], None]:
                 config, name=started["trial_id"], storage_path=started["runs"], callbacks=[TuneReportCallback()]
             )
             fit_trainer(trainer)
-        except Exception:
+        except Exception as error:
             run_folder.mkdir(parents=True, exist_ok=True)
-            (run_folder / ERROR_FILE).write_text(traceback.format_exc(), encoding="utf-8")
+            reason = f"\n{' '.join(error.problem.split())}\n" if isinstance(error, UserError) else ""
+            (run_folder / ERROR_FILE).write_text(traceback.format_exc() + reason, encoding="utf-8")
             raise
 
     return train_trial
