@@ -286,6 +286,8 @@ def config_of(stage: str, argv: Sequence[str]) -> Config:
     Raises:
         UserError: unknown stage, or a wrong config: nothing is uploaded.
     """
+    if stage.startswith("-"):
+        raise UserError(f"{stage} is no option of `vlrank submit`", "Options of a stage stand behind its name.")
     if stage not in JOBS:
         raise UserError(f"unknown stage {stage!r}", f"Choose one of: {', '.join(JOBS)}.")
     config_type = JOBS[stage][0]

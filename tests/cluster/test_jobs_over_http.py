@@ -320,6 +320,8 @@ def test_words_of_a_stage_become_its_config() -> None:
     assert config_of("retrieve", ["shop", "--top_k", "7"]) == RetrieveConfig(dataset="shop", top_k=7)
     with pytest.raises(UserError, match="unknown stage 'trian'"):
         config_of("trian", [])
+    with pytest.raises(UserError, match=r"^--dry_run is no option of .*\nOptions of a stage stand behind its name"):
+        config_of("--dry_run", ["retrieve", "shop"])
 
 
 def test_environments_choose_an_interpreter_per_stage(tmp_path: Path) -> None:

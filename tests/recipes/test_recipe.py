@@ -122,6 +122,14 @@ def test_lists_of_another_dataset_are_refused(tmp_path: Path) -> None:
         recipe(text, "raw=/data", folder=tmp_path)
 
 
+def test_every_wrong_name_is_told_at_once(tmp_path: Path) -> None:
+    text = RECIPE.replace("  model: model\n", "  model: modle\n", 1).replace("scores_of: test", "scores_of: knn")
+    with pytest.raises(UserError) as caught:
+        recipe(text, "raw=/data", folder=tmp_path)
+    assert "stage `test` (rerank): `model: modle` is no stage" in str(caught.value)
+    assert "stage `fused` (rerank): `scores_of: knn` is a retrieve stage" in str(caught.value)
+
+
 def test_every_wrong_stage_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         recipe(RECIPE, "raw=/data", "model.epochs=0", "model.rl=1", "fused.fusion_weight=3", folder=tmp_path)

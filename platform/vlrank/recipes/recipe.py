@@ -141,9 +141,7 @@ def steps_of(config: RunConfig) -> list[Step]:
             problems.append(UserError("\n".join(lines), error.remedy))
             continue
         steps.append(Step(stage, name, settings, checked, needs[name], *_result(config.out, stage, name, checked)))
-    if problems:
-        remedies = dict.fromkeys(error.remedy for error in problems if error.remedy)
-        raise UserError("\n".join(error.problem for error in problems), "\n".join(remedies) or None)
+    _raise_together(problems)
     return steps
 
 
@@ -282,6 +280,12 @@ def _words(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _words(settings["train"])
 
 
+def _raise_together(problems: Sequence[UserError]) -> None:
+    if problems:
+        remedies = dict.fromkeys(error.remedy for error in problems if error.remedy)
+        raise UserError("\n".join(error.problem for error in problems), "\n".join(remedies) or None)
+
+
 def _needs(entries: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, tuple[str, ...]]:
     """Name -> earlier steps whose results a step reads.
 
@@ -289,6 +293,7 @@ def _needs(entries: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, tuple
         UserError: a word that is no name, or the name of a later or of another kind of stage; a cycle.
     """
     needs: dict[str, tuple[str, ...]] = {}
+    problems: list[UserError] = []
     for name, (stage, settings) in entries.items():
         found: list[str] = []
         for key, word in _words(settings):
@@ -297,17 +302,15 @@ def _needs(entries: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, tuple
             if word in entries and entries[word][0] in _MADE_BY[key]:
                 found.append(word)
             elif word in entries:
-                raise UserError(
-                    f"{_title(name, stage)}: `{key}: {word}` is a {entries[word][0]} stage",
-                    f"`{key}` takes the name of {' or '.join(_MADE_BY[key])}.",
-                )
+                problem = f"{_title(name, stage)}: `{key}: {word}` is a {entries[word][0]} stage"
+                problems.append(UserError(problem, f"`{key}` takes the name of {' or '.join(_MADE_BY[key])}."))
             elif key not in ("candidates", "method") or settings.get("dataset") in entries:
                 makers = [other for other, (kind, _) in entries.items() if kind in _MADE_BY[key]]
-                raise UserError(
-                    f"{_title(name, stage)}: `{key}: {word}` is no stage of the recipe{_near(word, makers)}",
-                    f"Stages that make one: {', '.join(makers) or 'none'}. A path has a `/`, e.g. ./{word}.",
-                )
+                problem = f"{_title(name, stage)}: `{key}: {word}` is no stage of the recipe{_near(word, makers)}"
+                remedy = f"Stages that make one: {', '.join(makers) or 'none'}. A path has a `/`, e.g. ./{word}."
+                problems.append(UserError(problem, remedy))
         needs[name] = tuple(dict.fromkeys(found))
+    _raise_together(problems)
     _check_order(needs, entries)
     for name, (stage, settings) in entries.items():
         _check_datasets(name, stage, settings, needs, entries)
