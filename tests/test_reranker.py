@@ -272,7 +272,7 @@ def test_a_bad_picture_costs_its_item_and_not_the_call(
         named = {int(str(warning.message).split()[1]) for warning in said}
         assert named == {11, 12, 13, 14, 15}
         if missing == "drop":
-            with pytest.warns(UserWarning, match="list 1 is empty: none of the 2 candidates has image_path"):
+            with pytest.warns(UserWarning, match="list 1 is empty: none of the 2 candidates has a picture"):
                 assert model.rerank_batch([[1], [1]], [[5, 6], [11, 12]], pictures)[1] == []
 
 

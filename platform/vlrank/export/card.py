@@ -60,7 +60,7 @@ def card(facts: Facts) -> str:
         **({"base_model": base} if on_hub else {}),
     }
     spec = mode_spec(str(model.mode))
-    shown = "its text and its " + ("picture" if spec.pixels else str(spec.shows).replace("_", " "))
+    shown = f"its text and its {spec.shown}"
     method = f"{model.details.get('method', 'full')} fine-tuning"
     form = ", ".join(
         [

@@ -36,6 +36,11 @@ class ModeSpec:
         """Whether prompts carry pictures."""
         return self.shows == "image_path"
 
+    @property
+    def shown(self) -> str:
+        """What the mode shows beside an item's text, in words."""
+        return "picture" if self.pixels else self.shows.replace("_", " ")
+
 
 _SPECS: dict[str, ModeSpec] = {
     "raw_image": ModeSpec("raw_image", "image_path", "", "vision", "vlrank prepare ... --use_image"),

@@ -362,7 +362,7 @@ def _facts(setup: Setup, users: Users, result: BulkResult, rows: pl.DataFrame) -
     if cut := int((rows["history_cut"] > 0).sum()):
         lines["users whose history was cut to fit"] = cut
     if dropped := int(rows["dropped"].sum()):
-        lines[f"candidates without {setup.spec.shows}, left out"] = dropped
+        lines[f"candidates without {setup.spec.shown}, left out"] = dropped
     seconds = result.working_seconds or result.seconds
     if result.done and seconds:
         lines["users/s, prompt tokens/s"] = f"{result.done / seconds:,.1f}, {result.tokens_in / seconds:,.0f}"

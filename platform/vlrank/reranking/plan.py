@@ -126,7 +126,7 @@ def shown_items(dataset: Dataset, folder: ModelFolder, spec: ModeSpec) -> dict[i
     meta = dataset.item_meta()
     if folder.ranking.missing == "drop" and not any(shows(spec, item) for item in meta.values()):
         raise UserError(
-            f"no item of {dataset.path} has what mode {spec.name} shows ({spec.shows})", f"Make it: {spec.remedy}"
+            f"no item of {dataset.path} has what mode {spec.name} shows ({spec.shown})", f"Make it: {spec.remedy}"
         )
     return meta
 

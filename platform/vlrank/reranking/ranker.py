@@ -316,7 +316,7 @@ class Ranker:
                 result.append(Ranking(items, outcome.scores, prompts[i], tokens[i], cut[i], lists[i].dropped))
             elif isinstance(outcome, Ranked):
                 n = len(users[i].candidates)
-                why = f"none of the {n} candidates has {maker.spec.shows}" if n else "no candidates"
+                why = f"none of the {n} candidates has a {maker.spec.shown}" if n else "no candidates"
                 result.append(NoCandidates(why))
             else:
                 result.append(maker.named(outcome, lists[i]))

@@ -155,7 +155,7 @@ def choose_samples(config: TrainConfig, data: TrainingData) -> RunSamples:
         usable = replace(usable, item_ids=np.intersect1d(usable.item_ids, captioned.item_ids))
     if usable.missing:
         what = "are left out" if policy == "drop" else "are shown by their text alone"
-        warnings.append(f"{usable.missing:,} of {usable.total:,} items have no {spec.shows} and {what}")
+        warnings.append(f"{usable.missing:,} of {usable.total:,} items have no {spec.shown} and {what}")
     samples = TrainingSamples(
         keep_usable(data.sequences, usable),
         usable.item_ids,

@@ -70,9 +70,10 @@ def usable_items(
     lacking = len(item_meta) - len(having)
     if lacking > max_missing * len(item_meta):
         raise UserError(
-            f"mode {spec.name}: {lacking:,} of {len(item_meta):,} items have no {spec.shows}, "
+            f"mode {spec.name}: {lacking:,} of {len(item_meta):,} items have no {spec.shown}, "
             f"more than the {max_missing:.0%} that a run accepts",
-            f"Make them with: {spec.remedy}",
+            f"Make them: `{spec.remedy}`. Or accept it: max_missing=1 leaves such items out, and with "
+            "ranking.missing=text they are shown by their text.",
         )
     ids = having if missing == "drop" else np.array(sorted(item_meta), dtype=np.int64)
     return Usable(ids, lacking, len(item_meta))
