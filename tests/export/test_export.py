@@ -150,11 +150,11 @@ def test_a_text_model_with_its_card_and_its_rankings(adapter_run: Run, shop: Dat
     (tmp_path / "report").mkdir()
     atomic_write_json(tmp_path / "report" / "metrics.json", {"groups": [{"protocol": protocol, "methods": [method]}]})
 
-    out = tmp_path / "out"
+    out = tmp_path / "my out v1.2"
     summary = run(ExportConfig(run=str(adapter_run()), out=out, sample=12, evaluation=tmp_path / "report"))
     assert (summary.counts["compared"], summary.counts["same_first"]) == (12, 12)
     assert summary.counts["tau_millionths"] > 11_900_000
-    assert summary.next == f"hf upload USER/out {out}"
+    assert summary.next == f"hf upload USER/my-out-v1.2 '{out}'"
     assert {path.name for path in out.iterdir()} >= {
         "config.json",
         "model.safetensors",

@@ -97,6 +97,18 @@ def test_one_item_a_row_in_parquet(world: Dataset, tmp_path: Path, ids: pa.DataT
     assert got["scores"][0].to_list() == [5.0, 4.75, 4.5, 4.25, 4.0, 3.75]
 
 
+def test_ids_with_blanks_are_whole_and_ranks_are_not_called_scores(data: Dataset, tmp_path: Path) -> None:
+    table = data.items().with_columns(source_id=pl.col("source_id").str.replace("B", "SKU "))
+    data.update_items(table)
+    dataset = Dataset.open(data.path)
+    for name, columns, header in (("plain.txt", "ui", ""), ("rank.tsv", "uir", "user\titem\trank")):
+        (tmp_path / name).write_text(text(columns, header=header, lines=LINES).replace("\tB", "\tSKU "))
+        got = read_candidates(tmp_path / name, dataset)
+        assert dict(got.table.select("user_id", "item_ids").iter_rows()) == EXPECTED
+        assert "order" not in got.notes
+        assert "one item a line" in got.notes["read as"]
+
+
 def test_lists_of_numbers_stay_lists(world: Dataset, tmp_path: Path) -> None:
     (tmp_path / "lists.tsv").write_text("1\t7\t9\n2\t3\t4\n")
     assert read_candidates(tmp_path / "lists.tsv", world, ids="vlrank").table["item_ids"].to_list() == [[7, 9], [3, 4]]

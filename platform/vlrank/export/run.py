@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import tempfile
 from dataclasses import replace
@@ -20,6 +21,12 @@ from vlrank.installation import install_command
 from vlrank.reranking.plan import Setup, open_setup, users_to_rank
 from vlrank.reranking.ranker import Ranking, UserLists, agreement, describe_agreement, open_ranker
 from vlrank.storage import Location, location
+
+
+def _hub_name(folder: str) -> str:
+    """A folder's name as the hub takes it: letters, digits, ``_``, and single ``-`` and ``.`` inside."""
+    name = re.sub(r"[^A-Za-z0-9_]+", lambda marks: marks[0] if marks[0] in ("-", ".") else "-", folder)
+    return name.strip(".-") or "reranker"
 
 
 def run(config: ExportConfig) -> Summary:
@@ -80,7 +87,7 @@ def run(config: ExportConfig) -> Summary:
         "metrics in the card": str(config.evaluation) if metrics else "none (--evaluation REPORT)",
         "to publish": "the command below, with your name on the hub for USER",
     }
-    upload = f"hf upload USER/{shlex.quote(config.out.name)} {shlex.quote(str(config.out))}"
+    upload = f"hf upload USER/{_hub_name(config.out.name)} {shlex.quote(str(config.out))}"
     return Summary(f"export: {config.run}", lines, config.out, agreed, next=upload)
 
 

@@ -293,7 +293,9 @@ def _from_text(lines: list[str], first: str, path: Path, split: str) -> RawLists
             "score and rank",
             "Give it a header line, such as user_id,item_id,score,rank.",
         )
-    return RawLists(_frame(_text_rows(lines, path, split)), "lists of items (user<TAB>items)")
+    lists = _frame(_text_rows(lines, path, split))
+    joined = len(lists) < sum(bool(line.strip()) for line in lines)
+    return RawLists(lists, "one item a line (user<TAB>item)" if joined else "lists of items (user<TAB>items)")
 
 
 def _text_table(lines: Sequence[str], delimiter: str, path: Path, *, ragged: bool) -> pl.DataFrame | None:
@@ -373,7 +375,11 @@ def _text_rows(lines: Iterable[str], path: Path, split: str) -> Iterator[dict[st
             raise UserError(
                 f"{path}, line {number}: no tab between user and items, but {width} columns", f"Formats: {FORMATS}."
             )
-        rows.append((user.strip(), rest.replace(",", " ").split()))
+        rows.append((user.strip(), [rest.strip()]))
+    # One item a line names its users again and again; ids may have blanks.
+    single = 2 * len({user for user, _ in rows}) < len(rows) and not any("\t" in rest for _, (rest,) in rows)
+    if not single:
+        rows = [(user, rest.replace(",", " ").split()) for user, (rest,) in rows]
     if rows and all(re.fullmatch(r"\[.*\]", " ".join(items)) for _, items in rows):  # MyMediaLite: [item:score,...]
         rows = [(user, " ".join(items).strip("[] ").split()) for user, items in rows]
         pairs = [(user, [item.rpartition(":") for item in items]) for user, items in rows]
@@ -411,7 +417,8 @@ def _long(rows: pl.DataFrame, split: str, layout: str) -> RawLists:
     rows = rows.with_columns(**{name: value for name, value in defaults.items() if name not in rows.columns})
     rows = rows.with_columns(pl.col("score", "rank").fill_nan(None))
     scored, keys = rows["score"].is_not_null(), ("split", "user")
-    rising = rows.group_by(keys).agg(up=(pl.col("score").diff() > 0).all() & (pl.len() > 1))["up"].all()
+    rises = (pl.len() > 1) & ((pl.col("score").diff() > 0).sum() == pl.len() - 1)
+    rising = rows.group_by(keys).agg(up=rises)["up"].all()
     ordered = rows.sort("score", "rank", descending=[True, False], nulls_last=True, maintain_order=True)
     lists = ordered.group_by(keys, maintain_order=True).agg(
         items=pl.col("item"),
