@@ -117,6 +117,11 @@ def test_data_stays_text(page: Any) -> None:
     assert HOSTILE.split("&")[0] in page.find_element("css selector", ".cands .title").get_attribute("textContent")
 
 
+def test_titles_in_arabic_and_hebrew_read_from_the_right(page: Any) -> None:
+    script = "return getComputedStyle(document.querySelector('.item .title')).unicodeBidi"
+    assert page.execute_script(script) == "plaintext"
+
+
 def test_wins_and_losses_filter_the_users(page: Any) -> None:
     def users() -> int:
         text = page.find_element("css selector", "[data-b=where]").text

@@ -13,6 +13,7 @@ from unittest.mock import ANY
 
 import httpx
 import numpy as np
+import polars as pl
 import pytest
 
 from tests.serving.conftest import run_folder
@@ -25,7 +26,9 @@ from vlrank.reranking.plan import open_ranking_model
 from vlrank.reranking.ranker import Ranking, UserLists, user_seed
 from vlrank.serving import run as stage
 from vlrank.serving.app import build_app
+from vlrank.serving.catalogue import Catalogue
 from vlrank.serving.limits import TOKEN
+from vlrank.serving.messages import Refused
 from vlrank.serving.metrics import Metrics, merged
 from vlrank.serving.service import Service, open_service
 
@@ -400,3 +403,14 @@ def test_mistakes_are_found_before_anything_starts(
 def test_short_rows_stay_the_default_where_another_key_of_the_engine_is_set(run: Path, dataset: Dataset) -> None:
     assert config(run, dataset, engine={"gpus": 0.5}).engine.row_tokens == 16384
     assert config(run, dataset, pictures={"max_bytes": 5}).pictures.attempts == 1
+
+
+def test_numbers_of_the_source_are_told_from_the_datasets_own() -> None:
+    catalogue = Catalogue({1: {"text": "T"}}, {"7001": 1}, {"1002": 1}, pl.Series([[1]]))
+    with pytest.raises(Refused, match=r'no user 1002 \(users 1 to 1; "1002" in quotes is one of the source\)'):
+        catalogue.user(1002)
+    with pytest.raises(Refused, match=r'no item 7001 \(items 1 to 1; "7001" in quotes is one of the source\)'):
+        catalogue.item(7001, "candidates.0")
+    with pytest.raises(Refused, match=r"no item 9 \(items 1 to 1\)"):
+        catalogue.item(9, "candidates.0")
+    assert (catalogue.user("1002"), catalogue.item("7001", "candidates.0")) == (1, 1)

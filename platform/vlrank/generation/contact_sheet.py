@@ -23,7 +23,7 @@ article { border: 1px solid var(--line); border-radius: 10px; overflow: hidden; 
 .picture img { max-width: 100%; max-height: 200px; object-fit: contain; }
 .words { padding: .7rem .9rem; } h2 { font-size: .8rem; color: var(--dim); margin: 0; font-weight: 600; }
 p { margin: .35rem 0; overflow-wrap: anywhere; } .made { font-size: 1.02rem; }
-.text { color: var(--dim); font-size: .88rem; }
+.text { color: var(--dim); font-size: .88rem; } .made, .text { unicode-bidi: plaintext; }
 .bad { color: var(--bad); } dt { color: var(--dim); font-size: .78rem; } dd { margin: 0 0 .3rem; }
 """
 

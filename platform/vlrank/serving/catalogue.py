@@ -49,7 +49,8 @@ class Catalogue:
         if isinstance(given, str):
             found = self.items.get(given)
         if found is None:
-            raise Refused(422, f"{where}: the dataset has no item {given!r} (items 1 to {len(self.meta)})")
+            known = f"items 1 to {len(self.meta)}{_quoted(given, self.items)}"
+            raise Refused(422, f"{where}: the dataset has no item {given!r} ({known})")
         return found
 
     def user(self, given: ItemId) -> int:
@@ -62,7 +63,8 @@ class Catalogue:
         if isinstance(given, str):
             found = self.users.get(given)
         if found is None:
-            raise Refused(422, f"user: the dataset has no user {given!r} (users 1 to {len(self.sequences)})")
+            known = f"users 1 to {len(self.sequences)}{_quoted(given, self.users)}"
+            raise Refused(422, f"user: the dataset has no user {given!r} ({known})")
         return found
 
     def sequence(self, user: int) -> list[int]:
@@ -93,3 +95,8 @@ def without_repetitions(ids: Sequence[int]) -> None:
         if item in seen:
             raise Refused(422, f"candidates.{place}: the same item as candidates.{seen[item]}")
         seen[item] = place
+
+
+def _quoted(given: ItemId, sources: Mapping[str, int]) -> str:
+    """A hint where a number is not ours but the source's."""
+    return f'; "{given}" in quotes is one of the source' if isinstance(given, int) and str(given) in sources else ""
