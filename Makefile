@@ -77,13 +77,16 @@ lint: $(ANY)
 	$(BIN)/ruff format --check platform jobs tests bench
 	$(BIN)/mypy
 
-# All tests that need neither Ray, vLLM, Unsloth nor a GPU, in two processes of one thread each.
-check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not stack"
+# Two processes, a file each: Ray, vLLM and Unsloth take their time to start, and one waits while the other works. Files keep
+# the order of tests/conftest.py, the longest first; xdist's own begins with those of many tests, which are the short ones.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Two processes, a file each: Ray, vLLM and Unsloth take their time to start, and one waits while the other works.
+# All tests that need neither Ray, vLLM, Unsloth nor a GPU.
+check: lint
+	$(PYTEST) -m "not stack"
+
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST)
 
 bench: $(ANY)
 	$(BIN)/python bench/metrics.py --out bench/results/metrics.json
