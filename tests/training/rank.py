@@ -1,10 +1,11 @@
-"""One process of a run with several: ``python -m tests.training.rank RANK WORLD CONFIG.json``."""
+"""One process of a run with several, forked from one that has imported what all of them need."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,18 @@ def wrapping(trainer: Any) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    settings = json.loads(Path(sys.argv[3]).read_text(encoding="utf-8"))
-    rank(int(sys.argv[1]), int(sys.argv[2]), TrainConfig.model_validate(settings))
-    # A process group's threads now and then abort an interpreter that ends by itself; Ray ends its workers like this.
-    os._exit(0)
+def forked(number: int, world: int, config: TrainConfig, output: Path) -> None:
+    """The whole life of such a process, which prints to a file."""
+    with output.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    code = 1
+    try:
+        rank(number, world, config)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        # A process group's threads now and then abort an interpreter that ends by itself; Ray ends its workers so.
+        os._exit(code)

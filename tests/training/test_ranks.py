@@ -7,8 +7,10 @@ the output head is not the one that was trained.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,31 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import Program
+from tests.processes import PATIENCE_S
+from tests.training.rank import forked
 from vlrank.config import TrainConfig
 from vlrank.demo.base_models import save_model
 
 Make = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[ForkServerContext]:
+    """Twenty processes: imports take most of the time of each, and are made once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "vlrank.training.trainer",
+            "vlrank.training.worker",
+            "torch.distributed.fsdp",
+            "transformers.models.qwen3.modeling_qwen3",
+            "transformers.models.qwen3_vl.modeling_qwen3_vl",
+        ]
+    )
+    yield context
+    # They would live as long as the tests.
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
 
 
 def model_of(folder: Path, tokenizer_of: Path, *, tied: bool) -> str:
@@ -37,18 +59,23 @@ def model_of(folder: Path, tokenizer_of: Path, *, tied: bool) -> str:
     return str(save_model(folder, model, tokenizer))
 
 
-def trained(config: TrainConfig, world: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def trained(
+    forks: ForkServerContext, config: TrainConfig, world: int
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Losses and metrics of a run, and the weights of its checkpoint as they are in the file."""
     Path(config.out).mkdir()
-    file = Path(config.out) / "settings.json"
-    file.write_text(config.model_dump_json(), encoding="utf-8")
-    ranks = [Program(sys.executable, "-m", "tests.training.rank", i, world, file) for i in range(world)]
+    outputs = [Path(config.out) / f"rank-{i}.log" for i in range(world)]
+    ranks = [forks.Process(target=forked, args=(i, world, config, output)) for i, output in enumerate(outputs)]
+    for process in ranks:
+        process.start()
     try:
-        for program in ranks:
-            program.finish(0)
+        for process, output in zip(ranks, outputs, strict=True):
+            process.join(PATIENCE_S)
+            assert process.exitcode == 0, f"{process.exitcode}:\n{output.read_text()}"
     finally:
-        for program in ranks:
-            program.kill()
+        for process in ranks:
+            process.kill()
+            process.join()
     found = json.loads((Path(config.out) / "found.json").read_text(encoding="utf-8"))
     return found, load_file(Path(config.out) / "last" / "model.safetensors")
 
@@ -66,6 +93,7 @@ def trained(config: TrainConfig, world: int) -> tuple[dict[str, Any], dict[str, 
 def test_two_ranks_learn_what_one_learns(
     mode: str,
     special: dict[str, bool],
+    forks: ForkServerContext,
     tiny_text_model: Path,
     tiny_vision_model: Path,
     settings: Make,
@@ -81,7 +109,7 @@ def test_two_ranks_learn_what_one_learns(
         common = {"method": "full", "epochs": 1, "lr": 1e-4, "negatives": 3, "val_users": 8, "model": base_model}
         common |= special if vision else {}
         config = settings(mode, out=tmp_path / name, workers=world, micro_batch_size=3, **common, **changes)
-        return trained(config, world)
+        return trained(forks, config, world)
 
     expected, weights = run("one", 1)
     learned = [
