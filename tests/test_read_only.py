@@ -18,10 +18,12 @@ import pytest
 
 from vlrank import storage
 from vlrank.cli import cli
+from vlrank.config import RayConfig
 from vlrank.console import Summary
 from vlrank.data.dataset import Dataset
 from vlrank.errors import UserError
 from vlrank.options import main
+from vlrank.runtime import ray_session
 from vlrank.training.data import pictures_folder
 
 _READ_ONLY, _REMOUNT, _BIND, _DETACH = 1, 32, 4096, 2  # of Linux's <sys/mount.h>
@@ -102,13 +104,14 @@ def test_train_and_rerank_read_and_keep_what_they_set_aside_elsewhere(
     dataset: Path, tmp_path: Path, tiny_vision_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLRANK_CACHE", str(tmp_path / "cache"))
-    small = ["ranking.max_history=3", "ranking.max_image_pixels=1024", "ray.num_cpus=4"]
+    small = ["ranking.max_history=3", "ranking.max_image_pixels=1024"]
     run = ["--mode", "raw_image", "--model", tiny_vision_model, "--method", "lora", "--out", tmp_path / "run"]
     run += ["--epochs", 1, "--val_users", 8, "--negatives", 4, "--batch_size", 32, "--metric", "recall@1"]
-    vlrank("train", dataset, *run, *small)
     ranked = tmp_path / "ranked.parquet"
     rerank = ["--model", tmp_path / "run", "--candidates", "popularity", "--out", ranked, "--limit", 10]
-    vlrank("rerank", dataset, *rerank, "engine.name=transformers", "ray.num_cpus=4")
+    with ray_session(RayConfig(num_cpus=4)):
+        vlrank("train", dataset, *run, *small)
+        vlrank("rerank", dataset, *rerank, "engine.name=transformers")
     assert pl.read_parquet(ranked).height == 10
     assert list((tmp_path / "cache" / "vision_features").iterdir())
 

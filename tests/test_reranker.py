@@ -289,38 +289,22 @@ def test_bulk_names_item_and_file_of_a_bad_picture(tiny_vision_model: Path, pict
 
 
 @pytest.mark.stack
-def test_fit_then_rerank(tiny_text_model: Path, tmp_path: Path) -> None:
-    """Training, its best checkpoint, and reranking with it, as a notebook does it."""
-    train = {user: [1 + (user + step) % 40 for step in range(5)] for user in range(1, 9)}
-    validation = {user: [1 + (user + 5) % 40] for user in train}
-    reranker = Qwen3VLReranker(mode="semantic_summary_small", model=tiny_text_model, max_history=5)
-    settings = {
-        "epochs": 1,
-        "method": "full",
-        "batch_size": 4,
-        "negatives": 4,
-        "ray": {"address": "local", "num_cpus": 4},
-    }
-    reranker.fit(train, validation, META, out=tmp_path / "run", **settings)
-    ranked = reranker.rerank(train[1], [10, 20, 30])
-    assert sorted(item for item, _ in ranked) == [10, 20, 30]
-    assert reranker.model is not None
-    assert (Path(reranker.model) / "vlrank.json").is_file()
-    again = Qwen3VLReranker.load(tmp_path / "run", item_meta=META)
-    assert again.rerank(train[1], [10, 20, 30]) == ranked
-
-
-@pytest.mark.stack
-def test_fit_names_bad_pictures_and_learns_from_the_others(
-    tiny_vision_model: Path, pictures: dict[int, ItemMeta], tmp_path: Path
-) -> None:
+def test_fit_then_rerank(tiny_vision_model: Path, pictures: dict[int, ItemMeta], tmp_path: Path) -> None:
+    """Training, its best checkpoint, and reranking with it, as a notebook does it; bad pictures are named."""
     train = {user: [1 + (user + step) % 8 for step in range(3)] + [11 + user % 5] for user in range(1, 9)}
     validation = {user: [1 + (user + 5) % 8] for user in train}
-    model = Qwen3VLReranker("raw_image", model=tiny_vision_model, max_history=2)
+    reranker = Qwen3VLReranker("raw_image", model=tiny_vision_model, max_history=2)
     settings = {"epochs": 1, "method": "lora", "batch_size": 4, "negatives": 3, "max_missing": 0.5}
     settings |= {"ray": {"address": "local", "num_cpus": 4}}
     with pytest.warns(UserWarning, match=r"item 15: .*15\.jpg: 1093 x 5 pixels") as said:
-        model.fit(train, validation, pictures, out=tmp_path / "run", **settings)
+        reranker.fit(train, validation, pictures, out=tmp_path / "run", **settings)
     named = {str(warning.message).partition(":")[0] for warning in said}
     assert named == {f"item {item}" for item in range(11, 16)}
     assert json.loads((tmp_path / "run" / "result.json").read_text())["quarantined"] == 5
+
+    ranked = reranker.rerank([1, 2], [3, 5, 8])
+    assert sorted(item for item, _ in ranked) == [3, 5, 8]
+    assert reranker.model is not None
+    assert (Path(reranker.model) / "vlrank.json").is_file()
+    again = Qwen3VLReranker.load(tmp_path / "run", item_meta=pictures)
+    assert again.rerank([1, 2], [3, 5, 8]) == ranked

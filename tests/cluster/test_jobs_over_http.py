@@ -224,7 +224,12 @@ def test_tune_and_rerank_at_once_and_a_report_of_both(
     lists = pl.read_parquet(user.workdir / "ranked.parquet")
     assert 0 < lists.height == 20 - ranked["counts"]["quarantined"]  # type: ignore[index]
     assert last_line(finish(tune))["counts"]["completed"] == 1  # type: ignore[index]
-    assert json.loads((user.workdir / "sweep" / "best.json").read_text())["raw_image"]["metric"] == "recall@1"
+    best = json.loads((user.workdir / "sweep" / "best.json").read_text())["raw_image"]
+    assert best["metric"] == "recall@1"
+    winner = user.workdir / "sweep" / "runs" / best["trial_id"]
+    facts = json.loads((winner / "best.json").read_text())
+    assert facts["value"] == best["value"]
+    assert (winner / facts["checkpoint"]).is_dir()
 
     report = ["shop", "--rankings", "ranked.parquet", "--out", "report", "--sweep", "sweep", "--bootstrap", 200]
     output = user.submit("evaluate", *report)

@@ -202,6 +202,21 @@ def test_layers_for_adapters_that_a_model_does_not_have_are_named(
         trainer_of(config, Dataset.open(config.dataset), [])
 
 
+def test_a_model_with_windows_is_trained_unpacked_and_says_so(
+    settings: Callable[..., TrainConfig], tiny_text_model: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_text_model)
+    model = make("mistral", {"sliding_window": 64, "vocab_size": len(tokenizer)})
+    folder = save_model(tmp_path / "mistral", model, tokenizer)
+    changes: dict[str, Any] = {"backend": "transformers", "load_in_4bit": False, "method": "full", "packing": True}
+    changes |= {"epochs": 1, "negatives": 3, "val_users": 4, "ranking": {"max_history": 1, "max_item_chars": 20}}
+    config = settings("semantic_summary_small", model=str(folder), **changes)
+    said: list[str] = []
+    trainer_of(config, Dataset.open(config.dataset), said).train()
+    unpacked = "prompts are not packed: mistral has attention within a sliding window of 64 tokens"
+    assert sum(unpacked in line for line in said) == 1
+
+
 def test_a_window_longer_than_every_prompt_limits_nothing() -> None:
     use_packed_attention(make("mistral", {"sliding_window": 96}), LONGEST)
 

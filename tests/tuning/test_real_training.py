@@ -1,6 +1,7 @@
-"""A sweep with real training of tiny models, vision and 4-bit text: Ray Tune over Ray Train, ASHA, checkpoints.
+"""A sweep with real training of a tiny model in 4 bits: Ray Tune over Ray Train, ASHA, checkpoints.
 
-`test_run` sweeps all four modes without models, `tests/training` trains all four without a sweep.
+`test_run` sweeps all four modes without models, `tests/training` trains all four without a sweep, and
+`tests/cluster/test_jobs_over_http.py` sweeps over a vision model.
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ pytestmark = pytest.mark.stack
 
 
 @pytest.fixture(scope="module")
-def finished(
-    shop: Dataset, tiny_text_model: Path, tiny_vision_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[TuneConfig]:
+def finished(shop: Dataset, tiny_text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TuneConfig]:
     import ray
 
     folder = tmp_path_factory.mktemp("sweep")
@@ -36,16 +35,15 @@ def finished(
         for item in dataset.items()["item_id"]
     ]
     dataset.add_generated("semantic_summary", rows)  # type: ignore[arg-type]
-    models = {"raw_image": tiny_vision_model, "semantic_summary_small": tiny_text_model}
     config = load_config(
         TuneConfig,
         dataset="shop",  # relative, as people type it: trials must not look for it in their own folders
         out="sweep",
-        modes=tuple(models),
+        modes=("semantic_summary_small",),
         trials=2,
         space={"batch_size": {"choice": [8, 16]}},
         train={"epochs": 2, "val_users": 24, "negatives": 4, "metric": "recall@1", "ranking": {"max_history": 4}},
-        per_mode={mode: {"model": str(model)} for mode, model in models.items()},
+        per_mode={"semantic_summary_small": {"model": str(tiny_text_model)}},
         max_concurrent_trials=2,
     )
     with pytest.MonkeyPatch.context() as patch:

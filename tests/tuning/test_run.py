@@ -45,9 +45,9 @@ def sweep_of(out: Path) -> list[Trial]:
 
 
 def test_a_sweep_over_all_modes_ends_with_a_ready_yaml_for_each(cluster: str, tmp_path: Path) -> None:
-    config = load_config(TuneConfig, **options(tmp_path / "sweep", modes=["all"], trials=3))
+    config = load_config(TuneConfig, **options(tmp_path / "sweep", modes=["all"], trials=2))
     summary = run(config, build=StandIn)
-    assert summary.counts["trials"] == 12
+    assert summary.counts["trials"] == 8
     assert summary.counts["failed"] == 0
     assert summary.counts["stopped"] > 0
     for mode in config.modes:
