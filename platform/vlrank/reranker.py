@@ -166,7 +166,8 @@ class Qwen3VLReranker:
             item_meta: As in `rerank`.
 
         Returns:
-            ``user_id``, ``item_id``, ``rank`` (from 1), ``score``, in the order of first appearance of the users.
+            A polars frame with ``user_id``, ``item_id``, ``rank`` (from 1), ``score``, in the order of first appearance
+            of the users.
         """
         from vlrank.data.candidates_io import lists_to_long, long_to_lists
 
