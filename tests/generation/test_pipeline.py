@@ -186,9 +186,11 @@ def test_bad_pictures_go_to_quarantine_and_come_back_when_they_are_mended(
     assert set(captions["item_id"]) == set(range(1, 22)) - {MISSING, BROKEN, WITHOUT}
     reasons = dict(dataset.quarantine("caption").select("key", "error_type").iter_rows())
     assert reasons == {str(MISSING): "PictureMissing", str(BROKEN): "PictureBroken"}
+    assert first.lines["in quarantine"] == "1 PictureBroken, 1 PictureMissing"
 
     before = files(dataset)
     second = run(config(dataset, tiny_vision_model))
+    assert second.lines["in quarantine"] == first.lines["in quarantine"]
     assert (second.counts["done"], second.counts["reused"], second.counts["failed_before"]) == (0, 18, 2)
     assert files(dataset) == before
 

@@ -345,6 +345,7 @@ def test_a_bad_picture_costs_its_user_and_can_be_retried(
     first = run(settings)
     assert first.counts["quarantined"] > 0
     assert first.counts["done"] + first.counts["quarantined"] == 6
+    assert first.lines["in quarantine"] == f"{first.counts['quarantined']} PictureBroken"
     [folder] = (path / "quarantine").glob("rerank-r-test-*")
     reasons = data.quarantine(folder.name)
     assert set(reasons["error_type"]) == {"PictureBroken"}

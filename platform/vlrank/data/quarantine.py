@@ -63,3 +63,9 @@ def read_quarantine(folder: Location, stage: str) -> pl.DataFrame:
     """The rows that a stage put aside (`schemas.QUARANTINE`), oldest first; empty when there are none."""
     files = listing(quarantine_folder(folder, stage), "[!.]*.parquet")
     return pl.concat([empty_frame(schemas.QUARANTINE), *each(partial(read_parquet, schema=schemas.QUARANTINE), files)])
+
+
+def by_error(table: pl.DataFrame) -> str:
+    """Rows by kind of error, the most frequent first: ``3 Quality.empty, 1 PictureBroken``."""
+    by_type = table.group_by("error_type").len().sort(["len", "error_type"], descending=[True, False])
+    return ", ".join(f"{n:,} {error_type}" for error_type, n in by_type.iter_rows())

@@ -9,6 +9,7 @@ import polars as pl
 
 from vlrank.console import Summary
 from vlrank.data.dataset import Dataset
+from vlrank.data.quarantine import by_error
 
 
 def describe(dataset: Dataset, title: str, seconds: float | None = None) -> Summary:
@@ -29,7 +30,7 @@ def describe(dataset: Dataset, title: str, seconds: float | None = None) -> Summ
     lines |= _coverage(dataset) | _untitled(dataset.items())
     quarantined = {stage: len(dataset.quarantine(stage)) for stage in dataset.quarantine_stages()}
     for stage in quarantined:
-        lines[f"quarantine: {stage}"] = _by_error(dataset.quarantine(stage))
+        lines[f"quarantine: {stage}"] = by_error(dataset.quarantine(stage))
     if seconds is not None:
         lines["time"] = f"{seconds:.1f} s"
     machine = {key: int(counts[key]) for key in ("users", "items", "interactions")}
@@ -94,8 +95,3 @@ def _untitled(items: pl.DataFrame) -> dict[str, object]:
 
 def _share(count: Any, n: int) -> str:
     return f"{count / n:.0%}" if count in (0, n) else f"{count:,.0f} ({count / n:.1%})"
-
-
-def _by_error(table: pl.DataFrame) -> str:
-    by_type = table.group_by("error_type").len().sort(["len", "error_type"], descending=[True, False])
-    return ", ".join(f"{n:,} {error_type}" for error_type, n in by_type.iter_rows())

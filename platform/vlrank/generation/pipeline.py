@@ -20,7 +20,7 @@ from vlrank.config import GenerateConfig
 from vlrank.console import Summary, announce, console, duration
 from vlrank.data import schemas
 from vlrank.data.dataset import GENERATED_FOLDERS, Dataset
-from vlrank.data.quarantine import quarantine_folder
+from vlrank.data.quarantine import by_error, quarantine_folder
 from vlrank.data.tables import file_sha256
 from vlrank.engines.adapters import check_adapter
 from vlrank.engines.families import VISION_FAMILIES
@@ -73,6 +73,8 @@ def run(config: GenerateConfig) -> Summary:
     }
     if result.failed_before:
         lines["in quarantine already"] = f"{result.failed_before} (try again with --retry_failed)"
+    if result.quarantined or result.failed_before:
+        lines["in quarantine"] = by_error(work.shards.quarantined())
     if work.without_picture:
         lines["items without a picture"] = work.without_picture
     lines |= _cost(config, result.done + result.quarantined, result.seconds, gpus)

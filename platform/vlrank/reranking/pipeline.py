@@ -30,7 +30,7 @@ from vlrank.data.candidates_io import write_rankings
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
 from vlrank.data.lists import Lists
-from vlrank.data.quarantine import quarantine_folder
+from vlrank.data.quarantine import by_error, quarantine_folder
 from vlrank.data.schemas import RANKINGS
 from vlrank.data.tables import atomic_write_json
 from vlrank.engines.models import ModelFolder, on_this_node
@@ -89,16 +89,19 @@ def run(config: RerankConfig) -> Summary:
     constant = _is_constant(rows, setup.meta, setup.folder.ranking)
     if constant:
         announce("Note:", _CONSTANT, "yellow")
+    shards = _shards(config, setup.dataset, config.split)
+    put_aside = result.quarantined or result.failed_before
     lines = {
         "model": f"{setup.folder.path} ({setup.spec.name})",
         "engine": setup.engine,
         "source": source,
         **_facts(setup, users, result, rows),
+        **({"in quarantine": by_error(shards.quarantined())} if put_aside else {}),
         **({"fusion weight": weight} if weight is not None else {}),
         **({"warning": _CONSTANT} if constant else {}),
         "time": f"{time.monotonic() - started:,.1f} s",
     }
-    failure = result.failure(_shards(config, setup.dataset, config.split))
+    failure = result.failure(shards)
     counts = _counts(users, result, rows)
     return Summary(f"rerank: {config.split} users of {config.dataset}", lines, config.out, counts, failure)
 
