@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, usual)
     if not hasattr(config, "workerinput"):  # xdist's workers inherit the controller's mark
         os.environ[SESSION] = uuid.uuid4().hex
-        # Tiny tensors gain nothing from threads, which wait for each other in loops: with two processes on two cores
+        # Tiny tensors gain nothing from threads, which wait for each other in loops: on two cores that others used too,
         # the same tests took two to three times the CPU time.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         # The user's own cache is neither read nor filled.
