@@ -16,9 +16,20 @@ def test_fusion_ends(values: list[float]) -> None:
     assert stable_order(fuse(values, retriever, 1)) == list(range(len(values)))
 
 
-def test_fusion_is_the_weighted_mean_of_z_scores() -> None:
-    # z([0, 2]) = [-1, 1]; z([5, 1]) = [1, -1]; a quarter of the retriever leaves [-0.5, 0.5].
-    np.testing.assert_allclose(fuse([0, 2], [5, 1], 0.25), [-0.5, 0.5])
+def test_fusion_adds_what_each_side_is_sure_of() -> None:
+    # Centred: [-1, 1] and [2, -2]; a quarter of the retriever, whose spread is 2, leaves [-0.5, 0.5].
+    np.testing.assert_allclose(fuse([0, 2], [5, 1], 0.25, spread=2), [-0.5, 0.5])
+    # A side that hardly tells the candidates apart does not overrule one that does.
+    unsure, sure = [-1.10, -1.09, -1.11], [3.0, 0.0, 0.0]
+    assert stable_order(fuse(unsure, sure, 0.5))[0] == 0
+    assert stable_order(fuse(sure, unsure, 0.5))[0] == 0
+
+
+@given(st.floats(0.01, 100))
+def test_the_unit_of_the_retrievers_scores_does_not_matter(unit: float) -> None:
+    model, retriever = np.array([-0.2, -1.5, -3.0]), np.array([0.1, 0.9, 0.2])
+    expected = fuse(model, retriever, 0.4, spread=0.3)
+    np.testing.assert_allclose(fuse(model, retriever * unit, 0.4, spread=0.3 * unit), expected, rtol=1e-5)
 
 
 def test_the_fusion_weight_is_the_best_on_validation() -> None:

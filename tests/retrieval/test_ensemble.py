@@ -37,6 +37,15 @@ def test_scores_are_standardised_and_what_a_list_lacks_counts_as_its_last() -> N
     np.testing.assert_allclose(np.asarray(mixed.scores), [0.2, -0.2, -1.0])
 
 
+def test_the_mix_is_as_sure_as_its_tables() -> None:
+    # User 1's scores lie three times as far apart as user 2's in table a: 1.5 and 0.5 of the mean; alike in b.
+    a = table([("val", 1, [1, 2], [6.0, 0.0]), ("test", 2, [1, 2], [2.0, 0.0])])
+    b = table([("val", 1, [1, 2], [1.0, 0.0]), ("test", 2, [1, 2], [1.0, 0.0])])
+    weights = np.array([0.5, 0.5])
+    np.testing.assert_allclose(np.asarray(Union.of([a, b], "val").mixed(weights).scores), [1.25, -1.25])
+    np.testing.assert_allclose(np.asarray(Union.of([a, b], "test").mixed(weights).scores), [0.75, -0.75])
+
+
 def test_a_table_without_a_list_or_without_an_opinion_changes_nothing() -> None:
     a = table([("val", 1, [5, 4], [2.0, 1.0]), ("val", 2, [6, 7], [1.0, 0.5])])
     b = table([("val", 1, [4, 5], [0.3, 0.3]), ("val", 2, [], [])])

@@ -77,6 +77,28 @@ class Lists:
         """int64 [N]: 0-based place of an item in its list."""
         return np.arange(len(self.items)) - np.repeat(self.offsets[:-1], self.lengths)
 
+    def standardised(self) -> tuple[Floats, Floats]:
+        """Scores with mean 0 and variance 1 within each list, and each list's standard deviation.
+
+        A score that is no finite number is NaN and counts in neither. A list whose scores differ by less than float32
+        can tell has zeros and a deviation of 0.
+
+        Returns:
+            float64 [N] and float64 [U].
+        """
+        scores = np.zeros(len(self.items)) if self.scores is None else np.asarray(self.scores, dtype=np.float64)
+        finite, rows, users = np.isfinite(scores), self.segments(), len(self.users)
+        counts = np.maximum(1, np.bincount(rows, finite, minlength=users))
+        values = np.where(finite, scores, 0)
+        centred = scores - (np.bincount(rows, values, minlength=users) / counts)[rows]
+        spreads = np.sqrt(np.bincount(rows, np.where(finite, centred, 0) ** 2, minlength=users) / counts)
+        largest = np.ones(users)
+        np.maximum.at(largest, rows, np.abs(values))
+        flat = spreads <= 1e-6 * largest
+        spreads[flat] = 0
+        scaled = np.where(flat[rows], 0, centred / np.where(flat, 1, spreads)[rows])
+        return np.where(finite, scaled, np.nan), spreads
+
     def take(self, rows: Ints) -> Lists:
         """The lists of these rows, in this order."""
         lengths = self.lengths[rows]
@@ -175,6 +197,11 @@ def rank_by_score(scores: NDArray[np.floating[Any]], target: int) -> int:
         return len(scores)
     own = scores[target]
     return int(1 + (scores > own).sum() + (scores[:target] == own).sum())
+
+
+def mean_spread(spreads: Floats) -> float:
+    """Mean of those deviations (`Lists.standardised`) that are not 0; 1 where all are."""
+    return float(spreads[spreads > 0].mean()) if (spreads > 0).any() else 1.0
 
 
 def offsets_of(lengths: NDArray[np.integer[Any]]) -> Ints:

@@ -80,7 +80,8 @@ def run(config: RerankConfig) -> Summary:
 
     # The output file, and beside it how it was made.
     source = _source(config, setup.spec, setup.folder.ranking, weight)
-    table = fused_table(rows.select(RANKINGS.names), users.retrieved, weight).with_columns(source=pl.lit(source))
+    table = fused_table(rows.select(RANKINGS.names), users.retrieved, weight, users.spread)
+    table = table.with_columns(source=pl.lit(source))
     write_rankings(table, config.out, dataset=setup.dataset)
     facts = {"source": source, "split": config.split, "fusion_weight": weight, "model": config.model}
     details = {**facts, "ranking": setup.folder.ranking.model_dump()}
@@ -330,7 +331,8 @@ def _fusion_weight(setup: Setup) -> float:
         [
             (items, scores, [users.retrieved[user].get(item, 0.0) for item in items], targets[user])
             for user, items, scores in rows.select("user_id", "item_ids", "scores").iter_rows()
-        ]
+        ],
+        users.spread,
     )
 
 

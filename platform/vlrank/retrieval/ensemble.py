@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vlrank.config import Split
 from vlrank.data.dataset import Dataset
-from vlrank.data.lists import Floats, Ints, Lists, offsets_of
+from vlrank.data.lists import Floats, Ints, Lists, mean_spread, offsets_of
 from vlrank.errors import UserError
 
 PREFIX = "ensemble:"
@@ -106,30 +106,39 @@ class Union:
         lists: Users in ascending order; items by id, without scores.
         scores: float64 [N, tables]: per list of mean 0 and variance 1. An item that a list lacks has the lowest score
             of that list, and 0 where the table has no list of the user or one of equal scores.
+        spreads: float64 [U, tables]: the standard deviation of the user's list over the mean one of its table; 0 where
+            the table has no list of the user or one of equal scores.
     """
 
     lists: Lists
     scores: Floats
+    spreads: Floats
 
     @classmethod
     def of(cls, tables: Sequence[pl.DataFrame], split: Split) -> Union:
         """The union of tables of candidates (`schemas.CANDIDATES`)."""
-        standardised = [_standardised(table.filter(pl.col("split") == split)) for table in tables]
-        listed = pl.concat([table.select("user", "item") for table in standardised])
-        union = listed.unique().sort("user", "item")
-        columns = []
-        for table in standardised:
-            lowest = table.group_by("user").agg(lowest=pl.col("z").min())
-            joined = union.join(table, on=["user", "item"], how="left", maintain_order="left")
-            joined = joined.join(lowest, on="user", how="left", maintain_order="left")
-            columns.append(joined.select(pl.coalesce("z", "lowest", pl.lit(0.0))).to_series().to_numpy())
+        parts = [_standardised(table, split) for table in tables]
+        union = pl.concat([items.select("user", "item") for items, _ in parts]).unique().sort("user", "item")
         users, counts = np.unique(union["user"].to_numpy(), return_counts=True)
         lists = Lists(users.astype(np.int64), offsets_of(counts), union["item"].to_numpy())
-        return cls(lists, np.stack(columns, axis=1))
+        everyone = pl.DataFrame({"user": users}, schema={"user": union.schema["user"]})
+        scores, spreads = [], []
+        for items, owners in parts:
+            lowest = items.group_by("user").agg(lowest=pl.col("z").min())
+            joined = union.join(items, on=["user", "item"], how="left", maintain_order="left")
+            joined = joined.join(lowest, on="user", how="left", maintain_order="left")
+            scores.append(joined.select(pl.coalesce("z", "lowest", pl.lit(0.0))).to_series().to_numpy())
+            known = everyone.join(owners, on="user", how="left", maintain_order="left")
+            spreads.append(known["spread"].fill_null(0.0).to_numpy())
+        return cls(lists, np.stack(scores, axis=1), np.stack(spreads, axis=1))
 
     def mixed(self, weights: Floats) -> Lists:
-        """The lists in the order of the weighted sum, with these scores; equal ones by item id."""
-        return self.lists.sorted_by(self.scores @ weights)
+        """The lists in the order of the weighted sum; equal ones by item id.
+
+        The scores are these sums times the weighted mean of the spreads: where the tables tell a user's items apart
+        clearly, so does the mix. It decides nothing within a list, but much where the mix is fused with a model.
+        """
+        return self.lists.sorted_by(self.scores @ weights * (self.spreads @ weights)[self.lists.segments()])
 
     def ndcg(self, weights: Floats, targets: dict[int, int]) -> float:
         """Mean NDCG@10 over all ``targets`` (user id -> item id)."""
@@ -155,11 +164,13 @@ class Union:
         return np.array(gains)
 
 
-def _standardised(table: pl.DataFrame) -> pl.DataFrame:
-    """``user``, ``item`` and ``z``; a score that is no number has none."""
-    long = table.filter(pl.col("item_ids").list.len() > 0).select(user="user_id", item="item_ids", score="scores")
-    score = pl.col("score").cast(pl.Float64)
-    long = long.explode("item", "score").with_columns(score=pl.when(score.is_finite()).then(score))
-    centred, spread = score - score.mean().over("user"), score.std(ddof=0).over("user")
-    flat = spread <= 1e-6 * pl.max_horizontal(1.0, score.abs().max().over("user"))  # below the resolution of float32
-    return long.select("user", "item", z=pl.when(flat).then(centred * 0).otherwise(centred / spread))
+def _standardised(table: pl.DataFrame, split: Split) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Of one split: ``user``, ``item`` and ``z`` (null where the score is no number), and ``user`` and ``spread``."""
+    table = table.filter(pl.col("item_ids").list.len() > 0)
+    lists = Lists.from_frame(table)
+    z, spreads = lists.standardised()
+    spreads /= mean_spread(spreads)
+    wanted = (table["split"] == split).to_numpy()
+    rows, users = lists.segments(), table["user_id"]
+    items = pl.DataFrame({"user": users.gather(rows), "item": lists.items, "z": pl.Series(z, nan_to_null=True)})
+    return items.filter(wanted[rows]), pl.DataFrame({"user": users, "spread": spreads}).filter(wanted)
