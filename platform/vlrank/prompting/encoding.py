@@ -27,6 +27,7 @@ from vlrank.prompting.chat_template import check_tokenizer, complete_tokenizer
 from vlrank.prompting.labels import LabelTrie
 from vlrank.prompting.modes import ModeSpec
 from vlrank.prompting.prompts import CANDIDATES, RankingPrompt, build_prompt, render
+from vlrank.prompting.token_cache import TokenCache
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,6 +117,7 @@ class Encoder:
                 f"mode {spec.name} shows pictures, but the model has no image processor", "Use a vision model."
             )
         self.tokenizer, self.spec, self.ranking, self.image_processor = tokenizer, spec, ranking, image_processor
+        self._token_ids = TokenCache(tokenizer)
         self._tries: dict[int, LabelTrie] = {}
         self._grids: dict[str, Grid] = {}
         self._headline: list[int] | None = None
@@ -209,7 +211,7 @@ class Encoder:
     def encode_prompt(self, prompt: RankingPrompt, history_cut: int = 0) -> Encoded:
         """Token ids of a prompt as it stands, without a length limit."""
         trie = self.trie(prompt.n_candidates)
-        ids = list(self.tokenizer(render(self.tokenizer, prompt), add_special_tokens=False)["input_ids"])
+        ids = self._token_ids(render(self.tokenizer, prompt))
         if trie.drop:
             ids = ids[: -trie.drop]
         if not self.spec.pixels:
