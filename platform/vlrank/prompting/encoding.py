@@ -313,9 +313,9 @@ class Encoder:
 
         The next token after the prompt has position ``positions.max() + 1`` in all rows.
         """
-        ids = np.asarray(encoded.ids)
         if not encoded.grids:
-            return np.tile(np.arange(len(ids)), (3, 1))
+            return np.tile(np.arange(len(encoded.ids)), (3, 1))
+        ids = np.asarray(encoded.ids)
         merge = self.image_processor.merge_size
         shapes = [(frames, rows // merge, columns // merge) for frames, rows, columns in encoded.grids]
         visual = np.flatnonzero(ids == self.image_token_id)
