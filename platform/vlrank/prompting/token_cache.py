@@ -1,7 +1,7 @@
 """Token ids of prompts from those of their lines: items come again and again, and need be tokenised once.
 
-Byte-level BPE splits a text by a regular expression before it merges anything, so what lies on two sides of such a split
-can be tokenised apart. The known expressions always split
+Byte-level BPE splits a text by a regular expression before it merges anything, so what lies on two sides of such a
+split can be tokenised apart. The known expressions always split
 
 - Qwen2 to Qwen3.5 and Llama 3: between a line break and what is no blank, for they take line breaks with what precedes
   them, as in ``")\\n"``;
