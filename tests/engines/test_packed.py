@@ -18,11 +18,12 @@ from vlrank.config import EngineConfig, RankingConfig
 from vlrank.engines import packed, packed_attention, packed_load
 from vlrank.engines.models import open_model
 from vlrank.engines.packed import PackedScorer
-from vlrank.engines.packed_attention import Context, RowAttention
+from vlrank.engines.packed_attention import Context, RowAttention, documents_behind
 from vlrank.engines.packed_live import score_rows
 from vlrank.engines.packed_load import disagreement, open_packed
 from vlrank.engines.packed_model import PackedModel, Unsuited
-from vlrank.engines.packed_rows import PackedRow, PromptTokens
+from vlrank.engines.packed_prefixes import PrefixMemory
+from vlrank.engines.packed_rows import PackedRow, PromptTokens, RowShape
 from vlrank.engines.resources import EngineDied, engine_name, ranking_engine
 from vlrank.engines.scoring import open_scorer
 from vlrank.engines.transformers_scorer import TransformersScorer, load_model, score_labels
@@ -246,13 +247,15 @@ def test_two_ways_of_attention_agree(shapes: list[tuple[int, LabelTrie, int]], f
     q, k, v = (torch.randn(row.size, heads, 8, generator=generator) for heads in (4, 2, 2))
     held = tuple(torch.randn(context.bounds[-1], 2, 8, generator=generator) for _ in range(2))
     ways = []
-    for kernel in (None, documents):
-        attention = RowAttention(row, torch.device("cpu"), 0.3, kernel, context if prefixed else None)
+    behind = (documents_behind(row, context)["context"],) if prefixed else ()
+    for kernel, shape in ((None, None), (documents, None), (documents, RowShape.of(row, *behind))):
+        attention = RowAttention(row, torch.device("cpu"), 0.3, kernel, context if prefixed else None, shape)
         prefix: Any = held if prefixed else None
         reads = sum(p.reads for p in prompts)
         ways.append((attention(q, k, v, prefix)[: row.filled], attention.at_reads(q, k, v, prefix)[:reads]))
-    for masked, joined in zip(*ways, strict=True):
-        torch.testing.assert_close(joined, masked, atol=1e-5, rtol=1e-5)
+    for way in ways[1:]:
+        for masked, joined in zip(ways[0], way, strict=True):
+            torch.testing.assert_close(joined, masked, atol=1e-5, rtol=1e-5)
     whole, reads_only = ways[0]
     torch.testing.assert_close(whole[attention.tensors["reads"][:reads]], reads_only, atol=1e-5, rtol=1e-5)
 
@@ -295,6 +298,37 @@ def test_recorded_passes_give_what_prompts_get_alone(
         for prompt, scores in zip(several, scored(scorer, encoder, several), strict=True):
             np.testing.assert_allclose(scores, expected[prompts.index(prompt)], atol=1e-5)
     assert 0 < len(scorer._passes._recorded) < 8
+    scorer.close()
+
+
+def test_recorded_passes_find_the_prefixes_of_their_own_row(
+    text: tuple[PackedScorer, Encoder, Any], gpu_rows: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that write prefixes and rows that continue them are replays too, wherever in memory the prefixes lie."""
+    alone, encoder, model = text
+    monkeypatch.setattr(packed, "_READS", 64)
+    whole = PackedModel.of(model, keep=True)
+    # Room for three or four prefixes: most are written over by others and computed again.
+    scorer = PackedScorer(whole, row_tokens=2048, record=replayed, prefix_bytes=250 * PrefixMemory.token_bytes(whole))
+    prompts = []
+    for user in range(9):
+        seen = text_items(2 + user % 3, f"user {user}")
+        orders = [text_items(9, f"item {user}")[:: (-1) ** i] for i in range(2)]
+        prompts += [encoder.encode(seen, order) for order in orders]
+    prompts = [replace(prompt, prefix=encoder.shared(prompt.ids)) for prompt in prompts]
+    expected = scored(alone, encoder, prompts)
+    for order in np.random.default_rng(0).permutation(len(prompts) * 2).reshape(-1, 3) % len(prompts):
+        for i, scores in zip(order, scored(scorer, encoder, [prompts[i] for i in order]), strict=True):
+            np.testing.assert_allclose(scores, expected[i], atol=1e-5)
+    shapes = list(scorer._passes._recorded)
+    assert any(shape.context for shape in shapes), "rows that continue prefixes"
+    assert any(not shape.reads for shape in shapes), "rows of prefixes"
+    assert 0 < len(scorer._prefixes) < 9
+    # More than the memory holds: it gives way to a larger one.
+    for prompt, scores in zip(prompts, scored(scorer, encoder, prompts), strict=True):
+        np.testing.assert_allclose(scores, expected[prompts.index(prompt)], atol=1e-5)
+    assert scorer._memory is not None
+    assert scorer._memory.tokens > 250
     scorer.close()
 
 

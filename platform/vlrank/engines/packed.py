@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vlrank.engines.packed_attention import Context, RowAttention, kernel_for
-from vlrank.engines.packed_graphs import Record, RowPasses
+from vlrank.engines.packed_attention import Context, kernel_for
+from vlrank.engines.packed_graphs import Prefixes, Record, RowPasses
 from vlrank.engines.packed_model import PackedModel
-from vlrank.engines.packed_rows import PackedRow, PromptTokens
+from vlrank.engines.packed_prefixes import PrefixMemory
+from vlrank.engines.packed_rows import Int, PackedRow, PromptTokens
 from vlrank.engines.resources import EngineDied
 from vlrank.prompting.encoding import Encoded, Encoder
 from vlrank.prompting.labels import LabelTrie
@@ -56,19 +57,6 @@ class _Job:
     prefix: PromptTokens | None
     key: bytes
     hidden: Future[Float32] = field(default_factory=Future)
-
-
-@dataclass(slots=True)
-class _Prefix:
-    """Keys and values of a prefix: tokens [start, end) of a row's [layers, 2, tokens, key-value heads, head dim]."""
-
-    row: torch.Tensor
-    start: int
-    end: int
-
-    @property
-    def bytes(self) -> int:
-        return self.row.numel() * self.row.element_size() // self.row.shape[2] * (self.end - self.start)
 
 
 def row_reads(length: int) -> int:
@@ -111,7 +99,8 @@ class PackedScorer:
         self.exact: PackedScorer | None = None
         self._kernel = kernel_for(*model.sizes[:3], model.device, model.dtype)
         self._passes = RowPasses(model, self._kernel, record)
-        self._prefixes: OrderedDict[bytes, _Prefix] = OrderedDict()
+        self._prefixes: OrderedDict[bytes, Int] = OrderedDict()  # their places in memory, the latest used last
+        self._memory: PrefixMemory | None = None
         self._heads: dict[int, tuple[LabelTrie, npt.NDArray[np.float64], npt.NDArray[np.float64], list[int]]] = {}
         self._waiting: deque[_Job] = deque()
         self._running: deque[tuple[list[_Job], torch.Tensor, Any]] = deque()
@@ -172,7 +161,7 @@ class PackedScorer:
             self._wake.notify()
         self._thread.join()
         self._prefixes.clear()
-        self.features = None
+        self.features = self._memory = None
         del self.model, self._passes
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -315,8 +304,7 @@ class PackedScorer:
 
     def _shorten(self, jobs: list[_Job], error: torch.OutOfMemoryError) -> None:
         """Put the prompts back, for rows of half the length; where rows are short already, the prompts fail."""
-        self._prefixes.clear()
-        self._passes.clear()
+        self._forget_prefixes()
         torch.cuda.empty_cache()
         longest = max(max(job.body.size, len(job.prefix.ids) if job.prefix else 0) for job in jobs)
         if self.row_tokens is None or self.row_tokens // 2 < _SHORTEST_ROW or longest > self.row_tokens:
@@ -339,35 +327,57 @@ class PackedScorer:
         if jobs[0].prefix is None:
             return self._passes(row, features)
         prefixes = {job.key: job.prefix for job in jobs if job.prefix is not None}
-        held = self._held(prefixes)
+        memory = self._hold(prefixes)
         keys = list(prefixes)
-        bounds = np.cumsum([0, *(part.end - part.start for part in held)]).tolist()
+        bounds = np.cumsum([0, *(len(self._prefixes[key]) for key in keys)]).tolist()
         context = Context(bounds, [keys.index(job.key) for job in jobs])
+        places = np.concatenate([self._prefixes[key] for key in keys])
+        return self._passes(row, features, Prefixes(memory, places, context))
 
-        def of_layer(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-            keys_and_values = torch.cat([part.row[layer, :, part.start : part.end] for part in held], dim=1)
-            return keys_and_values[0], keys_and_values[1]
-
-        return self.model.forward(self._attention(row, context), features, of_layer)
-
-    def _attention(self, row: PackedRow, context: Context | None = None) -> RowAttention:
-        return RowAttention(row, self.model.device, self.model.scaling, self._kernel, context)
-
-    def _held(self, wanted: dict[bytes, PromptTokens]) -> list[_Prefix]:
-        """Keys and values of prefixes; missing ones are computed."""
+    def _hold(self, wanted: dict[bytes, PromptTokens]) -> PrefixMemory:
+        """Have the keys and values of prefixes; missing ones are computed."""
+        needed = sum(prompt.size for prompt in wanted.values())
+        memory = self._memory_for(needed)
         for key in wanted:
             if key in self._prefixes:
                 self._prefixes.move_to_end(key)
                 self.cached_tokens += len(wanted[key].ids)
         missing = [(key, prompt) for key, prompt in wanted.items() if key not in self._prefixes]
         if missing and self.row_tokens is not None:  # the next rows' prefixes fill this one's row of prefixes
-            missing += self._soon(set(wanted), self.row_tokens - sum(prompt.size for _, prompt in missing))
+            room = self.row_tokens - sum(prompt.size for _, prompt in missing)
+            missing += self._soon(set(wanted), min(room, memory.tokens - needed))
+        kept = set(wanted)
+        while memory.free < sum(prompt.size for _, prompt in missing):
+            oldest = next(key for key in self._prefixes if key not in kept)
+            memory.give(self._prefixes.pop(oldest))
         for group in self._prefix_rows(missing):
-            self._compute_prefixes(group)
-        held = [self._prefixes[key] for key in wanted]
-        while len(self._prefixes) > len(wanted) and self._kept_bytes() > self._prefix_bytes:
-            self._prefixes.popitem(last=False)
-        return held
+            prompts = [prompt for _, prompt in group]
+            places = memory.take(sum(prompt.size for prompt in prompts))
+            row = PackedRow(prompts, self._length(len(places)))
+            self._passes(row, prefixes=Prefixes(memory, places))
+            for (key, _), span in zip(group, row.spans, strict=True):
+                self._prefixes[key] = places[span.start : span.end]
+        return memory
+
+    def _memory_for(self, tokens: int) -> PrefixMemory:
+        """Memory with room for so many tokens; less than was asked for where the GPU has no more."""
+        if self._memory is None or self._memory.tokens < tokens:
+            self._forget_prefixes()
+            size = max(tokens, self._prefix_bytes // PrefixMemory.token_bytes(self.model))
+            while self._memory is None:
+                try:
+                    self._memory = PrefixMemory(self.model, size)
+                except torch.OutOfMemoryError:
+                    if size == tokens:
+                        raise
+                    size = max(tokens, size // 2)
+        return self._memory
+
+    def _forget_prefixes(self) -> None:
+        """Give their memory back, and that of recorded passes, which read it."""
+        self._prefixes.clear()
+        self._passes.clear()
+        self._memory = None
 
     def _soon(self, known: set[bytes], room: int) -> list[tuple[bytes, PromptTokens]]:
         """Missing prefixes of waiting prompts, as many as fit ``room`` tokens."""
@@ -382,9 +392,6 @@ class PackedScorer:
             room -= job.prefix.size
         return found
 
-    def _kept_bytes(self) -> int:
-        return sum(prefix.bytes for prefix in self._prefixes.values())
-
     def _prefix_rows(self, missing: list[tuple[bytes, PromptTokens]]) -> Iterator[list[tuple[bytes, PromptTokens]]]:
         group: list[tuple[bytes, PromptTokens]] = []
         for pair in missing:
@@ -395,18 +402,3 @@ class PackedScorer:
             group.append(pair)
         if group:
             yield group
-
-    def _compute_prefixes(self, group: list[tuple[bytes, PromptTokens]]) -> None:
-        prompts = [prompt for _, prompt in group]
-        row = PackedRow(prompts, self._length(sum(prompt.size for prompt in prompts)))
-        sizes = self.model.sizes
-        shape = len(self.model.layers), 2, row.filled, sizes.key_heads, sizes.head_dim
-        kept = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
-
-        def store(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-            kept[layer, 0].copy_(keys[: row.filled])
-            kept[layer, 1].copy_(values[: row.filled])
-
-        self.model.forward(self._attention(row), store=store)
-        for (key, _), span in zip(group, row.spans, strict=True):
-            self._prefixes[key] = _Prefix(kept, span.start, span.end)

@@ -89,10 +89,11 @@ class RowAttention:
         scaling: Factor of the scores.
         kernel: None computes with masks.
         context: Of the row's prompts; None where they have no prefix.
-        shape: Of the row, to which it is padded; needs a kernel, and no context.
+        shape: Of the row, to which it is padded; needs a kernel.
+        more: Further numbers of the row.
 
     Attributes:
-        tensors: `PackedRow.arrays` on the device.
+        tensors: `arrays_of` the row, on the device.
     """
 
     def __init__(
@@ -103,18 +104,12 @@ class RowAttention:
         kernel: Kernel | None,
         context: Context | None = None,
         shape: RowShape | None = None,
+        more: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
         self.row, self.device, self.scaling, self.kernel, self.context = row, device, scaling, kernel, context
-        arrays, documents = row.arrays(shape), row.documents
-        if context is not None:
-            ends = np.cumsum([prompt.reads for prompt in row.prompts]).tolist()
-            behind: Documents = {
-                "context": (self._behind_context([s.stop for s in row.spans], row.size), context.bounds),
-                "context of reads": (self._behind_context(ends, len(row.reads)), context.bounds),
-            }
-            arrays, documents = arrays | bounds_of(behind), {**documents, **behind}
+        documents = {**row.documents, **documents_behind(row, context)}
         self._longest = _longest_of(shape) if shape else {name: _longest(*both) for name, both in documents.items()}
-        self.tensors = RowTensors(arrays, device)
+        self.tensors = RowTensors(arrays_of(row, context, shape, more), device)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -151,14 +146,6 @@ class RowAttention:
         if prefix is not None:
             out, _ = join((out, lse), self._flash("context of reads", q[reads], *prefix))
         return out
-
-    def _behind_context(self, ends: Sequence[int], size: int) -> list[int]:
-        """Bounds of the queries of each prefix. The filling joins the last one: kernels want keys for every query."""
-        assert self.context is not None
-        of = self.context.of
-        bounds = [0, *(end for end, own, after in zip(ends, of, [*of[1:], -1], strict=True) if own != after)]
-        bounds[-1] = size
-        return bounds
 
     def _flash(
         self, name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False
@@ -202,6 +189,34 @@ class RowAttention:
         return out[0].transpose(0, 1)
 
 
+def arrays_of(
+    row: PackedRow,
+    context: Context | None = None,
+    shape: RowShape | None = None,
+    more: Mapping[str, npt.NDArray[Any]] | None = None,
+) -> dict[str, npt.NDArray[Any]]:
+    """`PackedRow.arrays`, bounds of the prefixes that a row continues, and further numbers; see `RowAttention`."""
+    return {**row.arrays(shape), **bounds_of(documents_behind(row, context), shape), **(more or {})}
+
+
+def documents_behind(row: PackedRow, context: Context | None) -> Documents:
+    """Bounds for the calls to prefixes: ``context``, all tokens to the prefix of their prompt; ``context of reads``."""
+    if context is None:
+        return {}
+    ends = np.cumsum([prompt.reads for prompt in row.prompts]).tolist()
+    return {
+        "context": (_behind_context(context.of, [span.stop for span in row.spans], row.size), context.bounds),
+        "context of reads": (_behind_context(context.of, ends, len(row.reads)), context.bounds),
+    }
+
+
+def _behind_context(of: Sequence[int], ends: Sequence[int], size: int) -> list[int]:
+    """Bounds of the queries of each prefix. The filling joins the last one: kernels want keys for every query."""
+    bounds = [0, *(end for end, own, after in zip(ends, of, [*of[1:], -1], strict=True) if own != after)]
+    bounds[-1] = size
+    return bounds
+
+
 def _longest(queries: Sequence[int], keys: Sequence[int]) -> tuple[int, int]:
     q, k = (max((b - a for a, b in pairwise(bounds)), default=1) for bounds in (queries, keys))
     return -(-q // 128) * 128, -(-k // 128) * 128
@@ -215,6 +230,8 @@ def _longest_of(shape: RowShape) -> dict[str, tuple[int, int]]:
         "tails": (padded, shape.longest),
         "reads": (shape.longest_read, shape.longest),
         "chains": (shape.longest_read, shape.longest_read),
+        "context": (shape.longest_behind, shape.longest_prefix),
+        "context of reads": (shape.reads, shape.longest_prefix),
     }
 
 
@@ -271,7 +288,13 @@ def kernel_for(heads: int, key_heads: int, head_dim: int, device: torch.device, 
 
     def results(kernel: Kernel | None) -> list[torch.Tensor]:
         found = []
-        for given, held, shape in ((None, None, None), (context, prefix, None), (None, None, RowShape.of(row))):
+        continued = context, prefix, RowShape.of(row, documents_behind(row, context)["context"])
+        for given, held, shape in (
+            (None, None, None),
+            (context, prefix, None),
+            (None, None, RowShape.of(row)),
+            continued,
+        ):
             attention = RowAttention(row, device, head_dim**-0.5, kernel, given, shape if kernel else None)
             found += [attention(q, k, v, held)[used].float(), attention.at_reads(q, k, v, held)[reads].float()]
         return found

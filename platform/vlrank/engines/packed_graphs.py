@@ -3,8 +3,6 @@
 Step by step a CPU needs some 50 ms to launch a pass through 28 layers, whatever the row's length. So the launches of a
 shape of rows are recorded when it comes for the second time, and replayed for further rows with other numbers in the
 same places. Kernels and sizes are those of a pass that is launched step by step, and so are the results.
-
-Rows that continue prefixes, whose keys and values lie in a new place each time, are launched step by step.
 """
 
 from __future__ import annotations
@@ -13,18 +11,21 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from vlrank.engines import varlen
-from vlrank.engines.packed_attention import Kernel, RowAttention
+from vlrank.engines.packed_attention import Context, Kernel, RowAttention, arrays_of, documents_behind
 from vlrank.engines.packed_model import PackedModel
-from vlrank.engines.packed_rows import PackedRow, RowShape
+from vlrank.engines.packed_prefixes import READ, WRITTEN, PrefixMemory
+from vlrank.engines.packed_rows import Int, PackedRow, RowShape, padded
 
 Record = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
 """A function without arguments -> what replays its launches, and its result, which every replay renews."""
 
-_KEPT = 16  # graphs; each takes some MB beside the memory for activations, which they share
+_KEPT = 32  # graphs; each takes some MB beside the memory for activations, which they share
 _FEATURE_BYTES = 2**28  # pictures of longer rows, which are not held up by launching, are not copied once more
 
 
@@ -36,8 +37,23 @@ class _Recorded:
     hidden: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Prefixes:
+    """What a row has to do with prefixes.
+
+    Attributes:
+        memory: Where their keys and values lie.
+        places: Those of the row's tokens, which are prefixes; or, where the row continues prefixes, of theirs.
+        context: Of the row's prompts; None where the row's tokens are prefixes.
+    """
+
+    memory: PrefixMemory
+    places: Int
+    context: Context | None = None
+
+
 class RowPasses:
-    """Forward passes over rows without prefixes.
+    """Forward passes over rows.
 
     Args:
         model: Computes them.
@@ -50,13 +66,16 @@ class RowPasses:
         self._met: set[RowShape] = set()
         self._recorded: OrderedDict[RowShape, _Recorded] = OrderedDict()
 
-    def __call__(self, row: PackedRow, features: torch.Tensor | None = None) -> torch.Tensor:
-        """`PackedModel.forward`, of rows without prefixes."""
-        shape = self._shape(row, features)
-        recorded = None if shape is None else self._recording(row, features, shape)
+    def __call__(
+        self, row: PackedRow, features: torch.Tensor | None = None, prefixes: Prefixes | None = None
+    ) -> torch.Tensor:
+        """`PackedModel.forward`."""
+        shape = self._shape(row, features, prefixes)
+        recorded = None if shape is None else self._recording(row, features, prefixes, shape)
         if recorded is None:
-            return self._model.forward(self._attention(row, shape), _padded(features, shape))
-        recorded.attention.tensors.renew(row.arrays(shape))
+            return self._compute(self._attention(row, prefixes, shape), _padded(features, shape), prefixes)
+        context = None if prefixes is None else prefixes.context
+        recorded.attention.tensors.renew(arrays_of(row, context, shape, _places(row, prefixes, shape)))
         if features is not None and recorded.features is not None:
             recorded.features[: len(features)].copy_(features)
         recorded.replay()
@@ -67,18 +86,35 @@ class RowPasses:
         self._recorded.clear()
         self._met.clear()
 
-    def _shape(self, row: PackedRow, features: torch.Tensor | None) -> RowShape | None:
-        if self._kernel is None or (shape := RowShape.of(row)) is None:
+    def _shape(self, row: PackedRow, features: torch.Tensor | None, prefixes: Prefixes | None) -> RowShape | None:
+        context = None if prefixes is None else prefixes.context
+        behind = () if context is None else (documents_behind(row, context)["context"],)
+        if self._kernel is None or (shape := RowShape.of(row, *behind)) is None:
             return None
         if features is not None and shape.visual * features.shape[1] * features.element_size() > _FEATURE_BYTES:
             return None
         # FlashAttention 4 launches by the number of tokens: to it, all bounds of a document's length are one.
-        return replace(shape, longest=shape.tokens) if self._kernel is varlen.flash4_lse else shape
+        if self._kernel is varlen.flash4_lse:
+            return replace(shape, longest=shape.tokens, longest_prefix=shape.context, longest_behind=shape.tokens)
+        return shape
 
-    def _attention(self, row: PackedRow, shape: RowShape | None) -> RowAttention:
-        return RowAttention(row, self._model.device, self._model.scaling, self._kernel, shape=shape)
+    def _attention(self, row: PackedRow, prefixes: Prefixes | None, shape: RowShape | None) -> RowAttention:
+        context = None if prefixes is None else prefixes.context
+        more = _places(row, prefixes, shape)
+        return RowAttention(row, self._model.device, self._model.scaling, self._kernel, context, shape, more)
 
-    def _recording(self, row: PackedRow, features: torch.Tensor | None, shape: RowShape) -> _Recorded | None:
+    def _compute(
+        self, attention: RowAttention, features: torch.Tensor | None, prefixes: Prefixes | None
+    ) -> torch.Tensor:
+        if prefixes is None:
+            return self._model.forward(attention, features)
+        if prefixes.context is None:
+            return self._model.forward(attention, features, store=prefixes.memory.writer(attention))
+        return self._model.forward(attention, features, context=prefixes.memory.reader(attention))
+
+    def _recording(
+        self, row: PackedRow, features: torch.Tensor | None, prefixes: Prefixes | None, shape: RowShape
+    ) -> _Recorded | None:
         """That of a shape, made when it comes for the second time; None where the pass is launched step by step."""
         if self._record is None:
             return None
@@ -88,9 +124,9 @@ class RowPasses:
         if shape in self._recorded:
             self._recorded.move_to_end(shape)
             return self._recorded[shape]
-        attention, held = self._attention(row, shape), _padded(features, shape)
+        attention, held = self._attention(row, prefixes, shape), _padded(features, shape)
         try:
-            replay, hidden = self._record(lambda: self._model.forward(attention, held))
+            replay, hidden = self._record(lambda: self._compute(attention, held, prefixes))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -101,6 +137,14 @@ class RowPasses:
             self._recorded.popitem(last=False)
         self._recorded[shape] = _Recorded(attention, held, replay, hidden)
         return self._recorded[shape]
+
+
+def _places(row: PackedRow, prefixes: Prefixes | None, shape: RowShape | None) -> dict[str, npt.NDArray[Any]]:
+    """Places of prefixes by name, padded to a shape with the one that is nobody's."""
+    if prefixes is None:
+        return {}
+    name, size = (WRITTEN, row.size) if prefixes.context is None else (READ, shape.context if shape else 0)
+    return {name: prefixes.places if shape is None else padded(prefixes.places, size, prefixes.memory.nobodys)}
 
 
 def _padded(features: torch.Tensor | None, shape: RowShape | None) -> torch.Tensor | None:

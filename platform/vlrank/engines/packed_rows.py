@@ -102,6 +102,9 @@ class RowShape:
         documents: Of every list of documents; padded with empty ones.
         longest: Bound of the length of a document.
         longest_read: Bound of the reads of a prompt.
+        context: Places of tokens of the prefixes that the row continues.
+        longest_prefix: Bound of the length of a prefix.
+        longest_behind: Bound of the tokens of the row that continue one.
     """
 
     tokens: int
@@ -111,12 +114,20 @@ class RowShape:
     documents: int
     longest: int
     longest_read: int
+    context: int = 0
+    longest_prefix: int = 0
+    longest_behind: int = 0
 
     @classmethod
-    def of(cls, row: PackedRow) -> RowShape | None:
-        """The shape of a row; None where it has no token or no read to spare."""
+    def of(cls, row: PackedRow, context: tuple[Sequence[int], Sequence[int]] = ((0,), (0,))) -> RowShape | None:
+        """The shape of a row; None where it has no token or, if anything is read, no read to spare.
+
+        Args:
+            row: The row.
+            context: Bounds of its tokens, by the prefix that they continue, and of the prefixes.
+        """
         reads = sum(prompt.reads for prompt in row.prompts)
-        if row.filled >= row.size or not 0 < reads < len(row.reads):
+        if row.filled >= row.size or 0 < len(row.reads) <= reads:
             return None
         room = min(row.size // _TOKENS_PER_DOCUMENT, _ROOM)
         return cls(
@@ -125,9 +136,16 @@ class RowShape:
             tails=_power_of_two(len(row.tails), room),
             visual=_power_of_two(len(row.visual), room),
             documents=_power_of_two(len(row.segments) - 1, room),
-            longest=_power_of_two(max(b - a for a, b in pairwise(row.segments)), 1024),
+            longest=_power_of_two(_longest(row.segments), 1024),
             longest_read=_power_of_two(max(prompt.reads for prompt in row.prompts), 128),
+            context=_power_of_two(context[1][-1], 1024),
+            longest_prefix=_power_of_two(_longest(context[1]), 1024),
+            longest_behind=_power_of_two(_longest(context[0]), 1024),
         )
+
+
+def _longest(bounds: Sequence[int]) -> int:
+    return max((end - start for start, end in pairwise(bounds)), default=0)
 
 
 def _power_of_two(number: int, least: int) -> int:
@@ -257,27 +275,27 @@ class PackedRow:
             bounds of `documents`, of queries and of keys, e.g. ``self queries``.
         """
         places = {"tails": self.tails, "tails_in_reads": self.tails_in_reads, "visual": self.visual}
-        bounds = bounds_of(self.documents)
+        bounds = bounds_of(self.documents, shape)
         if shape is not None:
             sizes = {"tails": shape.tails, "tails_in_reads": shape.tails, "visual": shape.visual}
             unused = {"tails": self.size - 1, "tails_in_reads": len(self.reads) - 1, "visual": self.size - 1}
-            places = {name: _padded(array, sizes[name], unused[name]) for name, array in places.items()}
+            places = {name: padded(array, sizes[name], unused[name]) for name, array in places.items()}
             # Padded tails belong to the last document that has any: what no document holds may be no number, and goes
             # on into the next layer's keys and values.
             queries = bounds["tails queries"]
             queries[queries == queries[-1]] = shape.tails
-            bounds = {name: _padded(array, shape.documents + 1, array[-1]) for name, array in bounds.items()}
         return {"ids": self.ids, "positions": self.positions, "reads": self.reads} | places | bounds
 
 
-def bounds_of(documents: Documents) -> dict[str, npt.NDArray[np.int32]]:
-    """Bounds by list and side, e.g. ``self queries``."""
+def bounds_of(documents: Documents, shape: RowShape | None = None) -> dict[str, npt.NDArray[np.int32]]:
+    """Bounds by list and side, e.g. ``self queries``, padded to a shape."""
     return {
-        f"{name} {side}": np.asarray(of_side, dtype=np.int32)
+        f"{name} {side}": array if shape is None else padded(array, shape.documents + 1, array[-1])
         for name, both in documents.items()
-        for side, of_side in zip(("queries", "keys"), both, strict=True)
+        for side, array in zip(("queries", "keys"), (np.asarray(of, dtype=np.int32) for of in both), strict=True)
     }
 
 
-def _padded(array: npt.NDArray[Any], size: int, value: int) -> npt.NDArray[Any]:
+def padded(array: npt.NDArray[Any], size: int, value: int) -> npt.NDArray[Any]:
+    """A one-dimensional array with the value behind it, up to a size."""
     return np.pad(array, (0, size - len(array)), constant_values=value)
