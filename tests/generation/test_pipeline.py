@@ -219,6 +219,25 @@ def test_rejected_texts_are_tried_again_then_quarantined_and_the_sheet_shows_why
 
 
 @pytest.mark.stack
+def test_a_sample_of_other_settings_leaves_finished_texts_alone(
+    cluster: None, dataset: Dataset, tiny_vision_model: Path
+) -> None:
+    run(config(dataset, tiny_vision_model))
+    before = dataset.generated("caption")
+    assert before is not None
+    sample = run(config(dataset, tiny_vision_model, sample=4, max_tokens=3))
+    assert sample.counts["done"] + sample.counts["quarantined"] == 4
+    assert "kept apart" in sample.lines
+    assert sample.output is not None
+    assert sample.output.read_text(encoding="utf-8").count("<article") == 4
+    after = Dataset.open(dataset.path).generated("caption")
+    assert after is not None
+    assert after.equals(before)
+    again = run(config(dataset, tiny_vision_model))
+    assert (again.counts["done"], again.counts["reused"]) == (0, before.height)
+
+
+@pytest.mark.stack
 def test_a_dry_run_estimates_from_real_items_and_commits_nothing(
     cluster: None, dataset: Dataset, tiny_vision_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def run(config: GenerateConfig) -> Summary:
     output = work.shards.folder
     if config.sample is not None:
         output = _contact_sheet(config, work)
+    apart = work.shards.folder != generated_shards(Dataset.open(config.dataset), config.what).folder
     lines: dict[str, object] = {
         "engine": engine_name(config.engine),
         "model": config.model,
@@ -77,6 +78,8 @@ def run(config: GenerateConfig) -> Summary:
         lines["in quarantine"] = by_error(work.shards.quarantined())
     if work.without_picture:
         lines["items without a picture"] = work.without_picture
+    if apart:
+        lines["kept apart"] = f"{work.shards.folder}: the dataset has texts of other settings for these items"
     lines |= _cost(config, result.done + result.quarantined, result.seconds, gpus)
     if result.working_seconds:
         lines["items/s while generating"] = (result.done + result.quarantined) / result.working_seconds
@@ -171,6 +174,16 @@ def generated_shards(dataset: Dataset, what: str) -> Shards:
     return Shards(folder, schemas.GENERATED, "item_id", quarantine_folder(dataset.path, what), what)
 
 
+def _sample_shards(dataset: Dataset, what: str, wanted: pl.DataFrame) -> Shards:
+    """Those of the dataset, or others where they hold texts of other settings, which a sample must not replace."""
+    shards = generated_shards(dataset, what)
+    kept = shards.committed().join(wanted.select("item_id", sampled="input_hash"), on="item_id")
+    if kept.filter(pl.col("input_hash") != pl.col("sampled")).is_empty():
+        return shards
+    folder = dataset.path / "samples" / what
+    return replace(shards, folder=folder, quarantine=folder / "quarantine")
+
+
 def _plan(config: GenerateConfig) -> _Work:
     prompt = load_prompt(config.prompt, config.what)
     dataset = Dataset.open(config.dataset)
@@ -222,7 +235,10 @@ def _plan(config: GenerateConfig) -> _Work:
         items = items.head(config.limit)
     if config.sample is not None:
         items = _sample(items, config.sample, config.seed)
-    return _Work(job, generated_shards(dataset, config.what), _wanted(items, job, dataset.path), without)
+    wanted = _wanted(items, job, dataset.path)
+    whole = config.sample is None
+    shards = generated_shards(dataset, config.what) if whole else _sample_shards(dataset, config.what, wanted)
+    return _Work(job, shards, wanted, without)
 
 
 def _sized(config: GenerateConfig, work: _Work) -> _Work:
@@ -398,6 +414,7 @@ def _contact_sheet(config: GenerateConfig, work: _Work) -> Location:
     dataset = Dataset.open(config.dataset)
     titles = {"caption": "caption", "semantic_summary": "semantic summary"}
     tables = {titles[what]: dataset.generated(what) for what in titles}  # type: ignore[arg-type]
+    tables[titles[config.what]] = work.shards.committed()
     made = {
         title: dict(zip(table["item_id"], table["text"], strict=True))
         for title, table in tables.items()
