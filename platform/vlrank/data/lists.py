@@ -92,9 +92,9 @@ class Lists:
         values = np.where(finite, scores, 0)
         centred = scores - (np.bincount(rows, values, minlength=users) / counts)[rows]
         spreads = np.sqrt(np.bincount(rows, np.where(finite, centred, 0) ** 2, minlength=users) / counts)
-        largest = np.ones(users)
+        largest = np.zeros(users)
         np.maximum.at(largest, rows, np.abs(values))
-        flat = spreads <= 1e-6 * largest
+        flat = is_flat(spreads, largest)
         spreads[flat] = 0
         scaled = np.where(flat[rows], 0, centred / np.where(flat, 1, spreads)[rows])
         return np.where(finite, scaled, np.nan), spreads
@@ -197,6 +197,11 @@ def rank_by_score(scores: NDArray[np.floating[Any]], target: int) -> int:
         return len(scores)
     own = scores[target]
     return int(1 + (scores > own).sum() + (scores[:target] == own).sum())
+
+
+def is_flat(spreads: Any, largest: Any) -> Any:
+    """Whether deviations of scores up to ``largest`` in size are rounding, below the resolution of float32."""
+    return np.logical_not(spreads > 1e-6 * np.maximum(1.0, largest))
 
 
 def mean_spread(spreads: Floats) -> float:

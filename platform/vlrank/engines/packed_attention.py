@@ -107,8 +107,11 @@ class RowAttention:
         more: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
         self.row, self.device, self.scaling, self.kernel, self.context = row, device, scaling, kernel, context
-        documents = {**row.documents, **documents_behind(row, context)}
-        self._longest = _longest_of(shape) if shape else {name: _longest(*both) for name, both in documents.items()}
+        if shape is None:
+            documents = {**row.documents, **documents_behind(row, context)}
+            self._longest = {name: _longest(*both) for name, both in documents.items()}
+        else:
+            self._longest = _longest_of(shape)
         self.tensors = RowTensors(arrays_of(row, context, shape, more), device)
 
     def __call__(
@@ -285,16 +288,12 @@ def kernel_for(heads: int, key_heads: int, head_dim: int, device: torch.device, 
     q, k, v = drawn(row.size, heads), drawn(row.size, key_heads), drawn(row.size, key_heads)
     prefix = drawn(490, key_heads), drawn(490, key_heads)
     used, reads = slice(row.filled), slice(sum(p.reads for p in prompts))
+    shapes = RowShape.of(row), RowShape.of(row, documents_behind(row, context)["context"])
+    ways = ((None, None, None), (context, prefix, None), (None, None, shapes[0]), (context, prefix, shapes[1]))
 
     def results(kernel: Kernel | None) -> list[torch.Tensor]:
         found = []
-        continued = context, prefix, RowShape.of(row, documents_behind(row, context)["context"])
-        for given, held, shape in (
-            (None, None, None),
-            (context, prefix, None),
-            (None, None, RowShape.of(row)),
-            continued,
-        ):
+        for given, held, shape in ways:
             attention = RowAttention(row, device, head_dim**-0.5, kernel, given, shape if kernel else None)
             found += [attention(q, k, v, held)[used].float(), attention.at_reads(q, k, v, held)[reads].float()]
         return found

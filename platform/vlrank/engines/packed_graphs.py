@@ -73,7 +73,7 @@ class RowPasses:
         shape = self._shape(row, features, prefixes)
         recorded = None if shape is None else self._recording(row, features, prefixes, shape)
         if recorded is None:
-            return self._compute(self._attention(row, prefixes, shape), _padded(features, shape), prefixes)
+            return self._compute(self._attention(row, prefixes, shape), _padded_features(features, shape), prefixes)
         context = None if prefixes is None else prefixes.context
         recorded.attention.tensors.renew(arrays_of(row, context, shape, _places(row, prefixes, shape)))
         if features is not None and recorded.features is not None:
@@ -124,7 +124,7 @@ class RowPasses:
         if shape in self._recorded:
             self._recorded.move_to_end(shape)
             return self._recorded[shape]
-        attention, held = self._attention(row, prefixes, shape), _padded(features, shape)
+        attention, held = self._attention(row, prefixes, shape), _padded_features(features, shape)
         try:
             replay, hidden = self._record(lambda: self._compute(attention, held, prefixes))
         except torch.OutOfMemoryError:
@@ -147,7 +147,7 @@ def _places(row: PackedRow, prefixes: Prefixes | None, shape: RowShape | None) -
     return {name: prefixes.places if shape is None else padded(prefixes.places, size, prefixes.memory.nobodys)}
 
 
-def _padded(features: torch.Tensor | None, shape: RowShape | None) -> torch.Tensor | None:
+def _padded_features(features: torch.Tensor | None, shape: RowShape | None) -> torch.Tensor | None:
     if features is None or shape is None:
         return features
     held = features.new_zeros(shape.visual, features.shape[1])

@@ -60,7 +60,6 @@ def run(config: GenerateConfig) -> Summary:
     output = work.shards.folder
     if config.sample is not None:
         output = _contact_sheet(config, work)
-    apart = work.shards.folder != generated_shards(Dataset.open(config.dataset), config.what).folder
     lines: dict[str, object] = {
         "engine": engine_name(config.engine),
         "model": config.model,
@@ -78,7 +77,7 @@ def run(config: GenerateConfig) -> Summary:
         lines["in quarantine"] = by_error(work.shards.quarantined())
     if work.without_picture:
         lines["items without a picture"] = work.without_picture
-    if apart:
+    if work.apart:
         lines["kept apart"] = f"{work.shards.folder}: the dataset has texts of other settings for these items"
     lines |= _cost(config, result.done + result.quarantined, result.seconds, gpus)
     if result.working_seconds:
@@ -166,6 +165,7 @@ class _Work:
     wanted: pl.DataFrame  # item_id, input_hash, text, picture, picture_hash
     without_picture: int
     longest: RowLength | None = None
+    apart: bool = False  # a sample beside texts of other settings
 
 
 def generated_shards(dataset: Dataset, what: str) -> Shards:
@@ -174,14 +174,10 @@ def generated_shards(dataset: Dataset, what: str) -> Shards:
     return Shards(folder, schemas.GENERATED, "item_id", quarantine_folder(dataset.path, what), what)
 
 
-def _sample_shards(dataset: Dataset, what: str, wanted: pl.DataFrame) -> Shards:
-    """Those of the dataset, or others where they hold texts of other settings, which a sample must not replace."""
-    shards = generated_shards(dataset, what)
-    kept = shards.committed().join(wanted.select("item_id", sampled="input_hash"), on="item_id")
-    if kept.filter(pl.col("input_hash") != pl.col("sampled")).is_empty():
-        return shards
-    folder = dataset.path / "samples" / what
-    return replace(shards, folder=folder, quarantine=folder / "quarantine")
+def _holds_others(shards: Shards, wanted: pl.DataFrame) -> bool:
+    """Whether wanted items have texts of other settings."""
+    kept = shards.committed().join(wanted.select("item_id", wanted="input_hash"), on="item_id")
+    return not kept.filter(pl.col("input_hash") != pl.col("wanted")).is_empty()
 
 
 def _plan(config: GenerateConfig) -> _Work:
@@ -236,9 +232,12 @@ def _plan(config: GenerateConfig) -> _Work:
     if config.sample is not None:
         items = _sample(items, config.sample, config.seed)
     wanted = _wanted(items, job, dataset.path)
-    whole = config.sample is None
-    shards = generated_shards(dataset, config.what) if whole else _sample_shards(dataset, config.what, wanted)
-    return _Work(job, shards, wanted, without)
+    shards = generated_shards(dataset, config.what)
+    apart = config.sample is not None and _holds_others(shards, wanted)
+    if apart:  # a sample must not replace them
+        folder = dataset.path / "samples" / config.what
+        shards = replace(shards, folder=folder, quarantine=folder / "quarantine")
+    return _Work(job, shards, wanted, without, apart=apart)
 
 
 def _sized(config: GenerateConfig, work: _Work) -> _Work:
@@ -413,8 +412,10 @@ def _contact_sheet(config: GenerateConfig, work: _Work) -> Location:
 
     dataset = Dataset.open(config.dataset)
     titles = {"caption": "caption", "semantic_summary": "semantic summary"}
-    tables = {titles[what]: dataset.generated(what) for what in titles}  # type: ignore[arg-type]
-    tables[titles[config.what]] = work.shards.committed()
+    tables = {
+        title: work.shards.committed() if what == config.what else dataset.generated(what)  # type: ignore[arg-type]
+        for what, title in titles.items()
+    }
     made = {
         title: dict(zip(table["item_id"], table["text"], strict=True))
         for title, table in tables.items()

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from vlrank.data.lists import rank_by_score
+from vlrank.data.lists import is_flat, rank_by_score
 from vlrank.reranking.windows import stable_order
 
 _WEIGHTS = tuple(i / 20 for i in range(21))
@@ -36,8 +36,7 @@ def fuse(model: npt.ArrayLike, retriever: npt.ArrayLike, weight: float, spread: 
 def _centred(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
     array = np.asarray(values, dtype=np.float64)
     centred = array - array.mean()
-    # A spread below the resolution of float32 is rounding.
-    return centred if centred.std() > 1e-6 * max(1.0, float(np.abs(array).max())) else np.zeros_like(array)
+    return np.zeros_like(array) if is_flat(centred.std(), np.abs(array).max()) else centred
 
 
 def best_weight(
@@ -56,9 +55,8 @@ def best_weight(
         for items, model, retriever, target in lists:
             if target in items:
                 order = stable_order(retriever)  # ties of fused scores keep the retriever's order
-                rank = rank_by_score(
-                    fuse(model, retriever, weight, spread)[order], order.index(list(items).index(target))
-                )
+                fused = fuse(model, retriever, weight, spread)[order]
+                rank = rank_by_score(fused, order.index(list(items).index(target)))
                 total += 1 / math.log2(rank + 1) if rank <= k else 0.0
         return total
 

@@ -29,7 +29,7 @@ from vlrank.console import Summary, announce
 from vlrank.data.candidates_io import write_rankings
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
-from vlrank.data.lists import Lists
+from vlrank.data.lists import Lists, mean_spread
 from vlrank.data.quarantine import by_error, quarantine_folder
 from vlrank.data.schemas import RANKINGS
 from vlrank.data.tables import atomic_write_json
@@ -76,11 +76,12 @@ def run(config: RerankConfig) -> Summary:
     # Inference. Validation users come second, where they choose the fusion weight.
     with ray_session(config.ray, data=True):
         result, rows = _rank(setup, users, config.split)
-        weight = _fusion_weight(setup) if config.fusion_weight == "auto" else config.fusion_weight
+        spread = 1.0 if config.fusion_weight is None else _spread(setup)
+        weight = _fusion_weight(setup, spread) if config.fusion_weight == "auto" else config.fusion_weight
 
     # The output file, and beside it how it was made.
     source = _source(config, setup.spec, setup.folder.ranking, weight)
-    table = fused_table(rows.select(RANKINGS.names), users.retrieved, weight, users.spread)
+    table = fused_table(rows.select(RANKINGS.names), users.retrieved, weight, spread)
     table = table.with_columns(source=pl.lit(source))
     write_rankings(table, config.out, dataset=setup.dataset)
     facts = {"source": source, "split": config.split, "fusion_weight": weight, "model": config.model}
@@ -322,7 +323,13 @@ def _engine_counts(engine: Any) -> dict[str, int]:
     return {name: getattr(engine, attribute, 0) for name, attribute in names.items()}
 
 
-def _fusion_weight(setup: Setup) -> float:
+def _spread(setup: Setup) -> float:
+    """Standard deviation of the retriever's scores within a list, the mean over all lists of its table."""
+    lists = Lists.from_frame(setup.dataset.candidates(setup.config.candidates))
+    return mean_spread(lists.standardised()[1])
+
+
+def _fusion_weight(setup: Setup, spread: float) -> float:
     """The weight that ranks validation users best."""
     users = users_to_rank(setup, "val", setup.config.fusion_users)
     _, rows = _rank(setup, users, "val")
@@ -332,7 +339,7 @@ def _fusion_weight(setup: Setup) -> float:
             (items, scores, [users.retrieved[user].get(item, 0.0) for item in items], targets[user])
             for user, items, scores in rows.select("user_id", "item_ids", "scores").iter_rows()
         ],
-        users.spread,
+        spread,
     )
 
 

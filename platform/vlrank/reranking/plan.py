@@ -18,7 +18,6 @@ from vlrank.console import announce
 from vlrank.data.candidates_io import check_output
 from vlrank.data.dataset import Dataset
 from vlrank.data.items import ItemMeta
-from vlrank.data.lists import Lists, mean_spread
 from vlrank.data.tables import file_size
 from vlrank.engines.models import ModelFolder, open_model, unknown_mode
 from vlrank.engines.resources import ranking_engine
@@ -64,13 +63,11 @@ class Users:
     Attributes:
         wanted: ``user_id``, ``input_hash``, ``history``, ``candidates``.
         retrieved: user id -> item id -> the retriever's score; empty for sampled candidates.
-        spread: Standard deviation of the retriever's scores within a list, the mean over all lists of its table.
         skipped: Users without a target or history, or whose target the mode cannot show.
     """
 
     wanted: pl.DataFrame
     retrieved: Mapping[int, Mapping[int, float]]
-    spread: float
     skipped: int
 
 
@@ -150,17 +147,15 @@ def _check_fusion(config: RerankConfig, dataset: Dataset) -> None:
         _retrieved(config, dataset, "val")  # fail before the other users are ranked
 
 
-def _retrieved(config: RerankConfig, dataset: Dataset, split: Split) -> tuple[pl.DataFrame, float]:
-    """The candidates table of one split, by user, and `Users.spread`."""
-    table = dataset.candidates(config.candidates)
-    spread = mean_spread(Lists.from_frame(table).standardised()[1])
-    table = table.filter(pl.col("split") == split).sort("user_id")
+def _retrieved(config: RerankConfig, dataset: Dataset, split: Split) -> pl.DataFrame:
+    """The candidates table of one split, by user."""
+    table = dataset.candidates(config.candidates).filter(pl.col("split") == split).sort("user_id")
     if table.is_empty():
         raise UserError(
             f"candidates {config.candidates!r} of {dataset.path} hold no {split} users",
             f"Make them: vlrank retrieve {shlex.quote(str(dataset.path))} --name {shlex.quote(config.candidates)}",
         )
-    return table, spread
+    return table
 
 
 def users_to_rank(setup: Setup, split: Split, limit: int | None) -> Users:
@@ -172,7 +167,6 @@ def users_to_rank(setup: Setup, split: Split, limit: int | None) -> Users:
     config, ranking = setup.config, setup.folder.ranking
     histories = setup.dataset.histories(split)
     retrieved: dict[int, dict[int, float]] = {}
-    spread = 1.0
     listed: dict[int, list[int]] = {}
 
     # Candidates: sampled around the target, or a retriever's.
@@ -184,7 +178,7 @@ def users_to_rank(setup: Setup, split: Split, limit: int | None) -> Users:
             if target in setup.usable:
                 listed[user] = list(sampled_candidates(user, history, target, items, config.negatives, config.seed)[0])
     else:
-        table, spread = _retrieved(config, setup.dataset, split)
+        table = _retrieved(config, setup.dataset, split)
         table = table.head(limit) if limit is not None else table
         considered = table["user_id"].to_list()
         for user, candidates, scores in table.select("user_id", "item_ids", "scores").iter_rows():
@@ -211,7 +205,7 @@ def users_to_rank(setup: Setup, split: Split, limit: int | None) -> Users:
         rows.append((user, hashlib.sha256(text.encode()).hexdigest()[:32], history, candidates))
     ids = pl.List(pl.Int32)
     schema: dict[str, Any] = {"user_id": pl.Int32, "input_hash": pl.String, "history": ids, "candidates": ids}
-    return Users(pl.DataFrame(rows, schema=schema, orient="row"), retrieved, spread, len(considered) - len(listed))
+    return Users(pl.DataFrame(rows, schema=schema, orient="row"), retrieved, len(considered) - len(listed))
 
 
 def _best_usable(items: list[int], usable: Collection[int], top_k: int) -> list[int]:
