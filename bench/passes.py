@@ -45,10 +45,11 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> Any:
     """A dictionary per length."""
+    from vlrank.cuda_graphs import CudaGraphs
     from vlrank.engines.compiled import keep_compiled
     from vlrank.engines.packed import row_reads
     from vlrank.engines.packed_attention import kernel_for
-    from vlrank.engines.packed_graphs import CudaGraphs, RowPasses
+    from vlrank.engines.packed_graphs import RowPasses
     from vlrank.engines.packed_rows import PackedRow
 
     keep_compiled()

@@ -10,6 +10,7 @@ FLOORS = [
         "errors",
         "compat",
         "installation",
+        "cuda_graphs",
         "storage",
         "console",
         "text_template",

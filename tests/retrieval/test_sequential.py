@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from vlrank.config import RayConfig, RetrieveConfig, SequentialConfig
+from vlrank.cuda_graphs import Record
 from vlrank.data.dataset import Dataset, write_dataset
 from vlrank.data.lists import Lists
 from vlrank.errors import UserError
@@ -59,11 +60,13 @@ def circle(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return shop(tmp_path_factory.mktemp("circle") / "data", walks)
 
 
-def trained(dataset: Dataset, folder: Path, method: str = "sasrec", **settings: Any) -> Training:
+def trained(
+    dataset: Dataset, folder: Path, method: str = "sasrec", record: Record | None = None, **settings: Any
+) -> Training:
     config = RetrieveConfig(dataset=dataset.path, method=method, sequential=SequentialConfig(**SMALL | settings))
     folder.mkdir(exist_ok=True)
     task = Task.of(config, dataset)
-    return Training(task, SequenceData.of(dataset, method), folder, torch.device("cpu"))
+    return Training(task, SequenceData.of(dataset, method), folder, torch.device("cpu"), record)
 
 
 def recall_at_1(dataset: Dataset, lists: Lists) -> float:
@@ -130,6 +133,41 @@ def test_a_killed_run_ends_like_an_unbroken_one_and_other_settings_start_anew(ci
     state = tmp_path / "cut" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
     assert trained(circle, tmp_path / "cut", dropout=0.5, epochs=4).history == []
+
+
+@pytest.mark.parametrize("negatives", [None, 30])
+def test_recorded_steps_learn_what_other_steps_learn(circle: Dataset, tmp_path: Path, negatives: int | None) -> None:
+    """On a GPU nearly all steps are replays: of the same launches, on samples that lie in the same places."""
+    recorded = 0
+
+    def record(compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        nonlocal recorded
+        recorded += 1
+        loss = torch.zeros(())
+        return lambda: loss.copy_(compute()), loss
+
+    settings: dict[str, Any] = {"dropout": 0.5, "epochs": 3, "negatives": negatives}
+    expected = trained(circle, tmp_path / "launched", "bsarec", **settings)
+    replays = trained(circle, tmp_path / "replayed", "bsarec", record, **settings)
+    for training in (expected, replays):
+        training.run(lambda history: None)
+    assert 0 < recorded < 12  # lengths of 1 to 8
+    assert [line["loss"] for line in replays.history] == [line["loss"] for line in expected.history]
+    for name, weights in expected.model.state_dict().items():
+        assert torch.equal(weights, replays.model.state_dict()[name]), name
+
+
+def test_a_step_that_cannot_be_recorded_is_launched(
+    circle: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def record(compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    launched, refused = (trained(circle, tmp_path / str(r), record=r, epochs=2) for r in (None, record))
+    for training in (launched, refused):
+        training.run(lambda history: None)
+    assert [line["loss"] for line in refused.history] == [line["loss"] for line in launched.history]
+    assert capsys.readouterr().out.count("cannot be recorded") == 1
 
 
 def test_training_stops_when_validation_does_not_improve(circle: Dataset, tmp_path: Path) -> None:

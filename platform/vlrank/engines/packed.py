@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vlrank.cuda_graphs import Record
 from vlrank.engines.packed_attention import Context, kernel_for
-from vlrank.engines.packed_graphs import Prefixes, Record, RowPasses
+from vlrank.engines.packed_graphs import Prefixes, RowPasses
 from vlrank.engines.packed_model import PackedModel
 from vlrank.engines.packed_prefixes import PrefixMemory
 from vlrank.engines.packed_rows import Int, PackedRow, PromptTokens
@@ -70,7 +71,7 @@ class PackedScorer:
     Args:
         model: The weights; given up when the scorer is closed.
         row_tokens: Length of a GPU's rows; None gives every prompt a row of its own, without filling.
-        record: Makes one launch of a pass, see `packed_graphs`; None launches every pass step by step.
+        record: Makes one launch of a pass, see `cuda_graphs`; None launches every pass step by step.
         prefix_bytes: For the keys and values of prefixes.
         feature_bytes: For features of pictures, on the device and in the host's memory.
 

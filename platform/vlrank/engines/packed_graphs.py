@@ -7,7 +7,6 @@ same places. Kernels and sizes are those of a pass that is launched step by step
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,14 +15,12 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
+from vlrank.cuda_graphs import Record
 from vlrank.engines import varlen
 from vlrank.engines.packed_attention import Context, Kernel, RowAttention, arrays_of, documents_behind
 from vlrank.engines.packed_model import PackedModel
 from vlrank.engines.packed_prefixes import READ, WRITTEN, PrefixMemory
 from vlrank.engines.packed_rows import Int, PackedRow, RowShape, padded
-
-Record = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
-"""A function without arguments -> what replays its launches, and its result, which every replay renews."""
 
 _KEPT = 32  # graphs; each takes some MB beside the memory for activations, which they share
 _FEATURE_BYTES = 2**28  # pictures of longer rows, which are not held up by launching, are not copied once more
@@ -153,25 +150,3 @@ def _padded_features(features: torch.Tensor | None, shape: RowShape | None) -> t
     held = features.new_zeros(shape.visual, features.shape[1])
     held[: len(features)] = features
     return held
-
-
-class CudaGraphs:
-    """`Record` on GPUs. All graphs share the memory of their activations: one is replayed at a time."""
-
-    _recording = threading.Lock()
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """Record what ``compute`` launches.
-
-        Raises:
-            RuntimeError: something in it cannot be recorded.
-            torch.OutOfMemoryError: the GPU's memory is full.
-        """
-        graph = torch.cuda.CUDAGraph()
-        # Other threads go on allocating and launching meanwhile.
-        with self._recording, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = compute()
-        return graph.replay, result

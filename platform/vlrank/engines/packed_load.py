@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from vlrank.config import EngineConfig
+from vlrank.cuda_graphs import CudaGraphs
 from vlrank.data.items import ItemMeta
 from vlrank.data.tables import read_json
 from vlrank.engines.compiled import keep_compiled
 from vlrank.engines.models import ModelFolder
 from vlrank.engines.packed import PackedScorer
 from vlrank.engines.packed_files import read_known, remember
-from vlrank.engines.packed_graphs import CudaGraphs
 from vlrank.engines.packed_model import PackedModel, Unsuited, check, use_kernels
 from vlrank.engines.resources import gpu_share, weights_bytes
 from vlrank.engines.structure import core

@@ -150,13 +150,15 @@ def train_and_list(settings: Mapping[str, Any]) -> dict[str, Any]:
     import ray.train.torch
     import torch
 
+    from vlrank.cuda_graphs import CudaGraphs
     from vlrank.retrieval.sequential.training import Training, read_tensors, write_tensors
 
     task, data, folder = ray.get(settings["task"]), ray.get(settings["data"]), location(settings["folder"])
     device = ray.train.torch.get_device()
     torch.set_num_threads(task.settings.cpus)
     try:
-        training = Training(task, data, folder, device)
+        recordable = device.type == "cuda" and task.settings.samples == "prefixes"
+        training = Training(task, data, folder, device, CudaGraphs() if recordable else None)
         before = len(training.history)
 
         def show(history: list[dict[str, Any]]) -> None:

@@ -7,12 +7,16 @@ of the history. Large catalogues take a sampled softmax with the logQ correction
 
 After each epoch ``state.safetensors`` is replaced, whole: weights, Adam's moments, best weights, evaluations.
 Every epoch draws from a seed of its own, so on a CPU a run that was killed ends with the weights of an unbroken one.
+
+A step is some 400 small kernels, which take a CPU five times as long to launch as a GPU to compute: on GPUs steps are
+recorded and replayed.
 """
 
 from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +26,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor
 
+from vlrank.cuda_graphs import Record
 from vlrank.data.lists import Ints, Lists
 from vlrank.data.tables import atomic_write_bytes
 from vlrank.errors import UserError
@@ -95,6 +100,42 @@ def _backward(model: SequenceModel, states: Tensor, targets: Tensor, drawn: Tens
     return total
 
 
+class Steps:
+    """Training steps, of which all but the first one of a shape are replayed.
+
+    Args:
+        step: Trains on samples (starts and ends, int64 [B], and the length of the longest); returns the loss.
+        record: None has every step launched kernel by kernel.
+    """
+
+    def __init__(self, step: Callable[[Tensor, Tensor, int], Tensor], record: Record | None) -> None:
+        self._step, self._record = step, record
+        self._met: set[tuple[int, int]] = set()
+        self._recorded: dict[tuple[int, int], tuple[Tensor, Tensor, Callable[[], None], Tensor]] = {}
+
+    def __call__(self, starts: Tensor, ends: Tensor, length: int) -> Tensor:
+        """The loss, which the next step may overwrite."""
+        shape = len(starts), length
+        if self._record is None or shape not in self._met:  # what a library chooses at first cannot be recorded
+            self._met.add(shape)
+            return self._step(starts, ends, length)
+        if shape not in self._recorded:
+            held = starts.clone(), ends.clone()
+            try:
+                self._recorded[shape] = *held, *self._record(lambda: self._step(*held, length))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                print(f"training is slower than it could be: a step cannot be recorded ({error})", flush=True)
+                self._record = None
+                return self._step(starts, ends, length)
+        own_starts, own_ends, replay, loss = self._recorded[shape]
+        own_starts.copy_(starts)
+        own_ends.copy_(ends)
+        replay()
+        return loss
+
+
 class Training:
     """One training run in one process; goes on where the state in ``folder`` ends, if it is of the same task.
 
@@ -103,9 +144,12 @@ class Training:
         data: The dataset.
         folder: Where the state is kept.
         device: CPU or GPU.
+        record: For `Steps`. Learning from whole histories cannot be recorded: which places it reads depends on them.
     """
 
-    def __init__(self, task: Task, data: SequenceData, folder: Location, device: torch.device) -> None:
+    def __init__(
+        self, task: Task, data: SequenceData, folder: Location, device: torch.device, record: Record | None = None
+    ) -> None:
         self.task, self.device = task, device
         torch.manual_seed(task.seed)
         self.model = SequenceModel(data.n_items, task.settings, filtered=task.method == "bsarec").to(device)
@@ -113,9 +157,14 @@ class Training:
         self.history: History = []
         self._state = folder / "state.safetensors"
         self._best = _copy(self.model.state_dict())
-        self._optimizer = torch.optim.Adam(self.model.parameters(), lr=task.settings.lr or 1e-3)
         self._items = torch.from_numpy(data.train.items.astype(np.int64)).to(device)
-        self._starts, self._ends = samples(data.train, task.settings)
+        starts, ends = samples(data.train, task.settings)
+        self._lengths = ends - starts
+        self._starts, self._ends = torch.from_numpy(starts).to(device), torch.from_numpy(ends).to(device)
+        self._steps = Steps(self._step, record)
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # a shape's first step
+        capturable = record is not None and device.type == "cuda"
+        self._optimizer = torch.optim.Adam(self.model.parameters(), lr=task.settings.lr or 1e-3, capturable=capturable)
         draws = torch.from_numpy(np.where(data.popularity > 0, data.popularity**0.75, 0))
         self._q = (draws / draws.sum()).float().to(device)
         order = np.random.default_rng(task.seed).permutation(len(data.targets["val"]))
@@ -155,25 +204,29 @@ class Training:
         torch.manual_seed(int(rng.integers(2**31)))
         self.model.train()
         total = torch.zeros((), device=self.device)
-        lengths = self._ends - self._starts
-        order = batches(lengths, settings.batch_size, rng)
-        for rows in order:
-            starts, ends = (torch.from_numpy(side[rows]).to(self.device) for side in (self._starts, self._ends))
-            inputs, places = windows(self._items, starts, ends, int(lengths[rows].max()))
-            states = self.model(inputs)
-            if settings.samples == "histories":
-                learned = inputs > 0
-                states, targets = states[learned], self._items[places[learned] + 1]
-            else:
-                states, targets = states[:, -1], self._items[ends]
-            drawn = torch.multinomial(self._q, settings.negatives, replacement=True) if settings.negatives else None
-            self._optimizer.zero_grad(set_to_none=True)
-            total += _backward(self.model, states, targets, drawn, self._q)
-            self._optimizer.step()
+        order = batches(self._lengths, settings.batch_size, rng)
+        rows = torch.from_numpy(np.concatenate(order)).to(self.device)
+        for batch, own in zip(order, rows.split([len(batch) for batch in order]), strict=True):
+            total += self._steps(self._starts[own], self._ends[own], int(self._lengths[batch].max()))
         mean = float(total) / len(order)
         if not np.isfinite(mean):
             raise UserError(f"{self.task.method}: the loss of epoch {epoch} is {mean}", "Lower sequential.lr.")
         return mean
+
+    def _step(self, starts: Tensor, ends: Tensor, length: int) -> Tensor:
+        settings = self.task.settings
+        inputs, places = windows(self._items, starts, ends, length)
+        states = self.model(inputs)
+        if settings.samples == "histories":
+            learned = inputs > 0
+            states, targets = states[learned], self._items[places[learned] + 1]
+        else:
+            states, targets = states[:, -1], self._items[ends]
+        drawn = torch.multinomial(self._q, settings.negatives, replacement=True) if settings.negatives else None
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = _backward(self.model, states, targets, drawn, self._q)
+        self._optimizer.step()
+        return loss
 
     def _save(self) -> None:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
