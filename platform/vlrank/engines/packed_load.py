@@ -22,6 +22,7 @@ from vlrank.engines.models import ModelFolder
 from vlrank.engines.packed import PackedScorer
 from vlrank.engines.packed_files import read_known, remember
 from vlrank.engines.packed_model import PackedModel, Unsuited, check, use_kernels
+from vlrank.engines.packed_prefixes import PrefixMemory
 from vlrank.engines.resources import gpu_share, weights_bytes
 from vlrank.engines.structure import core
 from vlrank.engines.transformers_scorer import load_model, score_labels
@@ -31,6 +32,9 @@ from vlrank.storage import location
 
 ROW_TOKENS = 65536
 """Length of a GPU's rows. Long rows waste little at their ends; 64 thousand tokens of a 2B model take 4 GiB."""
+
+_ROWS_OF_PREFIXES = 4
+"""For the users whose prompts are in work at one time."""
 
 _SHORT_ROWS = (2048, 4096, 8192, 16384)
 _LAYERS_CHECKED = 4
@@ -67,7 +71,7 @@ def open_packed(model: ModelFolder, config: EngineConfig, encoder: Encoder | Non
         settings = {
             "row_tokens": config.row_tokens or ROW_TOKENS,
             "record": CudaGraphs(),
-            "prefix_bytes": int(0.4 * total),
+            "prefix_bytes": int(min(0.4 * total, _ROWS_OF_PREFIXES * ROW_TOKENS * PrefixMemory.token_bytes(packed))),
             "feature_bytes": (int(0.2 * total), 16 * 2**30),
         }
         torch.cuda.empty_cache()
