@@ -12,6 +12,7 @@ from vlrank.config import (
     PrepareConfig,
     RankingConfig,
     TrainConfig,
+    TuneConfig,
     load_config,
     merge,
     mode_defaults,
@@ -88,6 +89,18 @@ def test_the_ends_of_what_is_allowed_are_allowed() -> None:
 
 
 SEEDED = [kind for kind in Config.__subclasses__() if "seed" in kind.model_fields]
+
+
+def test_commas_part_numbers_and_modes_and_no_paths() -> None:
+    train = load_config(TrainConfig, overrides=["random_share=1.0,0.5"], **NEEDED)
+    assert train.random_share == (1.0, 0.5)
+    values = {"dataset": "data", "out": "report", "rankings": ("a,b.parquet",), "ks": ("1,5", "10")}
+    evaluate = load_config(EvaluateConfig, **values)
+    assert (evaluate.ks, evaluate.rankings) == ((1, 5, 10), (Path("a,b.parquet"),))
+    tune = load_config(TuneConfig, overrides=["modes=caption,raw_image"], dataset="data", out="sweep")
+    assert tune.modes == ("caption", "raw_image")
+    with pytest.raises(UserError, match=r"`ks\.1`.*'x'"):
+        load_config(EvaluateConfig, **values | {"ks": ("1,x",)})
 
 
 @pytest.mark.parametrize("kind", SEEDED, ids=lambda kind: kind.__name__)

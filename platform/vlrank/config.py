@@ -10,10 +10,10 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from vlrank.errors import UserError
 from vlrank.storage import ConfigLocation, LocalPath, Location
@@ -38,6 +38,19 @@ class Config(BaseModel):
     """The key that the command line takes by position, if the config has it."""
     file_argument: ClassVar[str | None] = None
     """On the command line, the name of the YAML file as an argument; None where it is an option."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _several_with_commas(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take ``1,5,10`` for three values, where no value can hold a comma: numbers and fixed words."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        words = [value] if isinstance(value, str) else value
+        if get_origin(kind) is not tuple or not isinstance(words, list | tuple):
+            return value
+        item = get_args(kind)[0]
+        if get_origin(item) is not Literal and item not in (int, Share):
+            return value
+        return [part for word in words for part in (word.split(",") if isinstance(word, str) else [word])]
 
 
 class RayConfig(Config):
