@@ -241,7 +241,7 @@ def test_two_ways_of_attention_agree(shapes: list[tuple[int, LabelTrie, int]], f
     assert len(row.ids) == row.size == row.positions.shape[1] == row.segments[-1]
     used = sorted({prefix for *_, prefix in shapes})
     context = Context(
-        np.cumsum([0, *(5 + 3 * i for i in used)]).tolist(), [used.index(prefix) for *_, prefix in shapes]
+        np.cumsum([0, *(5 + 3 * i for i in used)]), np.array([used.index(prefix) for *_, prefix in shapes])
     )
     generator = torch.Generator().manual_seed(row.size)
     q, k, v = (torch.randn(row.size, heads, 8, generator=generator) for heads in (4, 2, 2))

@@ -242,21 +242,25 @@ class PackedScorer:
         if length is None or first.body.size >= length:
             return [self._waiting.popleft()]
         jobs: list[_Job] = []
-        tokens, reads, known = 0, 0, dict[bytes, int]()
-        for job in [self._waiting[i] for i in range(min(_LOOKED_AT, len(self._waiting)))]:
-            if (job.prefix is None) != (first.prefix is None) or job.encoder is not first.encoder:
-                continue
-            prefixes = known | ({job.key: len(job.prefix.ids)} if job.prefix else {})
+        left: list[_Job] = []
+        tokens, reads, places = 0, 0, row_reads(length)
+        room, known = length, set[bytes]()  # of prefixes
+        looked_at = [self._waiting.popleft() for _ in range(min(_LOOKED_AT, len(self._waiting)))]
+        for job in looked_at:
+            needs = 0 if job.prefix is None or job.key in known else job.prefix.size
             # One token and one read are left over for padding, see `RowShape`.
-            fits = tokens + job.body.size < length and reads + job.body.reads < row_reads(length)
-            if fits and (not jobs or sum(prefixes.values()) <= length):
+            fits = tokens + job.body.size < length and reads + job.body.reads < places
+            alike = (job.prefix is None) == (first.prefix is None) and job.encoder is first.encoder
+            if not jobs or (fits and alike and needs <= room):
                 jobs.append(job)
-                tokens, reads, known = tokens + job.body.size, reads + job.body.reads, prefixes
-        jobs = jobs or [first]  # it alone has more to read than a row has places for
-        if self._running and tokens < 0.9 * length and len(jobs) == len(self._waiting):
+                tokens, reads, room = tokens + job.body.size, reads + job.body.reads, room - needs
+                known.add(job.key)
+            else:
+                left.append(job)
+        if self._running and tokens < 0.9 * length and not left and not self._waiting:
+            self._waiting.extend(jobs)
             return []
-        taken = set(map(id, jobs))
-        self._waiting = deque(job for job in self._waiting if id(job) not in taken)
+        self._waiting.extendleft(reversed(left))
         return sorted(jobs, key=lambda job: job.key)  # prompts of one prefix are neighbours
 
     def _length(self, tokens: int) -> int | None:
@@ -329,10 +333,11 @@ class PackedScorer:
             return self._passes(row, features)
         prefixes = {job.key: job.prefix for job in jobs if job.prefix is not None}
         memory = self._hold(prefixes)
-        keys = list(prefixes)
-        bounds = np.cumsum([0, *(len(self._prefixes[key]) for key in keys)]).tolist()
-        context = Context(bounds, [keys.index(job.key) for job in jobs])
-        places = np.concatenate([self._prefixes[key] for key in keys])
+        held = [self._prefixes[key] for key in prefixes]
+        number = {key: at for at, key in enumerate(prefixes)}
+        bounds = np.cumsum([0, *map(len, held)])
+        context = Context(bounds, np.array([number[job.key] for job in jobs]))
+        places = np.concatenate(held)
         return self._passes(row, features, Prefixes(memory, places, context))
 
     def _hold(self, wanted: dict[bytes, PromptTokens]) -> PrefixMemory:
@@ -356,8 +361,8 @@ class PackedScorer:
             places = memory.take(sum(prompt.size for prompt in prompts))
             row = PackedRow(prompts, self._length(len(places)))
             self._passes(row, prefixes=Prefixes(memory, places))
-            for (key, _), span in zip(group, row.spans, strict=True):
-                self._prefixes[key] = places[span.start : span.end]
+            for (key, _), own in zip(group, np.split(places, row.stops[:-1]), strict=True):
+                self._prefixes[key] = own
         return memory
 
     def _memory_for(self, tokens: int) -> PrefixMemory:
@@ -395,11 +400,12 @@ class PackedScorer:
 
     def _prefix_rows(self, missing: list[tuple[bytes, PromptTokens]]) -> Iterator[list[tuple[bytes, PromptTokens]]]:
         group: list[tuple[bytes, PromptTokens]] = []
-        for pair in missing:
-            tokens = sum(prompt.size for _, prompt in [*group, pair])
-            if group and (self.row_tokens is None or tokens > self.row_tokens):
+        tokens = 0
+        for key, prompt in missing:
+            if group and (self.row_tokens is None or tokens + prompt.size > self.row_tokens):
                 yield group
-                group = []
-            group.append(pair)
+                group, tokens = [], 0
+            group.append((key, prompt))
+            tokens += prompt.size
         if group:
             yield group

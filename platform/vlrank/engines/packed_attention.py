@@ -8,10 +8,9 @@ and in float32, each prompt takes one or two calls of PyTorch's attention with a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlrank.engines import varlen
-from vlrank.engines.packed_rows import Documents, PackedRow, PromptTokens, RowShape, bounds_of
+from vlrank.engines.packed_rows import Documents, Int, PackedRow, PromptTokens, RowShape, bounds_of, longest
 from vlrank.prompting.labels import LabelTrie
 
 _log = logging.getLogger(__name__)
@@ -38,8 +37,8 @@ class Context:
         of: The prefix of each prompt, by number; rising, so that prompts of one prefix are neighbours.
     """
 
-    bounds: Sequence[int]
-    of: Sequence[int]
+    bounds: Int
+    of: Int
 
 
 class RowTensors:
@@ -109,7 +108,7 @@ class RowAttention:
         self.row, self.device, self.scaling, self.kernel, self.context = row, device, scaling, kernel, context
         if shape is None:
             documents = {**row.documents, **documents_behind(row, context)}
-            self._longest = {name: _longest(*both) for name, both in documents.items()}
+            self._longest = {name: _rounded(*both) for name, both in documents.items()}
         else:
             self._longest = _longest_of(shape)
         self.tensors = RowTensors(arrays_of(row, context, shape, more), device)
@@ -206,22 +205,21 @@ def documents_behind(row: PackedRow, context: Context | None) -> Documents:
     """Bounds for the calls to prefixes: ``context``, all tokens to the prefix of their prompt; ``context of reads``."""
     if context is None:
         return {}
-    ends = np.cumsum([prompt.reads for prompt in row.prompts]).tolist()
+    ends = np.cumsum([prompt.reads for prompt in row.prompts])
     return {
-        "context": (_behind_context(context.of, [span.stop for span in row.spans], row.size), context.bounds),
+        "context": (_behind_context(context.of, row.stops, row.size), context.bounds),
         "context of reads": (_behind_context(context.of, ends, len(row.reads)), context.bounds),
     }
 
 
-def _behind_context(of: Sequence[int], ends: Sequence[int], size: int) -> list[int]:
+def _behind_context(of: Int, ends: Int, size: int) -> Int:
     """Bounds of the queries of each prefix. The filling joins the last one: kernels want keys for every query."""
-    bounds = [0, *(end for end, own, after in zip(ends, of, [*of[1:], -1], strict=True) if own != after)]
-    bounds[-1] = size
-    return bounds
+    return np.concatenate([[0], ends[:-1][np.diff(of) != 0], [size]])
 
 
-def _longest(queries: Sequence[int], keys: Sequence[int]) -> tuple[int, int]:
-    q, k = (max((b - a for a, b in pairwise(bounds)), default=1) for bounds in (queries, keys))
+def _rounded(queries: Int, keys: Int) -> tuple[int, int]:
+    """Bounds of the lengths of queries and of keys."""
+    q, k = (max(longest(bounds), 1) for bounds in (queries, keys))
     return -(-q // 128) * 128, -(-k // 128) * 128
 
 
@@ -284,7 +282,10 @@ def kernel_for(heads: int, key_heads: int, head_dim: int, device: torch.device, 
     trie = LabelTrie(((1, 9), (1, 1, 9), (1, 2, 9), (1, 2, 3, 9), (1, 2, 4, 9), (2, 9), (2, 2, 9)))
     lengths = (1, 129, 570, 321, 2)
     prompts = [PromptTokens(np.zeros(n, dtype=np.int64), np.tile(np.arange(n), (3, 1)), trie) for n in lengths]
-    row, context = PackedRow(prompts, length=2048, max_reads=64), Context([0, 70, 90, 490], [0, 0, 1, 2, 2])
+    row, context = (
+        PackedRow(prompts, length=2048, max_reads=64),
+        Context(np.array([0, 70, 90, 490]), np.array([0, 0, 1, 2, 2])),
+    )
     q, k, v = drawn(row.size, heads), drawn(row.size, key_heads), drawn(row.size, key_heads)
     prefix = drawn(490, key_heads), drawn(490, key_heads)
     used, reads = slice(row.filled), slice(sum(p.reads for p in prompts))

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,10 @@ import numpy.typing as npt
 from vlrank.prompting.labels import LabelTrie
 
 Int = npt.NDArray[np.int64]
-Documents = Mapping[str, tuple[Sequence[int], Sequence[int]]]
+Documents = Mapping[str, tuple[Int, Int]]
 """Bounds of queries and of keys for each call of a kernel, by name."""
 
+_NONE: Int = np.zeros(0, dtype=np.int64)
 _FILLING = 256  # attention is quadratic in the length of a segment: short ones cost the filling little
 _TOKENS_PER_DOCUMENT = 64  # a row's shape has room for a document and a tail for so many tokens,
 _ROOM = 256  # at most for so many, and for more where it has more
@@ -36,33 +36,31 @@ class PromptTokens:
     """A prompt, or the part of one behind its prefix.
 
     Attributes:
-        ids: int64 [T], at least one token.
-        positions: int64 [3, T], rotary positions.
+        ids: Integers [T], at least one token.
+        positions: int64 [3, T], rotary positions; the last token's are the greatest.
         trie: What is read at its end; None for a prefix, of which nothing is read.
         visual: int64, places in ``ids`` of visual tokens.
         pictures: Pictures in the order of their visual tokens.
+        size: Tokens in a row.
+        reads: Places whose output is read: the last token and the tail.
     """
 
-    ids: Int
+    ids: npt.NDArray[np.integer[Any]]
     positions: Int
     trie: LabelTrie | None
-    visual: Int = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    visual: Int = field(default_factory=lambda: _NONE)
     pictures: tuple[str, ...] = ()
+    size: int = field(init=False)
+    reads: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", len(self.ids) + len(self.tail))
+        object.__setattr__(self, "reads", 0 if self.trie is None else 1 + len(self.tail))
 
     @property
-    def tail(self) -> tuple[int, ...]:
+    def tail(self) -> Int:
         """Tokens of the trie's chains."""
-        return () if self.trie is None else tuple(token for chain in self.trie.chains for token in chain)
-
-    @property
-    def size(self) -> int:
-        """Tokens in a row."""
-        return len(self.ids) + len(self.tail)
-
-    @property
-    def reads(self) -> int:
-        """Places whose output is read: the last token and the tail."""
-        return 0 if self.trie is None else 1 + len(self.tail)
+        return _NONE if self.trie is None else self.trie.chained
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,33 +117,35 @@ class RowShape:
     longest_behind: int = 0
 
     @classmethod
-    def of(cls, row: PackedRow, context: tuple[Sequence[int], Sequence[int]] = ((0,), (0,))) -> RowShape | None:
+    def of(cls, row: PackedRow, context: tuple[Int, Int] | None = None) -> RowShape | None:
         """The shape of a row; None where it has no token or, if anything is read, no read to spare.
 
         Args:
             row: The row.
-            context: Bounds of its tokens, by the prefix that they continue, and of the prefixes.
+            context: Bounds of its tokens, by the prefix that they continue, and of the prefixes, if any.
         """
         reads = sum(prompt.reads for prompt in row.prompts)
         if row.filled >= row.size or 0 < len(row.reads) <= reads:
             return None
         room = min(row.size // _TOKENS_PER_DOCUMENT, _ROOM)
+        behind, prefixes = context or (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
         return cls(
             tokens=row.size,
             reads=len(row.reads),
             tails=_power_of_two(len(row.tails), room),
             visual=_power_of_two(len(row.visual), room),
             documents=_power_of_two(len(row.segments) - 1, room),
-            longest=_power_of_two(_longest(row.segments), 1024),
+            longest=_power_of_two(longest(row.segments), 1024),
             longest_read=_power_of_two(max(prompt.reads for prompt in row.prompts), 128),
-            context=_power_of_two(context[1][-1], 1024),
-            longest_prefix=_power_of_two(_longest(context[1]), 1024),
-            longest_behind=_power_of_two(_longest(context[0]), 1024),
+            context=_power_of_two(int(prefixes[-1]), 1024),
+            longest_prefix=_power_of_two(longest(prefixes), 1024),
+            longest_behind=_power_of_two(longest(behind), 1024),
         )
 
 
-def _longest(bounds: Sequence[int]) -> int:
-    return max((end - start for start, end in pairwise(bounds)), default=0)
+def longest(bounds: Int) -> int:
+    """The length of the longest document."""
+    return int(np.diff(bounds).max(initial=0))
 
 
 def _power_of_two(number: int, least: int) -> int:
@@ -168,20 +168,50 @@ class PackedRow:
     max_reads: int | None = None
 
     @cached_property
-    def spans(self) -> list[Span]:
-        """One per prompt."""
-        spans, at = [], 0
-        for prompt in self.prompts:
-            end = at + len(prompt.ids)
-            chains = tuple(map(len, prompt.trie.chains)) if prompt.trie else ()
-            spans.append(Span(at, end, end + sum(chains), chains))
-            at = spans[-1].stop
-        return spans
+    def _chains(self) -> list[tuple[int, ...]]:
+        """Lengths of each prompt's chains."""
+        return [() if prompt.trie is None else prompt.trie.chain_lengths for prompt in self.prompts]
+
+    @cached_property
+    def _bodies(self) -> Int:
+        """Tokens of each prompt's body."""
+        return np.array([len(prompt.ids) for prompt in self.prompts])
+
+    @cached_property
+    def _sizes(self) -> Int:
+        """Tokens of each prompt."""
+        return np.array([prompt.size for prompt in self.prompts])
+
+    @cached_property
+    def _reads(self) -> Int:
+        """Reads of each prompt."""
+        return np.array([prompt.reads for prompt in self.prompts])
+
+    @cached_property
+    def stops(self) -> Int:
+        """Where each prompt's span stops."""
+        return np.cumsum(self._sizes)
+
+    @cached_property
+    def starts(self) -> Int:
+        """Where each prompt's span starts."""
+        return self.stops - self._sizes
+
+    @cached_property
+    def ends(self) -> Int:
+        """Where each prompt's body ends."""
+        return self.starts + self._bodies
 
     @property
+    def spans(self) -> list[Span]:
+        """One per prompt."""
+        places = (array.tolist() for array in (self.starts, self.ends, self.stops))
+        return [Span(*span) for span in zip(*places, self._chains, strict=True)]
+
+    @cached_property
     def filled(self) -> int:
         """Tokens of prompts."""
-        return self.spans[-1].stop
+        return int(self.stops[-1])
 
     @property
     def size(self) -> int:
@@ -191,56 +221,55 @@ class PackedRow:
     @cached_property
     def ids(self) -> Int:
         """int64 [size]."""
-        parts = [part for prompt in self.prompts for part in (prompt.ids, np.asarray(prompt.tail, dtype=np.int64))]
-        return np.concatenate([*parts, np.zeros(self.size - self.filled, dtype=np.int64)])
+        ids = np.zeros(self.size, dtype=np.int64)
+        for prompt, start in zip(self.prompts, self.starts.tolist(), strict=True):
+            ids[start : start + len(prompt.ids)] = prompt.ids
+        ids[self.tails] = np.concatenate([prompt.tail for prompt in self.prompts])
+        return ids
 
     @cached_property
     def positions(self) -> Int:
         """int64 [3, size]: rotary positions; a chain goes on behind its prompt."""
-        parts = []
-        for prompt, span in zip(self.prompts, self.spans, strict=True):
-            after = np.concatenate([np.arange(n) for n in span.chains]) if span.chains else np.zeros(0, dtype=np.int64)
-            tail = np.tile(prompt.positions.max() + 1 + after, (3, 1))
-            parts += [prompt.positions, tail]
-        filling = np.tile(np.arange(self.size - self.filled), (3, 1)) % _FILLING
-        return np.concatenate([*parts, filling], axis=1).astype(np.int64, copy=False)
+        positions = np.empty((3, self.size), dtype=np.int64)
+        for prompt, start in zip(self.prompts, self.starts.tolist(), strict=True):
+            positions[:, start : start + len(prompt.ids)] = prompt.positions
+        chains = np.array([n for chains in self._chains for n in chains], dtype=np.int64)
+        behind = positions[:, self.ends - 1].max(axis=0) + 1
+        positions[:, self.tails] = np.repeat(behind, self.stops - self.ends) + _ranges(np.zeros_like(chains), chains)
+        positions[:, self.filled :] = np.arange(self.size - self.filled) % _FILLING
+        return positions
 
     @cached_property
-    def segments(self) -> list[int]:
+    def segments(self) -> Int:
         """Bounds of all bodies, chains and pieces of filling, from 0 to ``size``."""
-        bounds = [0]
-        for span in self.spans:
-            bounds += accumulate(span.chains, initial=span.end)
-        return [
-            *bounds,
-            *range(self.filled + _FILLING, self.size, _FILLING),
-            *([self.size] * (self.size > self.filled)),
+        lengths = [
+            n for prompt, chains in zip(self.prompts, self._chains, strict=True) for n in (len(prompt.ids), *chains)
         ]
+        filling = [*range(self.filled + _FILLING, self.size, _FILLING), *([self.size] * (self.size > self.filled))]
+        return np.concatenate([np.cumsum([0, *lengths]), np.array(filling, dtype=np.int64)])
 
     @cached_property
     def tails(self) -> Int:
         """Places of all chains' tokens."""
-        return np.concatenate([np.arange(span.end, span.stop) for span in self.spans])
+        return _ranges(self.ends, self.stops - self.ends)
 
     @cached_property
     def reads(self) -> Int:
         """Places whose output is read: each prompt's last token, then its tail."""
-        places = [np.arange(s.end - 1, s.stop) for p, s in zip(self.prompts, self.spans, strict=True) if p.reads]
-        found = np.concatenate(places) if places else np.zeros(0, dtype=np.int64)
-        return np.pad(found, (0, max(0, (self.max_reads or 0) - len(found))))
+        found = _ranges(self.ends - 1, self._reads)
+        return padded(found, max(self.max_reads or 0, len(found)), 0)
 
     @property
     def tails_in_reads(self) -> Int:
         """Which of `reads` are the chains' tokens."""
-        starts = np.cumsum([0, *(prompt.reads for prompt in self.prompts)])
-        return np.concatenate(
-            [np.arange(at + 1, at + prompt.reads) for at, prompt in zip(starts, self.prompts, strict=False)]
-        )
+        tails = self.stops - self.ends
+        return _ranges(np.cumsum(self._reads) - tails, tails)
 
     @cached_property
     def visual(self) -> Int:
         """Places of visual tokens."""
-        return np.concatenate([s.start + p.visual for p, s in zip(self.prompts, self.spans, strict=True)])
+        visual = [prompt.visual for prompt in self.prompts]
+        return np.concatenate(visual) + np.repeat(self.starts, [len(places) for places in visual])
 
     @cached_property
     def documents(self) -> Documents:
@@ -249,23 +278,21 @@ class PackedRow:
         ``self``: every segment to itself; ``tails`` and ``reads``: chains, and reads, to their bodies; ``chains``: the
         chains, taken out of the row, to themselves. Keys of chains are documents without queries.
         """
-        chains = [*accumulate((n for span in self.spans for n in span.chains), initial=0)]
+        chains = np.cumsum([0, *(n for chains in self._chains for n in chains)])
+        tails = self.stops - self.ends
         return {
             "self": (self.segments, self.segments),
-            "tails": self._behind(ends=False),
-            "reads": self._behind(ends=True),
+            "tails": self._behind(tails),
+            "reads": self._behind(tails + 1),
             "chains": (chains, chains),
         }
 
-    def _behind(self, ends: bool) -> tuple[list[int], list[int]]:
-        queries, keys = [0], [0]
-        for span in self.spans:
-            queries.append(queries[-1] + span.stop - span.end + ends)
-            keys.append(span.end)
-            if span.stop > span.end:
-                queries.append(queries[-1])
-                keys.append(span.stop)
-        return queries, keys
+    def _behind(self, queries: Int) -> tuple[Int, Int]:
+        """Bounds of so many queries of each prompt and of its body; those of its chains, if any, follow."""
+        documents = np.where(self.stops > self.ends, 2, 1)
+        keys = np.repeat(self.ends, documents)
+        keys[np.cumsum(documents) - 1] = self.stops
+        return np.append(0, np.repeat(np.cumsum(queries), documents)), np.append(0, keys)
 
     def arrays(self, shape: RowShape | None = None) -> dict[str, npt.NDArray[Any]]:
         """All numbers that a pass over the row is told, padded to a shape.
@@ -290,12 +317,22 @@ class PackedRow:
 def bounds_of(documents: Documents, shape: RowShape | None = None) -> dict[str, npt.NDArray[np.int32]]:
     """Bounds by list and side, e.g. ``self queries``, padded to a shape."""
     return {
-        f"{name} {side}": array if shape is None else padded(array, shape.documents + 1, array[-1])
+        f"{name} {side}": padded(
+            array.astype(np.int32), len(array) if shape is None else shape.documents + 1, array[-1]
+        )
         for name, both in documents.items()
-        for side, array in zip(("queries", "keys"), (np.asarray(of, dtype=np.int32) for of in both), strict=True)
+        for side, array in zip(("queries", "keys"), both, strict=True)
     }
 
 
 def padded(array: npt.NDArray[Any], size: int, value: int) -> npt.NDArray[Any]:
     """A one-dimensional array with the value behind it, up to a size."""
-    return np.pad(array, (0, size - len(array)), constant_values=value)
+    whole = np.full(size, value, dtype=array.dtype)
+    whole[: len(array)] = array
+    return whole
+
+
+def _ranges(starts: Int, lengths: Int) -> Int:
+    """The numbers from each start on, so many of each."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)

@@ -149,6 +149,16 @@ class LabelTrie:
         return tuple(p for p in paths if not any(len(q) > len(p) and q[: len(p)] == p for q in paths))
 
     @cached_property
+    def chain_lengths(self) -> tuple[int, ...]:
+        """Tokens of each of `chains`."""
+        return tuple(map(len, self.chains))
+
+    @cached_property
+    def chained(self) -> npt.NDArray[np.int64]:
+        """Tokens of `chains` in a row."""
+        return np.array([token for chain in self.chains for token in chain], dtype=np.int64)
+
+    @cached_property
     def node_at(self) -> tuple[int, ...]:
         """For each node, whose output is read: 0 is the prompt's last token, then the tokens of `chains` in a row."""
         places: dict[tuple[int, ...], int] = {(): 0}
