@@ -152,7 +152,7 @@ def test_pixels_and_ids_equal_the_models_own_processor(tiny_vision_model: Path, 
     processor = AutoProcessor.from_pretrained(tiny_vision_model)
     images = [encoder.picture(path) for path in prompt.image_paths]
     expected = processor(text=[render(processor, prompt)], images=images, return_tensors="pt")
-    assert encoded.ids == expected["input_ids"][0].tolist()
+    assert encoded.ids.tolist() == expected["input_ids"][0].tolist()
     assert [list(grid) for grid in encoded.grids] == expected["image_grid_thw"].tolist()
     pixels = np.concatenate([encoder.pixels(path) for path in encoded.image_paths])
     np.testing.assert_allclose(pixels, expected["pixel_values"].numpy(), atol=1e-6)

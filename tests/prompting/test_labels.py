@@ -70,6 +70,16 @@ def test_equals_brute_force_over_a_made_up_language_model(n: int, name: str, see
     assert np.exp(got.astype(np.float64)).sum() == pytest.approx(1, abs=1e-5)
 
 
+@given(st.integers(2, 120), st.sampled_from(sorted(ZOO)), st.integers(1, 9), st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_prompts_read_together_have_the_scores_of_each_alone_to_the_last_bit(
+    n: int, name: str, prompts: int, seed: int
+) -> None:
+    trie = LabelTrie.of(tokenizer_of(name), n)
+    logits = np.random.default_rng(seed).normal(0, 5, (prompts, len(trie.flat)))
+    np.testing.assert_array_equal(trie.log_probs(logits), [trie.log_probs(row) for row in logits])
+
+
 @pytest.mark.parametrize("name", sorted(ZOO))
 @pytest.mark.parametrize("n", [1, 5, 9, 10, 20, 99, 100])
 def test_labels_are_what_follows_the_prompt_in_the_whole_text(name: str, n: int) -> None:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -50,14 +49,14 @@ class _Job:
         body: The part that a row holds.
         prefix: The beginning, computed in another row and shared; None where the body is the whole prompt.
         key: Names the prefix.
-        hidden: float32 [reads, hidden], or the error.
+        hidden: float32 [reads, hidden] once the row has landed, or the error.
     """
 
     encoder: Encoder
     body: PromptTokens
     prefix: PromptTokens | None
     key: bytes
-    hidden: Future[Float32] = field(default_factory=Future)
+    hidden: Float32 | Exception | None = None
 
 
 def row_reads(length: int) -> int:
@@ -105,7 +104,7 @@ class PackedScorer:
         self._heads: dict[int, tuple[LabelTrie, npt.NDArray[np.float64], npt.NDArray[np.float64], list[int]]] = {}
         self._waiting: deque[_Job] = deque()
         self._running: deque[tuple[list[_Job], torch.Tensor, Any]] = deque()
-        self._wake = threading.Condition()
+        self._wake, self._landed = threading.Condition(), threading.Condition()
         self._closed = False
         self.prompt_tokens = self.cached_tokens = self.requests = 0
         self._thread = threading.Thread(target=self._work, name="packed rows", daemon=True)
@@ -115,20 +114,25 @@ class PackedScorer:
         """See `scoring.LabelScorer`. Prompts with the same `Encoded.prefix` share the work on it."""
         if self.features is not None:
             self.features.prepare(encoder, [path for request in requests for path in request.image_paths])
-        jobs: list[_Job | Exception | None] = []
-        for request in requests:
+        jobs: dict[int, _Job] = {}  # by the place of their request
+        answers: dict[int, Float32 | Exception] = {}
+        for at, request in enumerate(requests):
             try:
-                jobs.append(self._job(encoder, request) if request.trie.nodes else None)
+                if request.trie.nodes:
+                    jobs[at] = self._job(encoder, request)
+                else:  # one candidate: nothing to read
+                    answers[at] = request.trie.log_probs(np.zeros(0, dtype=np.float32))
             except (OSError, ValueError) as error:  # a picture that has become unreadable
-                jobs.append(error)
+                answers[at] = error
         with self._wake:
             if self._closed:
                 raise EngineDied("the engine is closed")
-            self._waiting.extend(job for job in jobs if isinstance(job, _Job))
+            self._waiting.extend(jobs.values())
             self.requests += len(requests)
             self.prompt_tokens += sum(len(request.ids) for request in requests)
             self._wake.notify()
-        return [self._answer(request, job) for request, job in zip(requests, jobs, strict=True)]
+        answers |= self._answers(jobs)
+        return [answers[at] for at in range(len(requests))]
 
     def shorten_rows(self, lengths: Sequence[int], like: int) -> list[int]:
         """Let rows be as short as what waits, before the first prompt comes; their passes are recorded here.
@@ -170,7 +174,7 @@ class PackedScorer:
     # ---- in the callers' threads ------------------------------------------------------------------------------------
 
     def _job(self, encoder: Encoder, request: Encoded) -> _Job:
-        ids, positions = np.asarray(request.ids, dtype=np.int64), encoder.positions(request)
+        ids, positions = np.asarray(request.ids), encoder.positions(request)
         cut = request.prefix if 0 < request.prefix < len(ids) else 0
         visual = np.flatnonzero(ids == encoder.image_token_id) if request.image_paths else np.zeros(0, dtype=np.int64)
         if len(visual) and visual[0] < cut:
@@ -179,18 +183,27 @@ class PackedScorer:
         if self.features is not None:
             self.features.check(request.image_paths)
         prefix = PromptTokens(ids[:cut], positions[:, :cut], None) if cut else None
-        return _Job(encoder, body, prefix, ids[:cut].astype(np.int32).tobytes())
+        return _Job(encoder, body, prefix, ids[:cut].tobytes())
 
-    def _answer(self, request: Encoded, job: _Job | Exception | None) -> Float32 | Exception:
-        if isinstance(job, Exception):
-            return job
-        if job is None:  # one candidate: nothing to read
-            return request.trie.log_probs(np.zeros(0, dtype=np.float32))
-        try:
-            hidden = job.hidden.result()
-        except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            return error
-        return request.trie.log_probs(self._logits(request.trie, hidden))
+    def _answers(self, jobs: Mapping[int, _Job]) -> dict[int, Float32 | Exception]:
+        """Scores, once the rows have landed; those of prompts that share a trie are computed together."""
+        with self._landed:
+            self._landed.wait_for(lambda: all(job.hidden is not None for job in jobs.values()))
+        answers: dict[int, Float32 | Exception] = {}
+        logits: dict[int, tuple[LabelTrie, dict[int, Float32]]] = {}
+        for at, job in jobs.items():
+            if isinstance(job.hidden, EngineDied):
+                raise job.hidden
+            if isinstance(job.hidden, Exception):
+                answers[at] = job.hidden
+                continue
+            trie = job.body.trie
+            assert trie is not None
+            assert job.hidden is not None
+            logits.setdefault(id(trie), (trie, {}))[1][at] = self._logits(trie, job.hidden)
+        for trie, rows in logits.values():
+            answers |= zip(rows, trie.log_probs(np.stack(list(rows.values()))), strict=True)
+        return answers
 
     def _logits(self, trie: LabelTrie, hidden: Float32) -> Float32:
         """Logits of `LabelTrie.flat` from the hidden states at a prompt's reads.
@@ -228,10 +241,10 @@ class PackedScorer:
                 self._closed = True
                 left = [*jobs, *self._waiting, *(job for running, *_ in self._running for job in running)]
             for job in left:
-                if not job.hidden.done():
+                if job.hidden is None:
                     died = EngineDied(f"the engine has failed: {error!r}")
                     died.__cause__ = error
-                    job.hidden.set_exception(died)
+                    self._settle([job], [died])
 
     def _take(self) -> list[_Job]:
         """Prompts for the next row; none while a row that they do not fill may become fuller."""
@@ -283,7 +296,7 @@ class PackedScorer:
                 for job in jobs:
                     self._launch([job])
             else:
-                jobs[0].hidden.set_exception(error)
+                self._settle(jobs, [error])
             return
         event = None
         if hidden.is_cuda:
@@ -301,11 +314,14 @@ class PackedScorer:
         except torch.OutOfMemoryError as error:
             self._shorten(jobs, error)
             return
-        rows = hidden.float().numpy()
-        start = 0
-        for job in jobs:
-            job.hidden.set_result(rows[start : start + job.body.reads])
-            start += job.body.reads
+        stops = np.cumsum([job.body.reads for job in jobs])
+        self._settle(jobs, np.split(hidden.float().numpy(), stops)[: len(jobs)])
+
+    def _settle(self, jobs: Sequence[_Job], outcomes: Sequence[Float32 | Exception]) -> None:
+        with self._landed:
+            for job, outcome in zip(jobs, outcomes, strict=True):
+                job.hidden = outcome
+            self._landed.notify_all()
 
     def _shorten(self, jobs: list[_Job], error: torch.OutOfMemoryError) -> None:
         """Put the prompts back, for rows of half the length; where rows are short already, the prompts fail."""
@@ -313,8 +329,7 @@ class PackedScorer:
         torch.cuda.empty_cache()
         longest = max(max(job.body.size, len(job.prefix.ids) if job.prefix else 0) for job in jobs)
         if self.row_tokens is None or self.row_tokens // 2 < _SHORTEST_ROW or longest > self.row_tokens:
-            for job in jobs:
-                job.hidden.set_exception(error)
+            self._settle(jobs, [error] * len(jobs))
             return
         self.row_tokens //= 2
         print(f"the GPU's memory is full: rows of {self.row_tokens} tokens from here on", flush=True)

@@ -92,7 +92,7 @@ def _rows_of(
     """See `_outputs`; logits are not computed."""
     prompts, paths = [], [path for prompt in batch for path in prompt.image_paths]
     for prompt in batch:
-        ids = np.asarray(prompt.ids, dtype=np.int64)
+        ids = np.asarray(prompt.ids)
         visual = np.flatnonzero(ids == encoder.image_token_id) if prompt.image_paths else np.zeros(0, dtype=np.int64)
         prompts.append(PromptTokens(ids, encoder.positions(prompt), prompt.trie, visual, prompt.image_paths))
     row = PackedRow(prompts)
@@ -109,7 +109,7 @@ def _outputs(model: Any, encoder: Encoder, batch: Sequence[Encoded]) -> Iterator
     """Per prompt the head's input at its reads, [reads, hidden], and the model's logits, [reads, vocabulary]."""
     plain, device = core(model), next(model.parameters()).device
     config = plain.config.get_text_config()
-    row = PackedRow([PromptTokens(np.asarray(p.ids, dtype=np.int64), encoder.positions(p), p.trie) for p in batch])
+    row = PackedRow([PromptTokens(np.asarray(p.ids), encoder.positions(p), p.trie) for p in batch])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else plain.dtype
     kernel = kernel_for(config.num_attention_heads, config.num_key_value_heads, head_dim, device, dtype)

@@ -84,7 +84,7 @@ def plan_reads(trie: LabelTrie) -> tuple[Read, ...]:
 class _Score:
     """A prompt on its way through the engine."""
 
-    ids: list[int]
+    ids: Sequence[int]
     pictures: tuple[_Picture, ...]
     trie: LabelTrie
     future: Future[Float32]

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import os
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -44,7 +46,7 @@ class Encoded:
     """One prompt, ready for a model.
 
     Attributes:
-        ids: Token ids up to where the answer begins; a picture's placeholder is repeated once per visual token.
+        ids: Token ids (int32) up to where the answer begins; a picture's placeholder is repeated once per visual token.
         image_paths: Pictures in the order of their placeholders; empty in text modes.
         grids: One per picture.
         trie: The labels "1".."N" and how to read them.
@@ -52,7 +54,7 @@ class Encoded:
         prefix: Leading tokens that further prompts of the same user begin with; 0 where there are no further ones.
     """
 
-    ids: list[int]
+    ids: array[int]
     image_paths: tuple[str, ...]
     grids: tuple[Grid, ...]
     trie: LabelTrie
@@ -120,7 +122,7 @@ class Encoder:
         self._token_ids = TokenCache(tokenizer)
         self._tries: dict[int, LabelTrie] = {}
         self._grids: dict[str, Grid] = {}
-        self._headline: list[int] | None = None
+        self._headline: bytes | None = None
         self._pixels = _Recent(self._prepare, cached_pictures)
         self.image_token_id: int | None = None
         if image_processor is not None:
@@ -198,15 +200,15 @@ class Encoder:
             low, high = (low, middle) if self._fits(encoded(middle)) else (middle + 1, high)
         return encoded(low)
 
-    def shared(self, ids: Sequence[int]) -> int:
+    def shared(self, ids: array[int]) -> int:
         """Leading tokens of a prompt that do not depend on its candidates; 0 where their headline is not found."""
         if self._headline is None:
-            self._headline = list(self.tokenizer(CANDIDATES, add_special_tokens=False)["input_ids"])
-        whole, n = np.asarray(ids), len(self._headline)
-        if len(whole) < n:
-            return 0
-        found = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(whole, n) == self._headline).all(axis=1))
-        return int(found[0]) if len(found) else 0
+            self._headline = array("i", self.tokenizer(CANDIDATES, add_special_tokens=False)["input_ids"]).tobytes()
+        whole = ids.tobytes()
+        found = whole.find(self._headline)
+        while found % ids.itemsize and found > 0:  # across tokens
+            found = whole.find(self._headline, found + 1)
+        return max(0, found) // ids.itemsize
 
     def encode_prompt(self, prompt: RankingPrompt, history_cut: int = 0) -> Encoded:
         """Token ids of a prompt as it stands, without a length limit."""
@@ -314,7 +316,7 @@ class Encoder:
         The next token after the prompt has position ``positions.max() + 1`` in all rows.
         """
         if not encoded.grids:
-            return np.tile(np.arange(len(encoded.ids)), (3, 1))
+            return _rising(len(encoded.ids).bit_length())[:, : len(encoded.ids)]
         ids = np.asarray(encoded.ids)
         merge = self.image_processor.merge_size
         shapes = [(frames, rows // merge, columns // merge) for frames, rows, columns in encoded.grids]
@@ -331,19 +333,27 @@ class Encoder:
     def _fits(self, encoded: Encoded) -> bool:
         return len(encoded.ids) <= self.ranking.max_prompt_tokens
 
-    def _expand(self, ids: list[int], grids: tuple[Grid, ...]) -> list[int]:
+    def _expand(self, ids: array[int], grids: tuple[Grid, ...]) -> array[int]:
         if ids.count(self.image_token_id) != len(grids):  # type: ignore[arg-type]
             raise UserError(
                 f"the chat template shows {ids.count(self.image_token_id)} of {len(grids)} pictures",  # type: ignore[arg-type]
                 "Use a vision model's folder with its own chat_template.jinja.",
             )
-        expanded, left = [], iter(grids)
+        expanded, left = array("i"), iter(grids)
         for token in ids:
-            expanded += [token] * (self.visual_tokens(next(left)) if token == self.image_token_id else 1)
+            expanded.extend(repeat(token, self.visual_tokens(next(left)) if token == self.image_token_id else 1))
         return expanded
 
     def _prepare(self, path: str) -> npt.NDArray[np.float32]:
         return self.normalised(self.patches(path))
+
+
+@lru_cache
+def _rising(bits: int) -> npt.NDArray[np.int64]:
+    """Positions of a text of so many bits of tokens, [3, 2^bits]; not to be changed."""
+    positions = np.tile(np.arange(1 << bits), (3, 1))
+    positions.flags.writeable = False
+    return positions
 
 
 @lru_cache(maxsize=1024)

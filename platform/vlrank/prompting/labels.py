@@ -139,7 +139,8 @@ class LabelTrie:
             parts.append(part - np.log(np.exp(part).sum(axis=-1, keepdims=True)))
             start += len(node.choices)
         parts.append(np.zeros((*values.shape[:-1], 1), dtype=np.float32))
-        result: Float32 = np.concatenate(parts, axis=-1)[..., self._steps].sum(axis=-1)
+        # `take` lays each prompt's steps side by side: they are added in one order, however many prompts there are.
+        result: Float32 = np.concatenate(parts, axis=-1).take(self._steps, axis=-1).sum(axis=-1)
         return result
 
     @cached_property

@@ -44,10 +44,10 @@ class TokenCache:
         self._lines = lines_of(tokenizer)
         self._known: dict[str, array[int]] = {}
 
-    def __call__(self, text: str) -> list[int]:
+    def __call__(self, text: str) -> array[int]:
         """The ids that the tokenizer gives for the whole text."""
         if self._lines is None:
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            return array("i", self._tokenizer(text, add_special_tokens=False)["input_ids"])
         pieces = [piece for line in self._lines(text) for piece in _behind_number(line)]
         known = self._known
         if unknown := [piece for piece in dict.fromkeys(pieces) if piece not in known]:
@@ -56,7 +56,7 @@ class TokenCache:
                 unknown = list(dict.fromkeys(pieces))
             found = self._tokenizer(unknown, add_special_tokens=False)["input_ids"]
             known.update(zip(unknown, (array("i", ids) for ids in found), strict=True))
-        ids: list[int] = []
+        ids = array("i")
         for piece in pieces:
             ids.extend(known[piece])
         return ids

@@ -201,9 +201,8 @@ class PromptMaker:
         for indices in requests:
             prompt = self.encode(lists, indices)
             if isinstance(prompt, Encoded):
-                ids = np.asarray(prompt.ids, dtype=np.int32)
                 numbers = prompt.n_candidates, prompt.history_cut, prompt.prefix
-                made.append((indices, (ids, prompt.image_paths, prompt.grids, *numbers)))
+                made.append((indices, (prompt.ids, prompt.image_paths, prompt.grids, *numbers)))
             else:
                 made.append((indices, prompt))
         return pickle.dumps(made, protocol=5)
@@ -214,7 +213,7 @@ class PromptMaker:
         for indices, content in pickle.loads(prompts) if prompts else ():
             if not isinstance(content, Exception):
                 ids, paths, grids, n, cut, prefix = content
-                content = Encoded(ids.tolist(), paths, grids, self.encoder.trie(n), cut, prefix)
+                content = Encoded(ids, paths, grids, self.encoder.trie(n), cut, prefix)
             found[tuple(indices)] = content
         return found
 
