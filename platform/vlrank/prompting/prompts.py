@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from vlrank.data.items import ItemMeta
@@ -43,11 +44,16 @@ def item_line(spec: ModeSpec, item: ItemMeta, max_chars: int, *, with_shown: boo
     Line breaks become blanks, because each candidate is one line. Where the line is longer than ``max_chars``, the text
     is cut before the shown part.
     """
-    text = plain(item["text"])
     shown = item.get(spec.shows) if with_shown and spec.label else None
+    return _line(item["text"], spec.label, str(shown) if shown else "", max_chars)
+
+
+@lru_cache(maxsize=2**16)  # items come again and again
+def _line(text: str, label: str, shown: str, max_chars: int) -> str:
+    text = plain(text)
     if not shown:
         return text[:max_chars].rstrip()
-    suffix = f" ({spec.label}: {plain(str(shown))})"
+    suffix = f" ({label}: {plain(shown)})"
     room = max(0, max_chars - len(suffix))
     return (text[:room].rstrip() + suffix)[:max_chars]
 

@@ -130,11 +130,13 @@ class PromptItems:
     Attributes:
         history: The most recent ``max_history`` items that the mode can show, oldest first.
         kept: Candidates that the mode can show, at most ``top_k``.
+        candidates: What is shown of them.
         dropped: Candidates before the last kept one that it cannot show.
     """
 
     history: list[ItemMeta]
     kept: list[int]
+    candidates: list[ItemMeta]
     dropped: int
 
 
@@ -160,27 +162,28 @@ class PromptMaker:
 
     def lists(self, user: UserLists) -> PromptItems:
         """The items that the user's prompts show."""
-        usable = (item for item in reversed(user.history) if self._usable(item))
-        recent = [self._meta(item) for item in islice(usable, self.ranking.max_history)]
+        recent = list(islice(filter(None, map(self._shown, reversed(user.history))), self.ranking.max_history))
         kept: list[int] = []
+        candidates: list[ItemMeta] = []
         dropped = 0
         for item in user.candidates:
             if len(kept) == self.ranking.top_k:
                 break
-            if self._usable(item):
-                kept.append(item)
-            else:
+            if (meta := self._shown(item)) is None:
                 dropped += 1
-        return PromptItems(recent[::-1], kept, dropped)
+            else:
+                kept.append(item)
+                candidates.append(meta)
+        return PromptItems(recent[::-1], kept, candidates, dropped)
 
     def prior(self, lists: PromptItems) -> npt.NDArray[np.float64]:
         """`log_prior` of the kept candidates: float64 [kept]."""
-        return log_prior(self._meta(item) for item in lists.kept)
+        return log_prior(lists.candidates)
 
     def encode(self, lists: PromptItems, indices: Sequence[int]) -> Encoded | Exception:
         """The prompt over these of the kept candidates, or why there is none: a broken picture, too many tokens."""
         try:
-            prompt = self.encoder.encode(lists.history, [self._meta(lists.kept[at]) for at in indices])
+            prompt = self.encoder.encode(lists.history, [lists.candidates[at] for at in indices])
         except (OSError, ValueError) as error:
             return error
         if self.ranking.permutations > 1 or len(lists.kept) > self.ranking.window:
@@ -217,18 +220,18 @@ class PromptMaker:
             found[tuple(indices)] = content
         return found
 
-    def _usable(self, item: int) -> bool:
-        return self.ranking.missing == "text" or shows(self.spec, self._meta(item))
-
-    def _meta(self, item: int) -> ItemMeta:
+    def _shown(self, item: int) -> ItemMeta | None:
+        """What the prompt shows of an item; None where it lacks what the mode shows."""
         try:
-            entry = self.item_meta[item]
+            meta = self.item_meta[item]
         except KeyError:
             raise UserError(
                 f"item {item} is not in item_meta", "Give every item of histories and candidates its text."
             ) from None
-        path = entry.get("image_path") if self.spec.pixels and self.pictures is not None else None
-        return {**entry, "image_path": None} if path and self._unreadable(item, path) else entry
+        if self.pictures is not None and self.spec.pixels:
+            path = meta.get("image_path")
+            meta = {**meta, "image_path": None} if path and self._unreadable(item, path) else meta
+        return meta if self.ranking.missing == "text" or shows(self.spec, meta) else None
 
     def _unreadable(self, item: int, path: str) -> bool:
         assert self.pictures is not None

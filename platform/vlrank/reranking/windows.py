@@ -53,7 +53,8 @@ def permutations(n: int, count: int, seed: int) -> list[list[int]]:
     [[0, 1, 2]]
     """
     orders = [list(range(n))]
-    rng = random.Random(seed)
+    if count > 1:
+        rng = random.Random(seed)
     for _ in range(count - 1):
         order = list(range(n))
         rng.shuffle(order)
@@ -161,10 +162,13 @@ def rank_lists(
             values = average_log_probs(rows)
             if priors:
                 values = with_prior(values, priors[i][orders[i][start:stop]])
-            best = stable_order(values)
-            orders[i][start:stop] = [orders[i][start:stop][at] for at in best]
-            scores[i][start:stop] = values[best]
-    return [failed[i] if i in failed else Ranked(orders[i], _continued(scores[i])) for i in range(len(sizes))]
+            best, window = stable_order(values), orders[i][start:stop]
+            orders[i][start:stop] = [window[at] for at in best]
+            scores[i][start:stop] = values[best] + 0.0  # which makes no zero negative
+    for i, row in enumerate(scores):
+        if len(todo[i]) > 1:
+            scores[i] = _continued(row)
+    return [failed[i] if i in failed else Ranked(orders[i], scores[i]) for i in range(len(sizes))]
 
 
 def _continued(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
