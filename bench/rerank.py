@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -258,7 +259,7 @@ def raw(config: Any) -> dict[str, Any]:
     return {"prompts": len(prompts), "tokens": tokens, "seconds": seconds, "ended": time.time()}
 
 
-def compact(ids: list[int], placeholder: int | None) -> list[int]:
+def compact(ids: Sequence[int], placeholder: int | None) -> list[int]:
     """Token ids with one placeholder per picture, as vLLM takes them beside decoded pictures."""
     return [token for at, token in enumerate(ids) if token != placeholder or ids[at - 1] != placeholder]
 

@@ -298,7 +298,7 @@ class PackedScorer:
             else:
                 self._settle(jobs, [error])
             return
-        event = None
+        hidden, event = hidden[: sum(job.body.reads for job in jobs)], None  # the others are filling
         if hidden.is_cuda:
             landing = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
             hidden = landing.copy_(hidden, non_blocking=True)

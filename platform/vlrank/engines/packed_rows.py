@@ -173,34 +173,29 @@ class PackedRow:
         return [() if prompt.trie is None else prompt.trie.chain_lengths for prompt in self.prompts]
 
     @cached_property
-    def _bodies(self) -> Int:
-        """Tokens of each prompt's body."""
-        return np.array([len(prompt.ids) for prompt in self.prompts])
+    def stops(self) -> Int:
+        """Where each prompt's span stops."""
+        return np.cumsum([prompt.size for prompt in self.prompts])
 
     @cached_property
-    def _sizes(self) -> Int:
-        """Tokens of each prompt."""
-        return np.array([prompt.size for prompt in self.prompts])
+    def starts(self) -> Int:
+        """Where each prompt's span starts."""
+        return np.append(0, self.stops[:-1])
+
+    @cached_property
+    def ends(self) -> Int:
+        """Where each prompt's body ends."""
+        return self.starts + np.array([len(prompt.ids) for prompt in self.prompts])
+
+    @cached_property
+    def _tails(self) -> Int:
+        """Tokens of each prompt's chains."""
+        return self.stops - self.ends
 
     @cached_property
     def _reads(self) -> Int:
         """Reads of each prompt."""
         return np.array([prompt.reads for prompt in self.prompts])
-
-    @cached_property
-    def stops(self) -> Int:
-        """Where each prompt's span stops."""
-        return np.cumsum(self._sizes)
-
-    @cached_property
-    def starts(self) -> Int:
-        """Where each prompt's span starts."""
-        return self.stops - self._sizes
-
-    @cached_property
-    def ends(self) -> Int:
-        """Where each prompt's body ends."""
-        return self.starts + self._bodies
 
     @property
     def spans(self) -> list[Span]:
@@ -235,7 +230,7 @@ class PackedRow:
             positions[:, start : start + len(prompt.ids)] = prompt.positions
         chains = np.array([n for chains in self._chains for n in chains], dtype=np.int64)
         behind = positions[:, self.ends - 1].max(axis=0) + 1
-        positions[:, self.tails] = np.repeat(behind, self.stops - self.ends) + _ranges(np.zeros_like(chains), chains)
+        positions[:, self.tails] = np.repeat(behind, self._tails) + _ranges(np.zeros_like(chains), chains)
         positions[:, self.filled :] = np.arange(self.size - self.filled) % _FILLING
         return positions
 
@@ -251,7 +246,7 @@ class PackedRow:
     @cached_property
     def tails(self) -> Int:
         """Places of all chains' tokens."""
-        return _ranges(self.ends, self.stops - self.ends)
+        return _ranges(self.ends, self._tails)
 
     @cached_property
     def reads(self) -> Int:
@@ -262,8 +257,7 @@ class PackedRow:
     @property
     def tails_in_reads(self) -> Int:
         """Which of `reads` are the chains' tokens."""
-        tails = self.stops - self.ends
-        return _ranges(np.cumsum(self._reads) - tails, tails)
+        return _ranges(np.cumsum(self._reads) - self._tails, self._tails)
 
     @cached_property
     def visual(self) -> Int:
@@ -279,17 +273,16 @@ class PackedRow:
         chains, taken out of the row, to themselves. Keys of chains are documents without queries.
         """
         chains = np.cumsum([0, *(n for chains in self._chains for n in chains)])
-        tails = self.stops - self.ends
         return {
             "self": (self.segments, self.segments),
-            "tails": self._behind(tails),
-            "reads": self._behind(tails + 1),
+            "tails": self._behind(self._tails),
+            "reads": self._behind(self._tails + 1),
             "chains": (chains, chains),
         }
 
     def _behind(self, queries: Int) -> tuple[Int, Int]:
         """Bounds of so many queries of each prompt and of its body; those of its chains, if any, follow."""
-        documents = np.where(self.stops > self.ends, 2, 1)
+        documents = np.where(self._tails > 0, 2, 1)
         keys = np.repeat(self.ends, documents)
         keys[np.cumsum(documents) - 1] = self.stops
         return np.append(0, np.repeat(np.cumsum(queries), documents)), np.append(0, keys)
