@@ -750,6 +750,23 @@ def test_an_engine_that_fails_answers_everybody(text: tuple[PackedScorer, Encode
         scorer.score_labels(encoder, [encoder.encode([], text_items(3))])
 
 
+def test_who_ranks_texts_needs_no_second_vision_tower(
+    vision: tuple[PackedScorer, Encoder, Any], tiny_vision_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 2B model in 8 GiB: its tower in float32 beside it was what did not fit."""
+    model, encoder = vision[2], Encoder.load(tiny_vision_model, mode_spec("caption"), RANKING)
+    tower = model.model.visual
+
+    def copied(memo: Any) -> Any:
+        raise AssertionError("the tower was copied")
+
+    monkeypatch.setattr(tower, "__deepcopy__", copied, raising=False)
+    assert disagreement(model, encoder) < 1e-4
+    assert model.model.visual is tower
+    with pytest.raises(AssertionError, match="copied"):
+        disagreement(model, vision[1])
+
+
 def test_a_model_that_computes_something_else_goes_to_transformers(
     text: tuple[PackedScorer, Encoder, Any],
     tiny_text_model: Path,

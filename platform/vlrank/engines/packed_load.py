@@ -130,15 +130,20 @@ def disagreement(model: Any, encoder: Encoder) -> float:
         encoder: Of the model.
     """
     inner = core(model).model
-    text = getattr(inner, "language_model", inner)
-    layers = text.layers
+    text, tower = getattr(inner, "language_model", inner), getattr(inner, "visual", None)
+    layers, blind = text.layers, tower is not None and not encoder.spec.pixels
     text.layers = layers[:_LAYERS_CHECKED]
+    if blind:
+        inner.visual = torch.nn.Identity()  # the tower would be the largest part of the copy
     try:
         # transformers' own `float` refuses models that were quantised.
         shallow = torch.nn.Module.float(with_plain_linears(copy.deepcopy(model)))
     finally:
         text.layers = layers
-    scorer = PackedScorer(PackedModel.of(shallow, keep=True))
+        if blind:
+            inner.visual = tower
+    packed = PackedModel.of(shallow, keep=True)
+    scorer = PackedScorer(replace(packed, family=None) if blind else packed)
     with probes(encoder) as prompts:
         expected = score_labels(shallow, encoder, prompts)
         given = scorer.score_labels(encoder, [prompts[0], replace(prompts[1], prefix=encoder.shared(prompts[1].ids))])
