@@ -41,6 +41,20 @@ _READS = 1024  # and at least so many, so that the last layer's products have on
 _LOOKED_AT = 512  # waiting prompts that may fill a row
 
 
+class _Call:
+    """What a caller waits for.
+
+    Attributes:
+        left: Its prompts whose rows have not landed.
+        landed: All have.
+    """
+
+    __slots__ = "landed", "left"
+
+    def __init__(self) -> None:
+        self.left, self.landed = 0, threading.Event()
+
+
 @dataclass(eq=False, slots=True)
 class _Job:
     """A prompt in the queue.
@@ -52,6 +66,7 @@ class _Job:
         hidden: float32 [reads, hidden] once the row has landed, or the error.
     """
 
+    call: _Call
     encoder: Encoder
     body: PromptTokens
     prefix: PromptTokens | None
@@ -104,7 +119,7 @@ class PackedScorer:
         self._heads: dict[int, tuple[LabelTrie, npt.NDArray[np.float64], npt.NDArray[np.float64], list[int]]] = {}
         self._waiting: deque[_Job] = deque()
         self._running: deque[tuple[list[_Job], torch.Tensor, Any]] = deque()
-        self._wake, self._landed = threading.Condition(), threading.Condition()
+        self._wake = threading.Condition()
         self._closed = False
         self.prompt_tokens = self.cached_tokens = self.requests = 0
         self._thread = threading.Thread(target=self._work, name="packed rows", daemon=True)
@@ -114,16 +129,17 @@ class PackedScorer:
         """See `scoring.LabelScorer`. Prompts with the same `Encoded.prefix` share the work on it."""
         if self.features is not None:
             self.features.prepare(encoder, [path for request in requests for path in request.image_paths])
-        jobs: dict[int, _Job] = {}  # by the place of their request
+        call, jobs = _Call(), dict[int, _Job]()  # by the place of their request
         answers: dict[int, Float32 | Exception] = {}
         for at, request in enumerate(requests):
             try:
                 if request.trie.nodes:
-                    jobs[at] = self._job(encoder, request)
+                    jobs[at] = self._job(call, encoder, request)
                 else:  # one candidate: nothing to read
                     answers[at] = request.trie.log_probs(np.zeros(0, dtype=np.float32))
             except (OSError, ValueError) as error:  # a picture that has become unreadable
                 answers[at] = error
+        call.left = len(jobs)
         with self._wake:
             if self._closed:
                 raise EngineDied("the engine is closed")
@@ -131,7 +147,9 @@ class PackedScorer:
             self.requests += len(requests)
             self.prompt_tokens += sum(len(request.ids) for request in requests)
             self._wake.notify()
-        answers |= self._answers(jobs)
+        if jobs:
+            call.landed.wait()
+            answers |= self._answers(jobs)
         return [answers[at] for at in range(len(requests))]
 
     def shorten_rows(self, lengths: Sequence[int], like: int) -> list[int]:
@@ -173,7 +191,7 @@ class PackedScorer:
 
     # ---- in the callers' threads ------------------------------------------------------------------------------------
 
-    def _job(self, encoder: Encoder, request: Encoded) -> _Job:
+    def _job(self, call: _Call, encoder: Encoder, request: Encoded) -> _Job:
         ids, positions = np.asarray(request.ids), encoder.positions(request)
         cut = request.prefix if 0 < request.prefix < len(ids) else 0
         visual = np.flatnonzero(ids == encoder.image_token_id) if request.image_paths else np.zeros(0, dtype=np.int64)
@@ -183,12 +201,10 @@ class PackedScorer:
         if self.features is not None:
             self.features.check(request.image_paths)
         prefix = PromptTokens(ids[:cut], positions[:, :cut], None) if cut else None
-        return _Job(encoder, body, prefix, ids[:cut].tobytes())
+        return _Job(call, encoder, body, prefix, ids[:cut].tobytes())
 
     def _answers(self, jobs: Mapping[int, _Job]) -> dict[int, Float32 | Exception]:
-        """Scores, once the rows have landed; those of prompts that share a trie are computed together."""
-        with self._landed:
-            self._landed.wait_for(lambda: all(job.hidden is not None for job in jobs.values()))
+        """Scores of prompts that have landed; those that share a trie are computed together."""
         answers: dict[int, Float32 | Exception] = {}
         logits: dict[int, tuple[LabelTrie, dict[int, Float32]]] = {}
         for at, job in jobs.items():
@@ -318,10 +334,11 @@ class PackedScorer:
         self._settle(jobs, np.split(hidden.float().numpy(), stops)[: len(jobs)])
 
     def _settle(self, jobs: Sequence[_Job], outcomes: Sequence[Float32 | Exception]) -> None:
-        with self._landed:
-            for job, outcome in zip(jobs, outcomes, strict=True):
-                job.hidden = outcome
-            self._landed.notify_all()
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            job.hidden = outcome
+            job.call.left -= 1
+            if not job.call.left:
+                job.call.landed.set()
 
     def _shorten(self, jobs: list[_Job], error: torch.OutOfMemoryError) -> None:
         """Put the prompts back, for rows of half the length; where rows are short already, the prompts fail."""

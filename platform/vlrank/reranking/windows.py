@@ -164,7 +164,7 @@ def rank_lists(
                 values = with_prior(values, priors[i][orders[i][start:stop]])
             best, window = stable_order(values), orders[i][start:stop]
             orders[i][start:stop] = [window[at] for at in best]
-            scores[i][start:stop] = values[best] + 0.0  # which makes no zero negative
+            scores[i][start:stop] = values[best] + 0.0  # no -0.0
     for i, row in enumerate(scores):
         if len(todo[i]) > 1:
             scores[i] = _continued(row)
