@@ -297,7 +297,7 @@ def test_recorded_passes_give_what_prompts_get_alone(
     for several in (prompts, prompts[::-1]):
         for prompt, scores in zip(several, scored(scorer, encoder, several), strict=True):
             np.testing.assert_allclose(scores, expected[prompts.index(prompt)], atol=1e-5)
-    assert 0 < len(scorer._passes._recorded) < 8
+    assert 0 < len(scorer._passes.recordings.kept) < 8
     scorer.close()
 
 
@@ -320,7 +320,7 @@ def test_recorded_passes_find_the_prefixes_of_their_own_row(
     for order in np.random.default_rng(0).permutation(len(prompts) * 2).reshape(-1, 3) % len(prompts):
         for i, scores in zip(order, scored(scorer, encoder, [prompts[i] for i in order]), strict=True):
             np.testing.assert_allclose(scores, expected[i], atol=1e-5)
-    shapes = list(scorer._passes._recorded)
+    shapes = list(scorer._passes.recordings.kept)
     assert any(shape.context for shape in shapes), "rows that continue prefixes"
     assert any(not shape.reads for shape in shapes), "rows of prefixes"
     assert 0 < len(scorer._prefixes) < 9
@@ -342,7 +342,7 @@ def test_recorded_passes_see_the_pictures_of_their_own_row(
     scorer = PackedScorer(PackedModel.of(model, keep=True), row_tokens=2048, record=replayed)
     for prompt, scores in zip(prompts, scored(alone, encoder, prompts), strict=True):
         np.testing.assert_allclose(scored(scorer, encoder, [prompt])[0], scores, atol=1e-5)
-    assert scorer._passes._recorded
+    assert scorer._passes.recordings.kept
     scorer.close()
 
 

@@ -414,7 +414,7 @@ class PackedScorer:
     def _forget_prefixes(self) -> None:
         """Give their memory back, and that of recorded passes, which read it."""
         self._prefixes.clear()
-        self._passes.clear()
+        self._passes.recordings.clear()
         self._memory = None
 
     def _soon(self, known: set[bytes], room: int) -> list[tuple[bytes, PromptTokens]]:

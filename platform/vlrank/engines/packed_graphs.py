@@ -7,7 +7,6 @@ same places. Kernels and sizes are those of a pass that is launched step by step
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,23 +14,15 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from vlrank.cuda_graphs import Record
+from vlrank.cuda_graphs import Record, Recordings
 from vlrank.engines import varlen
 from vlrank.engines.packed_attention import Context, Kernel, RowAttention, arrays_of, documents_behind
 from vlrank.engines.packed_model import PackedModel
 from vlrank.engines.packed_prefixes import READ, WRITTEN, PrefixMemory
 from vlrank.engines.packed_rows import Int, PackedRow, RowShape, padded
 
-_KEPT = 32  # graphs; each takes some MB beside the memory for activations, which they share
+_KEPT = 32
 _FEATURE_BYTES = 2**28  # pictures of longer rows, which are not held up by launching, are not copied once more
-
-
-@dataclass(slots=True)
-class _Recorded:
-    attention: RowAttention
-    features: torch.Tensor | None
-    replay: Callable[[], None]
-    hidden: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +50,32 @@ class RowPasses:
     """
 
     def __init__(self, model: PackedModel, kernel: Kernel | None, record: Record | None = None) -> None:
-        self._model, self._kernel, self._record = model, kernel, record
-        self._met: set[RowShape] = set()
-        self._recorded: OrderedDict[RowShape, _Recorded] = OrderedDict()
+        self._model, self._kernel = model, kernel
+        self.recordings: Recordings[tuple[RowAttention, torch.Tensor | None]] = Recordings("ranking", record, _KEPT)
 
     def __call__(
         self, row: PackedRow, features: torch.Tensor | None = None, prefixes: Prefixes | None = None
     ) -> torch.Tensor:
         """`PackedModel.forward`."""
         shape = self._shape(row, features, prefixes)
-        recorded = None if shape is None else self._recording(row, features, prefixes, shape)
-        if recorded is None:
-            return self._compute(self._attention(row, prefixes, shape), _padded_features(features, shape), prefixes)
-        context = None if prefixes is None else prefixes.context
-        recorded.attention.tensors.renew(arrays_of(row, context, shape, _places(row, prefixes, shape)))
-        if features is not None and recorded.features is not None:
-            recorded.features[: len(features)].copy_(features)
-        recorded.replay()
-        return recorded.hidden.clone()  # which the next replay overwrites
 
-    def clear(self) -> None:
-        """Give the memory of all recorded passes back."""
-        self._recorded.clear()
-        self._met.clear()
+        def inputs() -> tuple[RowAttention, torch.Tensor | None]:
+            return self._attention(row, prefixes, shape), _padded_features(features, shape)
+
+        def prepare() -> tuple[tuple[RowAttention, torch.Tensor | None], Callable[[], torch.Tensor]]:
+            held = inputs()
+            return held, lambda: self._compute(*held, prefixes)
+
+        recording = None if shape is None else self.recordings.get(shape, prepare)
+        if recording is None:
+            return self._compute(*inputs(), prefixes)
+        attention, held_features = recording.held
+        context = None if prefixes is None else prefixes.context
+        attention.tensors.renew(arrays_of(row, context, shape, _places(row, prefixes, shape)))
+        if features is not None and held_features is not None:
+            held_features[: len(features)].copy_(features)
+        recording.replay()
+        return recording.result.clone()  # which the next replay overwrites
 
     def _shape(self, row: PackedRow, features: torch.Tensor | None, prefixes: Prefixes | None) -> RowShape | None:
         context = None if prefixes is None else prefixes.context
@@ -108,32 +102,6 @@ class RowPasses:
         if prefixes.context is None:
             return self._model.forward(attention, features, store=prefixes.memory.writer(attention))
         return self._model.forward(attention, features, context=prefixes.memory.reader(attention))
-
-    def _recording(
-        self, row: PackedRow, features: torch.Tensor | None, prefixes: Prefixes | None, shape: RowShape
-    ) -> _Recorded | None:
-        """That of a shape, made when it comes for the second time; None where the pass is launched step by step."""
-        if self._record is None:
-            return None
-        if shape not in self._met:  # what is compiled or chosen when it runs for the first time cannot be recorded
-            self._met.add(shape)
-            return None
-        if shape in self._recorded:
-            self._recorded.move_to_end(shape)
-            return self._recorded[shape]
-        attention, held = self._attention(row, prefixes, shape), _padded_features(features, shape)
-        try:
-            replay, hidden = self._record(lambda: self._compute(attention, held, prefixes))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            print(f"ranking is slower than it could be: a pass cannot be recorded ({error})", flush=True)
-            self._record = None
-            return None
-        if len(self._recorded) >= _KEPT:
-            self._recorded.popitem(last=False)
-        self._recorded[shape] = _Recorded(attention, held, replay, hidden)
-        return self._recorded[shape]
 
 
 def _places(row: PackedRow, prefixes: Prefixes | None, shape: RowShape | None) -> dict[str, npt.NDArray[Any]]:

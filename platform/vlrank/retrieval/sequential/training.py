@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor
 
-from vlrank.cuda_graphs import Record
+from vlrank.cuda_graphs import Record, Recordings
 from vlrank.data.lists import Ints, Lists
 from vlrank.data.tables import atomic_write_bytes
 from vlrank.errors import UserError
@@ -36,6 +36,7 @@ from vlrank.storage import Location
 
 _SCORES = 16_000_000  # scores held at once when the catalogue is ranked
 _LOGITS = 1 << 26  # scores held at once in training
+_KEPT = 1024  # recorded steps; there is one for each length of histories, and for each rest of a pool of batches
 _K = 10
 History = list[dict[str, Any]]
 """``epoch``, ``loss``, ``ndcg`` (validation NDCG@10) and ``seconds`` of each epoch."""
@@ -100,42 +101,6 @@ def _backward(model: SequenceModel, states: Tensor, targets: Tensor, drawn: Tens
     return total
 
 
-class Steps:
-    """Training steps, of which all but the first one of a shape are replayed.
-
-    Args:
-        step: Trains on samples (starts and ends, int64 [B], and the length of the longest); returns the loss.
-        record: None has every step launched kernel by kernel.
-    """
-
-    def __init__(self, step: Callable[[Tensor, Tensor, int], Tensor], record: Record | None) -> None:
-        self._step, self._record = step, record
-        self._met: set[tuple[int, int]] = set()
-        self._recorded: dict[tuple[int, int], tuple[Tensor, Tensor, Callable[[], None], Tensor]] = {}
-
-    def __call__(self, starts: Tensor, ends: Tensor, length: int) -> Tensor:
-        """The loss, which the next step may overwrite."""
-        shape = len(starts), length
-        if self._record is None or shape not in self._met:  # what a library chooses at first cannot be recorded
-            self._met.add(shape)
-            return self._step(starts, ends, length)
-        if shape not in self._recorded:
-            held = starts.clone(), ends.clone()
-            try:
-                self._recorded[shape] = *held, *self._record(lambda: self._step(*held, length))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                print(f"training is slower than it could be: a step cannot be recorded ({error})", flush=True)
-                self._record = None
-                return self._step(starts, ends, length)
-        own_starts, own_ends, replay, loss = self._recorded[shape]
-        own_starts.copy_(starts)
-        own_ends.copy_(ends)
-        replay()
-        return loss
-
-
 class Training:
     """One training run in one process; goes on where the state in ``folder`` ends, if it is of the same task.
 
@@ -144,7 +109,8 @@ class Training:
         data: The dataset.
         folder: Where the state is kept.
         device: CPU or GPU.
-        record: For `Steps`. Learning from whole histories cannot be recorded: which places it reads depends on them.
+        record: Makes one launch of a step, see `cuda_graphs`. Learning from whole histories cannot be recorded: which
+            places it reads depends on them.
     """
 
     def __init__(
@@ -161,7 +127,7 @@ class Training:
         starts, ends = samples(data.train, task.settings)
         self._lengths = ends - starts
         self._starts, self._ends = torch.from_numpy(starts).to(device), torch.from_numpy(ends).to(device)
-        self._steps = Steps(self._step, record)
+        self._recordings: Recordings[tuple[Tensor, Tensor]] = Recordings(f"training {task.method}", record, _KEPT)
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # a shape's first step
         capturable = record is not None and device.type == "cuda"
         self._optimizer = torch.optim.Adam(self.model.parameters(), lr=task.settings.lr or 1e-3, capturable=capturable)
@@ -207,13 +173,28 @@ class Training:
         order = batches(self._lengths, settings.batch_size, rng)
         rows = torch.from_numpy(np.concatenate(order)).to(self.device)
         for batch, own in zip(order, rows.split([len(batch) for batch in order]), strict=True):
-            total += self._steps(self._starts[own], self._ends[own], int(self._lengths[batch].max()))
+            total += self._step(self._starts[own], self._ends[own], int(self._lengths[batch].max()))
         mean = float(total) / len(order)
         if not np.isfinite(mean):
             raise UserError(f"{self.task.method}: the loss of epoch {epoch} is {mean}", "Lower sequential.lr.")
         return mean
 
     def _step(self, starts: Tensor, ends: Tensor, length: int) -> Tensor:
+        """Learn from samples, the longest of which has ``length`` items; the loss, until the next step."""
+
+        def prepare() -> tuple[tuple[Tensor, Tensor], Callable[[], Tensor]]:
+            held = starts.clone(), ends.clone()
+            return held, lambda: self._learn(*held, length)
+
+        recording = self._recordings.get((len(starts), length), prepare)
+        if recording is None:
+            return self._learn(starts, ends, length)
+        for place, values in zip(recording.held, (starts, ends), strict=True):
+            place.copy_(values)
+        recording.replay()
+        return recording.result
+
+    def _learn(self, starts: Tensor, ends: Tensor, length: int) -> Tensor:
         settings = self.task.settings
         inputs, places = windows(self._items, starts, ends, length)
         states = self.model(inputs)
