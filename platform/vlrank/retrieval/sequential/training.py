@@ -8,8 +8,8 @@ of the history. Large catalogues take a sampled softmax with the logQ correction
 After each epoch ``state.safetensors`` is replaced, whole: weights, Adam's moments, best weights, evaluations.
 Every epoch draws from a seed of its own, so on a CPU a run that was killed ends with the weights of an unbroken one.
 
-A step is some 400 small kernels, which take a CPU five times as long to launch as a GPU to compute: on GPUs steps are
-recorded and replayed.
+A step is hundreds of small kernels, which a CPU launches several times more slowly than a GPU computes them: on GPUs
+steps are recorded and replayed.
 """
 
 from __future__ import annotations
