@@ -88,9 +88,6 @@ def test_the_ends_of_what_is_allowed_are_allowed() -> None:
     assert load_config(TrainConfig, samples_per_user="every_prefix", **NEEDED).samples_per_user == "every_prefix"
 
 
-SEEDED = [kind for kind in Config.__subclasses__() if "seed" in kind.model_fields]
-
-
 def test_commas_part_numbers_and_modes_and_no_paths() -> None:
     train = load_config(TrainConfig, overrides=["random_share=1.0,0.5"], **NEEDED)
     assert train.random_share == (1.0, 0.5)
@@ -101,6 +98,9 @@ def test_commas_part_numbers_and_modes_and_no_paths() -> None:
     assert tune.modes == ("caption", "raw_image")
     with pytest.raises(UserError, match=r"`ks\.1`.*'x'"):
         load_config(EvaluateConfig, **values | {"ks": ("1,x",)})
+
+
+SEEDED = [kind for kind in Config.__subclasses__() if "seed" in kind.model_fields]
 
 
 @pytest.mark.parametrize("kind", SEEDED, ids=lambda kind: kind.__name__)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ _READS = 1024  # and at least so many, so that the last layer's products have on
 _LOOKED_AT = 512  # waiting prompts that may fill a row
 
 
+@dataclass(eq=False, slots=True)
 class _Call:
     """What a caller waits for.
 
@@ -49,10 +50,8 @@ class _Call:
         landed: All have.
     """
 
-    __slots__ = "landed", "left"
-
-    def __init__(self) -> None:
-        self.left, self.landed = 0, threading.Event()
+    left: int = 0
+    landed: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(eq=False, slots=True)

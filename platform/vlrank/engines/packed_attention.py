@@ -282,10 +282,8 @@ def kernel_for(heads: int, key_heads: int, head_dim: int, device: torch.device, 
     trie = LabelTrie(((1, 9), (1, 1, 9), (1, 2, 9), (1, 2, 3, 9), (1, 2, 4, 9), (2, 9), (2, 2, 9)))
     lengths = (1, 129, 570, 321, 2)
     prompts = [PromptTokens(np.zeros(n, dtype=np.int64), np.tile(np.arange(n), (3, 1)), trie) for n in lengths]
-    row, context = (
-        PackedRow(prompts, length=2048, max_reads=64),
-        Context(np.array([0, 70, 90, 490]), np.array([0, 0, 1, 2, 2])),
-    )
+    row = PackedRow(prompts, length=2048, max_reads=64)
+    context = Context(np.array([0, 70, 90, 490]), np.array([0, 0, 1, 2, 2]))
     q, k, v = drawn(row.size, heads), drawn(row.size, key_heads), drawn(row.size, key_heads)
     prefix = drawn(490, key_heads), drawn(490, key_heads)
     used, reads = slice(row.filled), slice(sum(p.reads for p in prompts))

@@ -128,8 +128,9 @@ class Training:
         self._lengths = ends - starts
         self._starts, self._ends = torch.from_numpy(starts).to(device), torch.from_numpy(ends).to(device)
         self._recordings: Recordings[tuple[Tensor, Tensor]] = Recordings(f"training {task.method}", record, _KEPT)
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # a shape's first step
         capturable = record is not None and device.type == "cuda"
+        if capturable:  # a shape's first step is launched all the same
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         self._optimizer = torch.optim.Adam(self.model.parameters(), lr=task.settings.lr or 1e-3, capturable=capturable)
         draws = torch.from_numpy(np.where(data.popularity > 0, data.popularity**0.75, 0))
         self._q = (draws / draws.sum()).float().to(device)
