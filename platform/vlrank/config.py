@@ -44,13 +44,18 @@ class Config(BaseModel):
     def _several_with_commas(cls, value: Any, info: ValidationInfo) -> Any:
         """Take ``1,5,10`` for three values, where no value can hold a comma: numbers and fixed words."""
         kind = cls.model_fields[info.field_name or ""].annotation
-        words = [value] if isinstance(value, str) else value
-        if get_origin(kind) is not tuple or not isinstance(words, list | tuple):
+        if get_origin(kind) is not tuple:
             return value
         item = get_args(kind)[0]
-        if get_origin(item) is not Literal and item not in (int, Share):
-            return value
-        return [part for word in words for part in (word.split(",") if isinstance(word, str) else [word])]
+        return _parted(value) if get_origin(item) is Literal or item in (int, Share) else value
+
+
+def _parted(value: Any) -> Any:
+    """A word, or words of a list, parted at commas; other values as they are."""
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list | tuple):
+        return value
+    return [part for word in words for part in (word.split(",") if isinstance(word, str) else [word])]
 
 
 class RayConfig(Config):
@@ -648,11 +653,11 @@ class TuneConfig(Config):
     @classmethod
     def _modes_from_words(cls, value: Any) -> Any:
         """``all``, ``a,b`` or ``[a, b]``, each mode once."""
-        words = [value] if isinstance(value, str) else value
-        if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        words = _parted(value)
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             return value
-        split = [name.strip() for word in words for name in word.split(",") if name.strip()]
-        return tuple(dict.fromkeys(mode for name in split for mode in (MODES if name == "all" else (name,))))
+        names = [word.strip() for word in words if word.strip()]
+        return tuple(dict.fromkeys(mode for name in names for mode in (MODES if name == "all" else (name,))))
 
 
 class RerankConfig(Config):
